@@ -1,0 +1,171 @@
+"""The records that flow from a shard to a loss.
+
+Letters in shapes: B rows of the local batch, L slots of a row (text candidates, 1 elsewhere), P
+encoded items (present slots only), N tokens, D width, T frames or steps, H height, W width, C
+channels, S samples. All times are seconds on the clip's own clock, whose zero is the first video
+frame (or the first audio sample where there is no video).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODALITIES = ("audio", "video", "text")
+
+
+class UserError(ValueError):
+    """Bad input that a user can mend: names the file, key or field and the remedy.
+
+    The command line prints its message without a traceback.
+    """
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One shard sample before decoding: bytes by field name (`mp4`, `flac`, `txt`, `json` ...)."""
+
+    key: str
+    restore_key: tuple[str | int, ...]
+    fields: dict[str, bytes]
+
+
+@dataclass
+class Clip:
+    """Decoded media on one clock.
+
+    waveform: (C, S) float32 in [-1, 1] at `audio_hz`, first sample at time `audio_start_s`.
+    frames: (T, H, W, 3) uint8, frame t is shown at `frame_times_s[t]`.
+    captions: every caption of the clip; empty where text is missing.
+    meta: the rest of the sample's json (class, boxes ...), read by evaluation only.
+    """
+
+    key: str
+    source: str
+    index: int
+    duration_s: float
+    waveform: Tensor | None = None
+    audio_hz: int = 0
+    audio_start_s: float = 0.0
+    frames: Tensor | None = None
+    frame_times_s: Tensor | None = None
+    captions: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class View:
+    """One cut and augmented tensor of one modality, unpadded.
+
+    data: audio (S,) float32; video (T, H, W, 3) uint8; text (N,) int64 token ids.
+    rate: Hz for audio, frames per second for video, 0 for text.
+    start_s: place of the first unit on the clip's clock.
+    seed: seeds everything random that happens to this view later (masks, dropped tokens).
+    """
+
+    data: Tensor
+    rate: float
+    start_s: float
+    seed: int
+
+
+@dataclass
+class ViewBatch:
+    """One view of a batch; holds the present items only (an absent item costs no compute).
+
+    data: (P, ...) padded at the end of the first unpadded axis; lengths_P: valid samples, frames
+    or ids.
+    rows_P, slots_P: where item p sits in the (B, L) table; present_BL says which places are filled.
+    seeds_P: int64 seeds of masks and dropped tokens, equal on every batch layout.
+    A batch without any present item holds one dummy item and `dummy=True`: it is encoded with
+    weight 0, so that every rank runs the same modules in the same order.
+    """
+
+    modality: str
+    data: Tensor
+    lengths_P: Tensor
+    rows_P: Tensor
+    slots_P: Tensor
+    seeds_P: Tensor
+    start_s_P: Tensor
+    present_BL: Tensor
+    rate: float
+    dummy: bool = False
+
+    @property
+    def present_B(self) -> Tensor:
+        """(B,) bool: the row has at least one item."""
+        return self.present_BL.any(dim=1)
+
+
+@dataclass
+class Batch:
+    """Collated views of B rows.
+
+    source_B: int64 id of the source recording (rows of one source are no negatives of each other).
+    text_B: int64 id of the row's first caption, 0 where text is missing (equal captions are
+    positives).
+    index_B: row number in the source manifest. meta: one dict per row, filled for evaluation only.
+    """
+
+    views: dict[str, ViewBatch]
+    keys: list[str]
+    source_B: Tensor
+    text_B: Tensor
+    index_B: Tensor
+    meta: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.keys)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `fn` applied to every tensor."""
+        views = {name: _map_tensors(view, fn) for name, view in self.views.items()}
+        return replace(_map_tensors(self, fn), views=views)
+
+    def to(self, device: Any) -> Batch:
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self.map(lambda t: t.pin_memory())
+
+
+def _map_tensors(record: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    from torch import Tensor
+
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{k: fn(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+class Term(NamedTuple):
+    """A loss as (sum, count), both (1,) or scalar tensors; counts are summed over ranks before
+    dividing.
+    """
+
+    sum: Tensor
+    count: Tensor
+
+
+@dataclass
+class Tokens:
+    """What a tower returns for the P items of one view.
+
+    x_PND: token outputs after the final norm; pad_PN: True where a token is padding or was dropped.
+    grid: token grid, (T, F) for spectrograms, (T,) for waveforms and text, (T, H, W) for video;
+      N is its product, tokens are in row-major order of the grid.
+    extra: the global tokens by name, each (P, D).
+    rate_hz: tokens per second along the time axis (0 for text); start_s_P: time of the first
+    cell's start.
+    """
+
+    x_PND: Tensor
+    pad_PN: Tensor
+    grid: tuple[int, ...]
+    extra: dict[str, Tensor]
+    rate_hz: float
+    view: ViewBatch
