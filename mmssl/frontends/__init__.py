@@ -1,0 +1,35 @@
+"""Front-ends: raw signals to token grids. The tables name what a configuration may ask for."""
+
+from mmssl.frontends.patches import PatchEmbed
+from mmssl.frontends.positions import FactorisedPositions
+from mmssl.frontends.spectra import LogMel, LogSpectrogram, SpectrumParams
+from mmssl.frontends.stems import ConvStem, VideoConvStem
+from mmssl.frontends.text import FrozenTextEmbedding, TextEmbedding
+from mmssl.frontends.video import Frames
+from mmssl.frontends.waveform import Waveform
+
+SIGNALS = {
+    "log_mel": LogMel,
+    "log_spectrogram": LogSpectrogram,
+    "waveform": Waveform,
+    "frames": Frames,
+}
+STEMS = {"patches": PatchEmbed, "conv": ConvStem, "video_conv": VideoConvStem}
+TEXTS = {"embedding": TextEmbedding, "frozen": FrozenTextEmbedding}
+
+__all__ = [
+    "SIGNALS",
+    "STEMS",
+    "TEXTS",
+    "ConvStem",
+    "FactorisedPositions",
+    "Frames",
+    "FrozenTextEmbedding",
+    "LogMel",
+    "LogSpectrogram",
+    "PatchEmbed",
+    "SpectrumParams",
+    "TextEmbedding",
+    "VideoConvStem",
+    "Waveform",
+]
