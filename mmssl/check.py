@@ -1,0 +1,179 @@
+"""`mmssl show` prints the flow of a method; `mmssl check` runs it on a made-up batch.
+
+Letters: B rows of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmssl import config
+from mmssl.types import Batch, UserError, ViewBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmssl.model import Model
+    from mmssl.specs import RunSpec, ViewSpec
+
+VOCABULARY = 512  # of the made-up tokenizer, where the run names none
+SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
+
+
+def show(file: str, overrides: Sequence[str] = ()) -> None:
+    """Print what a run reads, encodes and learns, with the shape of every view."""
+    spec = config.load(file, list(overrides))
+    model = _model(spec)
+    print(f"{spec.name}  (config {config.digest(spec)}, {_millions(model)} parameters)\n")
+    print(_table(_view_rows(spec, model), ("view", "window", "data", "tower", "tokens", "width")))
+    print()
+    print(_table(_task_rows(spec), ("task", "kind", "reads", "objective", "weight")))
+
+
+def check(file: str, overrides: Sequence[str] = ()) -> None:
+    """Build a run and take one step on a made-up batch in which some rows lack a modality.
+
+    Raises:
+        UserError: the run cannot work; every problem is named.
+    """
+    import torch
+
+    spec = config.load(file, list(overrides))
+    torch.manual_seed(spec.train.seed)
+    model = _model(spec).train()
+    batch = fake_batch(spec, rows=4)
+    start = time.perf_counter()
+    loss, terms = model(batch, 0, spec.train.steps)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    problems = _problems(model, loss, terms)
+    if problems:
+        raise UserError(f"{file}: " + "; ".join(problems))
+    print(f"{spec.name}: {_millions(model)} parameters, one step of 4 rows in {seconds:.2f} s")
+    values = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
+    rows = [(name, f"{value:.4f}", f"{int(terms[name].count)}") for name, value in values.items()]
+    print(_table(rows, ("term", "value", "count")))
+    print("ok: every parameter is used, every term is finite")
+
+
+def _problems(model: Model, loss: torch.Tensor, terms: dict[str, object]) -> list[str]:
+    import torch
+
+    out = [f"{n} has no dimension: give it shape (1,)" for n, t in model.state_dict().items() if t.ndim == 0]
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        out.append(f"unused parameters {', '.join(unused[:8])}: remove their part or add a task that reads it")
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if bad:
+        out.append(f"gradient is not finite in {', '.join(bad[:8])}")
+    if not bool(torch.isfinite(loss)):
+        out.append(f"loss is {float(loss)}; terms are {list(terms)}")
+    return out
+
+
+def fake_batch(spec: RunSpec, rows: int = 4, seed: int = 0, missing: bool = True) -> Batch:
+    """Random data in the shape of the run's views; row i lacks modality i if `missing`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = ("text", "audio", "video")
+    present = {m: torch.ones(rows, dtype=torch.bool) for m in order}
+    if missing and rows > len(order):
+        for i, modality in enumerate(order):
+            present[modality][i] = False
+    views = {
+        name: _fake_view(name, view, present[view.modality], generator) for name, view in spec.views.items()
+    }
+    ids = torch.arange(rows)
+    text = torch.where(present["text"], ids + 1, torch.zeros_like(ids))
+    meta = [_fake_labels(spec, i) for i in range(rows)]
+    return Batch(views, [f"row-{i}" for i in range(rows)], ids + 1000, text, ids, meta)
+
+
+def _fake_view(
+    name: str, view: ViewSpec, present_B: torch.Tensor, generator: torch.Generator
+) -> ViewBatch:
+    import torch
+
+    from mmssl.build import data_shape
+
+    rows = present_B.nonzero()[:, 0].repeat_interleave(view.candidates)
+    slots = torch.arange(view.candidates).repeat(int(present_B.sum()))
+    count, shape = len(rows), data_shape(name, view)
+    if view.modality == "audio":
+        data = 0.1 * torch.randn(count, *shape, generator=generator)
+    elif view.modality == "video":
+        data = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
+    else:
+        data = torch.randint(max(SPECIAL.values()) + 1, VOCABULARY, (count, *shape), generator=generator)
+        data[:, -1] = SPECIAL["eos"]
+    return ViewBatch(
+        modality=view.modality,
+        data=data,
+        lengths_P=torch.full((count,), shape[0]),
+        rows_P=rows,
+        slots_P=slots,
+        seeds_P=torch.randint(0, 2**62, (count,), generator=generator),
+        start_s_P=torch.zeros(count),
+        present_BL=present_B[:, None].expand(-1, view.candidates).clone(),
+        rate={"audio": float(view.hz), "video": view.fps, "text": 0.0}[view.modality],
+    )
+
+
+def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
+    targets = [t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"]
+    return {t.field: t.classes[row % len(t.classes)] for t in targets}
+
+
+def _model(spec: RunSpec) -> Model:
+    from mmssl.build import build_model
+
+    return build_model(spec, VOCABULARY, SPECIAL)
+
+
+def _millions(model: Model) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+
+
+def _view_rows(spec: RunSpec, model: Model) -> list[tuple[str, ...]]:
+    from mmssl.build import data_shape
+
+    rows = []
+    for name, view in spec.views.items():
+        tower_name = view.tower or view.modality
+        tower = model.towers[tower_name]
+        shape = data_shape(name, view)
+        grid = " x ".join(map(str, tower.grid_of(shape)))  # type: ignore[operator]
+        data = " x ".join(map(str, shape))
+        rows.append((name, view.window, data, tower_name, grid, str(tower.width)))
+    return rows
+
+
+def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, task in spec.tasks.items():
+        if task.kind == "pairs":
+            for key, pair in task.pairs.items():
+                what = f"{pair.objective.kind} on {pair.score.kind} in {pair.space or 'its space'}"
+                if pair.score.kind == "map":
+                    what = f"{pair.objective.kind} on the map"
+                weight = f"{task.weight} x {pair.weight}"
+                rows.append((f"{name}.{key}", "pairs", " ~ ".join(pair.between), what, weight))
+        elif task.kind == "masked":
+            what = f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
+            rows.append((name, "masked", task.view, what, str(task.weight)))
+        elif task.target.kind == "match":
+            what = f"match by {task.score.kind}"
+            rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))
+        else:
+            what = f"label {task.target.field}"
+            rows.append((name, "classify", task.target.view, what, str(task.weight)))
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

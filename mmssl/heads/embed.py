@@ -1,0 +1,70 @@
+"""From tokens to vectors in a common space: pooling, then projection.
+
+Letters: P items, B rows, L slots, N tokens, T time steps, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.heads.project import SpaceHeads
+from mmssl.heads.score import to_bins
+from mmssl.specs import SpaceSpec
+from mmssl.towers import Passes, item_weight, spread, time_steps
+from mmssl.types import Tokens, UserError
+
+
+def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
+    """(P, D) by a global token's name, `mean` or `max`; (P, steps, D) by `steps`.
+
+    Raises:
+        UserError: neither a pooling nor one of the tower's global tokens.
+    """
+    if how in tokens.extra:
+        return tokens.extra[how]
+    pad = tokens.pad_PN[..., None]
+    if how == "mean":
+        keep = (~pad).to(tokens.x_PND.dtype)
+        return (tokens.x_PND * keep).sum(1) / keep.sum(1).clamp(min=1)
+    if how == "max":
+        return tokens.x_PND.masked_fill(pad, torch.finfo(tokens.x_PND.dtype).min).amax(dim=1)
+    if how == "steps":
+        x, empty = time_steps(tokens, "max")
+        return to_bins(x, ~empty, steps)[0]
+    known = ", ".join([*tokens.extra, "mean", "max", "steps"])
+    raise UserError(f"pool: {how!r} is not known; use one of {known}")
+
+
+class Embedder(nn.Module):
+    """Vectors of any view in any of its spaces."""
+
+    def __init__(
+        self, heads: SpaceHeads, spaces: Mapping[str, SpaceSpec], modality_of: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self.heads, self.spaces, self.modality_of = heads, dict(spaces), dict(modality_of)
+
+    def evaluation_spaces(self, view: str) -> list[str]:
+        """Spaces that a view reaches in evaluation only: MMV's audio -> vat."""
+        reaches = self.modality_of[view] == "audio" and self.heads.va_vat is not None
+        return ["vat"] if reaches else []
+
+    def forward(
+        self, passes: Passes, view: str, spaces: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """({space: (B, L, S)}, filled (B, L)); every head runs once. Vectors are not normalised."""
+        tokens = passes.tokens(view)
+        valid = item_weight(tokens.view) > 0
+        out: dict[str, Tensor] = {}
+        by_pool: dict[tuple[str, int], list[str]] = {}
+        for name in spaces:
+            spec = self.spaces[name]
+            by_pool.setdefault((spec.pool, spec.steps), []).append(name)
+        for (how, steps), names in by_pool.items():
+            pooled = pool(tokens, how, steps)
+            vectors = self.heads.project_all(pooled, tokens.view.modality, names, valid)
+            out |= {name: spread(z.flatten(1), tokens.view) for name, z in vectors.items()}
+        return out, tokens.view.present_BL

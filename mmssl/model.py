@@ -1,0 +1,215 @@
+"""`Model` = towers + tasks: a batch to one scalar and a report.
+
+Letters: B rows, D width, T time bins, S cells of a bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmssl import dist
+from mmssl.heads.dense import Dense
+from mmssl.schedules import resolve
+from mmssl.specs import RunSpec
+from mmssl.tasks.base import Task
+from mmssl.tasks.classify import Match
+from mmssl.tasks.masked import Masked, Stats
+from mmssl.tasks.pairs import Pairs
+from mmssl.towers import AnyTower, JointTower, Passes
+from mmssl.types import Batch, Term
+
+
+@dataclass(frozen=True)
+class ParamPolicy:
+    """How the optimiser treats one parameter."""
+
+    lr_scale: float
+    decay: bool
+    frozen: bool
+
+
+class Model(nn.Module):
+    """The only module the training engine sees.
+
+    towers, joints, trunk: the encoders; a shared trunk is registered here, once. tower_of: view ->
+    tower. `last_embeddings` holds the last training step's vectors by name for the health monitors.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        towers: Mapping[str, AnyTower],
+        joints: Mapping[str, JointTower],
+        trunk: nn.Module | None,
+        tasks: Mapping[str, Task],
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.towers = nn.ModuleDict(towers)  # type: ignore[arg-type]
+        self.joints = nn.ModuleDict(joints)
+        self.trunk = trunk
+        self.tasks = nn.ModuleDict(tasks)
+        self._policy: dict[str, tuple[float, bool]] = {}
+        self.tower_of = {name: v.tower or v.modality for name, v in spec.views.items()}
+        self.last_embeddings: dict[str, Tensor] = {}
+        self.last_tokens = 0
+
+    def forward(self, batch: Batch, step: int, total: int) -> tuple[Tensor, dict[str, Term]]:
+        """Loss of the local rows and detached terms summed over ranks.
+
+        The loss of a term is world size x local sum / global count: the engine averages gradients
+        over ranks, which then gives exactly the gradient of global sum / global count. A term
+        without any row is 0.
+        """
+        passes = self.passes(batch, step / max(1, total))
+        terms = {
+            _join(task_name, name): (term, weight)
+            for task_name, task in self.tasks.items()
+            for name, (term, weight) in self._weighted(task, passes, batch).items()
+        }
+        sums = torch.stack([t.sum.detach().double().reshape(()) for t, _ in terms.values()])
+        counts = torch.stack([t.count.detach().double().reshape(()) for t, _ in terms.values()])
+        sums, counts = dist.sum_over_ranks(torch.stack([sums, counts]))
+        loss = sums.new_zeros((), dtype=torch.float32)
+        for (term, weight), count in zip(terms.values(), counts, strict=True):
+            factor = weight * dist.world_size() / count.clamp(min=1.0)
+            loss = loss + term.sum.reshape(()).float() * factor.float()
+        report = {name: Term(sums[i : i + 1], counts[i : i + 1]) for i, name in enumerate(terms)}
+        self._remember(passes)
+        return loss, report
+
+    def _weighted(
+        self, task: nn.Module, passes: Passes, batch: Batch
+    ) -> dict[str, tuple[Term, float]]:
+        assert isinstance(task, Task)
+        return {
+            name: (term, prod(resolve(w, passes.position) for w in task.weight(name)))
+            for name, term in task(passes, batch).items()
+        }
+
+    def passes(self, batch: Batch, position: float = 1.0) -> Passes:
+        """Encodings of one batch, each made when first asked for."""
+        return Passes(self.towers, self.joints, self.tower_of, batch, position)  # type: ignore[arg-type]
+
+    def _remember(self, passes: Passes) -> None:
+        self.last_tokens = passes.token_count()
+        self.last_embeddings = {
+            f"{name}.{key}": z
+            for name, task in self.tasks.items()
+            if isinstance(task, Pairs)
+            for key, z in task.last.items()
+        }
+
+    def after_step(self, step: int, total: int) -> None:
+        """Let every task update its own buffers after an optimiser step."""
+        for task in self.tasks.values():
+            task.after_step(step / max(1, total))  # type: ignore[operator]
+
+    def set_policy(self, policy: Mapping[str, tuple[float, bool]]) -> None:
+        """{parameter: (learning-rate factor, frozen)}; freezes what is to be frozen."""
+        self._policy = dict(policy)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not self._policy.get(name, (1.0, False))[1])
+
+    def parameter_policy(self) -> dict[str, ParamPolicy]:
+        """Learning-rate factor, weight decay and freezing of every parameter by name.
+
+        Vectors and scalars, positions and extra tokens are trained without weight decay.
+        """
+        out: dict[str, ParamPolicy] = {}
+        for name, parameter in self.named_parameters():
+            scale, frozen = self._policy.get(name, (1.0, False))
+            table = any(part in name for part in (".positions.", ".extra.", ".kinds"))
+            out[name] = ParamPolicy(scale, parameter.ndim > 1 and not table, frozen)
+        return out
+
+    # ------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """{(modality, space): (unit vectors (B, D), present (B,))} of every view and space."""
+        with _evaluating(self):
+            passes = self.passes(batch)
+            out: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+            for task in self._pairs():
+                for (view, space), (z_BLD, filled) in task.vectors(passes).items():
+                    key = (self.spec.views[view].modality, space)
+                    out.setdefault(key, (F.normalize(z_BLD[:, 0], dim=-1), filled[:, 0]))
+        return out
+
+    def space_for(self, a: str, b: str) -> str | None:
+        """The space in which two modalities are compared: a trained pair's, else any common one."""
+        known = [key for task in self._pairs() for key in task.space_keys()]
+        modality = {view: spec.modality for view, spec in self.spec.views.items()}
+        for task in self._pairs():
+            for pair in task.vector_pairs():
+                if {modality[v] for v in pair.between} == {a, b}:
+                    return pair.space
+        spaces = [{s for v, s in known if modality[v] == m} for m in (a, b)]
+        common = sorted(spaces[0] & spaces[1])
+        return common[0] if common else None
+
+    @torch.no_grad()
+    def dense(self, batch: Batch) -> Dense | None:
+        """Features of the first map score, for localization; None without one."""
+        with _evaluating(self):
+            passes = self.passes(batch)
+            for task in self._pairs():
+                found = task.dense(passes)
+                if found is not None:
+                    return found
+        return None
+
+    @torch.no_grad()
+    def score_maps(self, video_PTSD: Tensor, audio_PUD: Tensor, valid_PU: Tensor) -> Tensor:
+        """(P, T, S) similarity maps of paired rows of `dense` features."""
+        for task in self._pairs():
+            score = task.map_score()
+            if score is not None:
+                maps: Tensor = score.maps(video_PTSD, audio_PUD, valid_PU)
+                return maps
+        raise ValueError("score_maps: the method has no map score")
+
+    @torch.no_grad()
+    def match_logit(self, batch: Batch, partner_B: Tensor) -> Tensor | None:
+        """(B,) logit that row i's first view belongs to row partner[i]'s second; None without it."""
+        with _evaluating(self):
+            for task in self.tasks.values():
+                if isinstance(task, Match):
+                    return task.logits(self.passes(batch), batch, partner_B)
+        return None
+
+    @torch.no_grad()
+    def masked_stats(self, batch: Batch) -> dict[str, Stats]:
+        """Sums over the hidden places of each masked task."""
+        with _evaluating(self):
+            passes = self.passes(batch)
+            return {
+                name: task.stats(passes, batch)
+                for name, task in self.tasks.items()
+                if isinstance(task, Masked)
+            }
+
+    def _pairs(self) -> list[Pairs]:
+        return [task for task in self.tasks.values() if isinstance(task, Pairs)]
+
+
+def _join(task: str, term: str) -> str:
+    return f"{task}.{term}" if term else task
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,202 @@
+"""`classify`: predict a label.
+
+`Match` asks whether two views belong together (audio-visual correspondence, L3-Net and AVE-Net);
+`Label` reads a field of the samples' metadata. Letters: B rows of this rank, G rows of all ranks,
+R scored pairs, D width, T time steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmssl import dist
+from mmssl.heads.embed import pool
+from mmssl.heads.score import Distance, FusionMLP
+from mmssl.objectives.classification import binary_cross_entropy, softmax_cross_entropy
+from mmssl.objectives.negatives import coin, hardest, mix_hard, partners
+from mmssl.schedules import resolve
+from mmssl.specs import LabelSpec, MatchSpec, Number
+from mmssl.tasks.base import Task
+from mmssl.towers import Passes, item_weight, spread, time_steps
+from mmssl.types import Batch, Term, UserError
+
+Parts = tuple[Tensor, ...]
+
+
+class PooledReader(nn.Module):
+    """Reads a view as one vector, through an MLP if `embed` has widths."""
+
+    def __init__(
+        self, views: tuple[str, str], widths: dict[str, int], how: str, embed: list[int]
+    ) -> None:
+        super().__init__()
+        self.how = how
+        self.mlps = nn.ModuleDict({view: _mlp(widths[view], embed) for view in views})
+        self.width = embed[-1] if embed else 0
+
+    def forward(self, passes: Passes, view: str, like: str) -> Parts:
+        """((B, D),) vectors of a view by the MLP of `like`."""
+        tokens = passes.tokens(view)
+        return (spread(self.mlps[like](pool(tokens, self.how)), tokens.view)[:, 0],)
+
+
+class VectorMatch(nn.Module):
+    """Match logit of two vectors."""
+
+    def __init__(self, reader: PooledReader, score: FusionMLP | Distance) -> None:
+        super().__init__()
+        self.reader, self.score = reader, score
+
+    def read(self, passes: Passes, view: str, like: str) -> Parts:
+        """Row-first tensors of a view."""
+        parts: Parts = self.reader(passes, view, like)
+        return parts
+
+    def forward(self, passes: Passes, a: Parts, b: Parts) -> Tensor:
+        """(R,) log-odds of a match."""
+        return self.score.pairs(a[0], b[0])
+
+
+class JointMatch(nn.Module):
+    """Match logit read from a joint tower over both views' time steps."""
+
+    def __init__(self, tower: str, views: tuple[str, str], width: int, reduce: str) -> None:
+        super().__init__()
+        self.tower, self.views, self.reduce = tower, views, reduce
+        self.out = nn.Linear(width, 1)
+
+    def read(self, passes: Passes, view: str, like: str) -> Parts:
+        """Tokens (B, T, D) of a view and which of them hold something."""
+        tokens = passes.tokens(view)
+        x, pad = time_steps(tokens, self.reduce)
+        kept = (~pad).to(x.dtype) * item_weight(tokens.view).to(x.dtype)[:, None]
+        return spread(x, tokens.view)[:, 0], spread(kept, tokens.view)[:, 0]
+
+    def forward(self, passes: Passes, a: Parts, b: Parts) -> Tensor:
+        """(R,) log-odds of a match."""
+        parts = {name: (x, kept <= 0) for name, (x, kept) in zip(self.views, (a, b), strict=True)}
+        named = passes.joints[self.tower](parts)
+        logits: Tensor = self.out(next(iter(named.values())))
+        return logits[:, 0]
+
+
+class Match(Task):
+    """Correspondence: own partner against the partner of another source."""
+
+    def __init__(
+        self, name: str, spec: MatchSpec, score: VectorMatch | JointMatch, weight: Number
+    ) -> None:
+        super().__init__(weight)
+        self.name, self.spec, self.score = name, spec, score
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """One term: cross-entropy over the true and the false pairs that were drawn."""
+        first, second = self.spec.between
+        a, b = self._read(passes, first), self._read(passes, second)
+        everyone = tuple(dist.gather(part) for part in b)
+        seeds = _row_seeds(batch, first)
+        both = batch.views[first].present_B & batch.views[second].present_B
+        index, found = self._partners(passes, batch, a, everyone, seeds, both)
+        false = tuple(part[index] for part in everyone)
+        own = coin(seeds, 0.5, f"{self.name}/coin") if self.spec.draw == "coin" else None
+        pairs = [(b, True, both if own is None else both & own)]
+        pairs += [(false, False, found if own is None else found & ~own)]
+        if self.spec.shifted:
+            shifted = self.score.read(passes, self.spec.shifted, second)
+            pairs += [(shifted, False, both & batch.views[self.spec.shifted].present_B)]
+        terms = [self._term(passes, a, other, truth, rows) for other, truth, rows in pairs]
+        return {
+            "": Term(
+                sum((t.sum for t in terms), a[0].new_zeros(())),
+                sum((t.count for t in terms), both.new_zeros((), dtype=torch.long)),
+            )
+        }
+
+    def logits(self, passes: Passes, batch: Batch, partner_B: Tensor) -> Tensor:
+        """(B,) logit of row i's first view with row partner[i]'s second view."""
+        first, second = self.spec.between
+        b = self._read(passes, second)
+        out: Tensor = self.score(passes, self._read(passes, first), tuple(p[partner_B] for p in b))
+        return out
+
+    def _read(self, passes: Passes, view: str) -> Parts:
+        return self.score.read(passes, view, view)
+
+    def _term(self, passes: Passes, a: Parts, b: Parts, truth: bool, rows_B: Tensor) -> Term:
+        logits = self.score(passes, a, b)
+        target = torch.full_like(logits, float(truth))
+        return Term(binary_cross_entropy(logits, target, rows_B).sum(), rows_B.sum())
+
+    def _partners(
+        self, passes: Passes, batch: Batch, a: Parts, everyone: Parts, seeds: Tensor, both: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) place in the gathered batch of each row's false partner, and whether it has one."""
+        columns = torch.stack([batch.source_B, seeds, both.long()], 1)
+        source_G, seeds_G, both_G = dist.gather_no_grad(columns).unbind(1)
+        start = dist.rank() * batch.size
+        rows = slice(start, start + batch.size)
+        index_G, found_G = partners(source_G, seeds_G, both_G.bool(), f"{self.name}/partner")
+        easy = index_G[rows], found_G[rows]
+        share = resolve(self.spec.hard, passes.position)
+        if share == 0:
+            return easy
+        other = (batch.source_B[:, None] != source_G[None]) & both[:, None] & both_G.bool()[None]
+        with torch.no_grad():
+            scores = _similarity(self.score, a, everyone)
+        index, found, _ = mix_hard(easy, hardest(scores, other), seeds, share, f"{self.name}/hard")
+        return index, found
+
+
+def _similarity(score: VectorMatch | JointMatch, a: Parts, b: Parts) -> Tensor:
+    """(B, G) how alike rows are, to find hard negatives: the match score itself.
+
+    Raises:
+        UserError: a joint score, which would need a pass for every pair.
+    """
+    if isinstance(score, JointMatch):
+        raise UserError(
+            "match.hard: not with a joint score; use score fusion or distance, or hard: 0"
+        )
+    table: Tensor = score.score(a[0], b[0])
+    return table
+
+
+class Label(Task):
+    """Cross-entropy on a metadata field; rows without it, or with an unlisted value, are left out."""
+
+    def __init__(self, spec: LabelSpec, width: int, how: str, weight: Number) -> None:
+        super().__init__(weight)
+        self.spec, self.how = spec, how
+        self.out = nn.Linear(width, len(spec.classes))
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """One term over the labelled rows."""
+        tokens = passes.tokens(self.spec.view)
+        logits = spread(self.out(pool(tokens, self.how)), tokens.view)[:, 0]
+        target = torch.tensor([self._label(m) for m in batch.meta], device=logits.device)
+        valid = (target >= 0) & tokens.view.present_B
+        return {"": Term(softmax_cross_entropy(logits, target, valid).sum(), valid.sum())}
+
+    def _label(self, meta: dict[str, Any]) -> int:
+        value = meta.get(self.spec.field)
+        return self.spec.classes.index(value) if value in self.spec.classes else -1
+
+
+def _row_seeds(batch: Batch, view: str) -> Tensor:
+    """(B,) seed of each row's first item of a view; 0 where absent."""
+    v = batch.views[view]
+    seeds = torch.zeros(batch.size, dtype=torch.long, device=v.seeds_P.device)
+    weight = item_weight(v).long() * (v.slots_P == 0)
+    return seeds.index_put((v.rows_P,), v.seeds_P * weight, accumulate=True)
+
+
+def _mlp(width: int, widths: list[int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for i, out in enumerate(widths):
+        layers += [nn.ReLU()] if i else []
+        layers += [nn.Linear(width, out)]
+        width = out
+    return nn.Sequential(*layers)

@@ -1,0 +1,350 @@
+"""Towers turn one view into tokens; `Passes` encodes each (tower, view, mask) once per step.
+
+Letters: P items of a view, N tokens, K kept tokens, D width, S input units along time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
+from mmssl.backbones.transformer import Transformer
+from mmssl.frontends.patches import padding_mask
+from mmssl.rng import row_uniform
+from mmssl.schedules import resolve
+from mmssl.specs import Number
+from mmssl.types import Batch, Tokens, UserError, ViewBatch
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a masked pass hides.
+
+    name: distinguishes passes of one view. hidden_PN: True where a token's input is hidden.
+    embedding_D: replaces the hidden tokens after the stem. ids_PN: text only, the ids to read
+    instead of the view's own (80/10/10).
+    """
+
+    name: str
+    hidden_PN: Tensor
+    embedding_D: Tensor | None = None
+    ids_PN: Tensor | None = None
+
+
+def hide_cells(
+    signal: Tensor, hidden_PN: Tensor, grid: Sequence[int], cell: Sequence[int]
+) -> Tensor:
+    """Zero the input cells of hidden tokens, before any overlapping stem reads them.
+
+    signal: (P, C, *axes); cell: inputs per token along each axis. Inputs behind the last whole
+    cell belong to the last token.
+    """
+    mask = hidden_PN.reshape(-1, *grid)
+    for axis, (size, step) in enumerate(zip(signal.shape[2:], cell, strict=True), start=1):
+        index = torch.arange(size, device=mask.device).div(step, rounding_mode="floor")
+        mask = mask.index_select(axis, index.clamp(max=mask.shape[axis] - 1))
+    return signal.masked_fill(mask[:, None], 0.0)
+
+
+class Tower(nn.Module):
+    """Front-end, cut, positions and backbone of one modality.
+
+    The trunk is passed in by the model and is not registered here when it is shared, so that its
+    parameters have one name. `width` is the width of the tokens it returns.
+    """
+
+    def __init__(
+        self,
+        modality: str,
+        signal: nn.Module | None,
+        stem: nn.Module,
+        positions: nn.Module | None,
+        extra: ExtraTokens,
+        trunk: Transformer,
+        shared: bool,
+        drop: Number = 0.0,
+        pre: nn.Module | None = None,
+        post: DenseGelu | None = None,
+    ) -> None:
+        super().__init__()
+        self.modality = modality
+        self.signal, self.stem, self.positions, self.extra = signal, stem, positions, extra
+        self.own_trunk = None if shared else trunk
+        self._trunk = (trunk,)  # a tuple hides the shared trunk from this module's parameters
+        self.drop, self.dropper = drop, DropToken()
+        self.pre, self.post = pre, post
+        self.trunk_width = trunk.width
+        self.width = trunk.width if post is None else post.linear.out_features
+
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Token grid of one item whose data has this shape."""
+        axes = tuple(shape) if self.signal is None else self.signal.grid(tuple(shape))  # type: ignore[operator]
+        grid: tuple[int, ...] = self.stem.grid(axes)  # type: ignore[operator]
+        return grid
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """Inputs of the stem per token along each axis (frames, bands, pixels)."""
+        strides: tuple[int, ...] = self.stem.strides  # type: ignore[assignment]
+        return strides
+
+    def inputs(self, view: ViewBatch) -> Tensor:
+        """The stem's input: (P, C, *axes) signal, or (P, N) ids; zero behind an item's end."""
+        if self.signal is None:
+            return view.data
+        out: Tensor = self.signal(view.data, _shorter(view))
+        return out
+
+    def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
+        """Encode the P items of a view.
+
+        position: share of the run that is done, for scheduled numbers. A pass that does not read
+        one of the global tokens simply leaves it; registers are thrown away.
+        """
+        x, grid = self._tokenise(view, mask)
+        pad = self.padding(view, grid)
+        x, index, kept_pad = self._dropped(x, pad, view, position)
+        x, front_pad = self.extra(x, kept_pad, self.extra.names)
+        x, _ = self._trunk[0](x, front_pad, modality=self.modality)
+        if self.post is not None:
+            x = self.post(x)
+        named, tokens = self.extra.split(x, self.extra.names)
+        if index is not None:
+            tokens, pad = _scatter(tokens, index, kept_pad, prod(grid))
+        return Tokens(tokens, _filled(pad, tokens), grid, named, self.token_rate(view), view)
+
+    def _tokenise(self, view: ViewBatch, mask: Mask | None) -> tuple[Tensor, tuple[int, ...]]:
+        signal = self.inputs(view)
+        if mask is not None and mask.ids_PN is not None:
+            signal = mask.ids_PN
+        elif mask is not None:
+            grid = self.grid_of(view.data.shape[1:])
+            signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
+        x, grid = (
+            self.stem(signal) if self.signal is None else self.stem(signal, self._frames(view))
+        )
+        if self.pre is not None:
+            x = self.pre(x)
+        if mask is not None and mask.embedding_D is not None:
+            x = torch.where(mask.hidden_PN[..., None], mask.embedding_D.to(x.dtype), x)
+        return (x if self.positions is None else self.positions(x, grid)), grid
+
+    def _frames(self, view: ViewBatch) -> Tensor | None:
+        """(P,) valid inputs of the stem along time, None when every item is full."""
+        lengths = _shorter(view)
+        if lengths is None or self.signal is None:
+            return lengths
+        out: Tensor = self.signal.out_lengths(lengths)  # type: ignore[operator]
+        return out
+
+    def padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
+        """(P, N) padding, or None when every item fills the grid."""
+        frames = self._frames(view)
+        if frames is None:
+            return None
+        steps = frames if self.signal is None else self.stem.out_lengths(frames)  # type: ignore[operator]
+        return padding_mask(steps.clamp(min=1), grid)
+
+    def _dropped(
+        self, x: Tensor, pad: Tensor | None, view: ViewBatch, position: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        drop = resolve(self.drop, position)
+        uniform = None
+        if self.training and drop > 0:
+            uniform = row_uniform(view.seeds_P, x.shape[1], "drop")
+        x, index, pad = self.dropper(x, uniform, drop, pad)
+        return x, index, pad
+
+    def token_rate(self, view: ViewBatch) -> float:
+        """Tokens per second along the time axis; 0 for text."""
+        if view.rate == 0:
+            return 0.0
+        params = getattr(self.signal, "params", None)
+        return view.rate / (params.hop if params is not None else 1) / self.cell[0]
+
+    def first_centre(self) -> float:
+        """Centre of the first token along time, in tokens."""
+        if not hasattr(self.stem, "fields"):
+            return 0.0
+        field = self.stem.fields()[0]  # type: ignore[operator]
+        return float(field.first / field.stride)
+
+
+def _shorter(view: ViewBatch) -> Tensor | None:
+    """Lengths of the items, None when none is padded."""
+    return None if bool((view.lengths_P >= view.data.shape[1]).all()) else view.lengths_P
+
+
+def _scatter(
+    x_PKD: Tensor, index_PK: Tensor, pad_PK: Tensor | None, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Kept tokens back to their places on the grid; dropped places are padding."""
+    full = x_PKD.new_zeros(x_PKD.shape[0], tokens, x_PKD.shape[-1])
+    full = full.scatter(1, index_PK[..., None].expand_as(x_PKD), x_PKD)
+    pad = torch.ones(full.shape[:2], dtype=torch.bool, device=full.device)
+    kept = torch.zeros_like(index_PK, dtype=torch.bool) if pad_PK is None else pad_PK
+    return full, pad.scatter(1, index_PK, kept)
+
+
+def _filled(pad: Tensor | None, x_PND: Tensor) -> Tensor:
+    if pad is None:
+        return torch.zeros(x_PND.shape[:2], dtype=torch.bool, device=x_PND.device)
+    return pad
+
+
+class ConvTower(nn.Module):
+    """A convolutional network on the signal itself (COLA, AVE-Net); returns its feature map's grid."""
+
+    def __init__(self, modality: str, signal: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.modality = modality
+        self.signal, self.network = signal, network
+        self.width = int(network.width)  # type: ignore[arg-type]
+
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Grid of the feature map of one item whose data has this shape."""
+        grid: tuple[int, ...] = self.network.grid(self.signal.grid(tuple(shape)))  # type: ignore[operator]
+        return grid
+
+    def first_centre(self) -> float:
+        """Centre of the first cell along time, in cells."""
+        field = self.network.fields()[0]  # type: ignore[operator]
+        return float(field.first / field.stride)
+
+    def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
+        """Encode the P items of a view; video frames are read one by one.
+
+        Raises:
+            UserError: a masked pass was asked for.
+        """
+        if mask is not None:
+            raise UserError(
+                "a convolutional backbone has no masked pass; use a transformer tower for `masked`"
+            )
+        lengths = _shorter(view)
+        signal = self.signal(view.data, lengths)
+        frames = None if lengths is None else self.signal.out_lengths(lengths)  # type: ignore[operator]
+        x, grid = self.network(signal, frames, item_weight(view) > 0)
+        pad = None
+        if frames is not None:
+            steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]
+            pad = padding_mask(steps.clamp(min=1), grid)
+        return Tokens(x, _filled(pad, x), grid, {}, 0.0, view)
+
+
+class JointTower(nn.Module):
+    """A transformer over the tokens of several views, e.g. audio + video against text.
+
+    Every part is normed, mapped to the trunk's width and given a learned vector that says which
+    modality it is.
+    """
+
+    def __init__(
+        self, of: Sequence[str], widths: Mapping[str, int], extra: ExtraTokens, trunk: Transformer
+    ) -> None:
+        super().__init__()
+        self.of = tuple(of)
+        self.maps = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.LayerNorm(widths[name]), nn.Linear(widths[name], trunk.width)
+                )
+                for name in of
+            }
+        )
+        self.kinds = nn.Parameter(torch.randn(len(self.of), trunk.width) * 0.02)
+        self.extra, self.trunk = extra, trunk
+        self.width = trunk.width
+
+    def forward(self, parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """{view: (x_RND, pad_RN)} of R rows to the global tokens {name: (R, D)}."""
+        rows, pads = [], []
+        for i, name in enumerate(self.of):
+            x, pad = parts[name]
+            rows.append(self.maps[name](x) + self.kinds[i])
+            pads.append(pad)
+        x, pad = self.extra(torch.cat(rows, 1), torch.cat(pads, 1), self.extra.names)
+        x, _ = self.trunk(x, pad)
+        return self.extra.split(x, self.extra.names)[0]
+
+
+AnyTower = Tower | ConvTower
+
+
+class Passes:
+    """The encoded views of one step: a (tower, view, mask) triple is encoded at most once."""
+
+    def __init__(
+        self,
+        towers: Mapping[str, AnyTower],
+        joints: Mapping[str, JointTower],
+        tower_of: Mapping[str, str],
+        batch: Batch,
+        position: float,
+    ) -> None:
+        self.towers, self.joints, self.tower_of = towers, joints, tower_of
+        self.batch, self.position = batch, position
+        self._done: dict[tuple[str, str], Tokens] = {}
+
+    def token_count(self) -> int:
+        """Tokens encoded so far, padding included."""
+        return sum(t.pad_PN.numel() for t in self._done.values())
+
+    def tower(self, view: str) -> AnyTower:
+        """The tower that reads a view."""
+        return self.towers[self.tower_of[view]]
+
+    def tokens(
+        self, view: str, mask: Mask | None = None, source: ViewBatch | None = None
+    ) -> Tokens:
+        """Tokens of a view; `source` replaces the view's data by a part of its rows (masked passes)."""
+        key = (view, "" if mask is None else mask.name)
+        if key not in self._done:
+            data = self.batch.views[view] if source is None else source
+            self._done[key] = self.tower(view).encode(data, self.position, mask)
+        return self._done[key]
+
+
+def item_weight(view: ViewBatch) -> Tensor:
+    """(P,) 1 for present items, 0 for the dummy of an empty view."""
+    return view.present_BL[view.rows_P, view.slots_P].float()
+
+
+def spread(values_P: Tensor, view: ViewBatch) -> Tensor:
+    """(P, ...) values of the items to their (B, L, ...) places, zero where absent.
+
+    The dummy item enters with weight 0: its modules stay in the graph on every rank, its gradient
+    is exactly zero.
+    """
+    weight = item_weight(view).to(values_P.dtype)
+    weighted = values_P * weight.reshape(-1, *([1] * (values_P.ndim - 1)))
+    out = values_P.new_zeros(*view.present_BL.shape, *values_P.shape[1:])
+    return out.index_put((view.rows_P, view.slots_P), weighted)
+
+
+def time_steps(tokens: Tokens, how: str = "mean") -> tuple[Tensor, Tensor]:
+    """Reduce a token grid to its time axis: (P, T, D) and padding (P, T).
+
+    `max` and `mean` run over the valid cells of a time step; `none` keeps all tokens.
+
+    Raises:
+        UserError: an unknown reduction.
+    """
+    if how == "none":
+        return tokens.x_PND, tokens.pad_PN
+    steps = tokens.grid[0]
+    x = tokens.x_PND.unflatten(1, (steps, -1))
+    pad = tokens.pad_PN.unflatten(1, (steps, -1))
+    empty = pad.all(dim=2)
+    if how == "max":
+        low = x.masked_fill(pad[..., None], torch.finfo(x.dtype).min).amax(dim=2)
+        return low.masked_fill(empty[..., None], 0.0), empty
+    if how == "mean":
+        keep = (~pad).to(x.dtype)[..., None]
+        return (x * keep).sum(2) / keep.sum(2).clamp(min=1), empty
+    raise UserError(f"reduce: {how!r} is not known; use max, mean or none")
