@@ -61,11 +61,20 @@ def check(file: str, overrides: Sequence[str] = ()) -> None:
 def _problems(model: Model, loss: torch.Tensor, terms: dict[str, object]) -> list[str]:
     import torch
 
-    out = [f"{n} has no dimension: give it shape (1,)" for n, t in model.state_dict().items() if t.ndim == 0]
+    out = [
+        f"{n} has no dimension: give it shape (1,)"
+        for n, t in model.state_dict().items()
+        if t.ndim == 0
+    ]
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if unused:
-        out.append(f"unused parameters {', '.join(unused[:8])}: remove their part or add a task that reads it")
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        out.append(
+            f"unused parameters {', '.join(unused[:8])}: remove their part, or add a task that "
+            "reads it"
+        )
+    bad = [
+        n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]
     if bad:
         out.append(f"gradient is not finite in {', '.join(bad[:8])}")
     if not bool(torch.isfinite(loss)):
@@ -84,7 +93,8 @@ def fake_batch(spec: RunSpec, rows: int = 4, seed: int = 0, missing: bool = True
         for i, modality in enumerate(order):
             present[modality][i] = False
     views = {
-        name: _fake_view(name, view, present[view.modality], generator) for name, view in spec.views.items()
+        name: _fake_view(name, view, present[view.modality], generator)
+        for name, view in spec.views.items()
     }
     ids = torch.arange(rows)
     text = torch.where(present["text"], ids + 1, torch.zeros_like(ids))
@@ -107,7 +117,9 @@ def _fake_view(
     elif view.modality == "video":
         data = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
     else:
-        data = torch.randint(max(SPECIAL.values()) + 1, VOCABULARY, (count, *shape), generator=generator)
+        data = torch.randint(
+            max(SPECIAL.values()) + 1, VOCABULARY, (count, *shape), generator=generator
+        )
         data[:, -1] = SPECIAL["eos"]
     return ViewBatch(
         modality=view.modality,
@@ -123,7 +135,9 @@ def _fake_view(
 
 
 def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
-    targets = [t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"]
+    targets = [
+        t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"
+    ]
     return {t.field: t.classes[row % len(t.classes)] for t in targets}
 
 
@@ -140,7 +154,7 @@ def _millions(model: Model) -> str:
 def _view_rows(spec: RunSpec, model: Model) -> list[tuple[str, ...]]:
     from mmssl.build import data_shape
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, view in spec.views.items():
         tower_name = view.tower or view.modality
         tower = model.towers[tower_name]
@@ -175,5 +189,8 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = [
+        "  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -52,7 +52,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.towers = nn.ModuleDict(towers)  # type: ignore[arg-type]
+        self.towers = nn.ModuleDict(towers)
         self.joints = nn.ModuleDict(joints)
         self.trunk = trunk
         self.tasks = nn.ModuleDict(tasks)
@@ -179,7 +179,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def match_logit(self, batch: Batch, partner_B: Tensor) -> Tensor | None:
-        """(B,) logit that row i's first view belongs to row partner[i]'s second; None without it."""
+        """(B,) logit of row i's first view with row partner[i]'s second; None without a match."""
         with _evaluating(self):
             for task in self.tasks.values():
                 if isinstance(task, Match):

@@ -116,6 +116,7 @@ class FramesSpec(Spec):
 
     kind: Literal["frames"]
     values: Literal["signed", "unit"] = "signed"
+    residual: bool = False  # three more channels: what differs from the clip's mean frame
 
 
 class IdsSpec(Spec):
@@ -516,7 +517,7 @@ class OptimSpec(Spec):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     warmup: float = Field(0.05, ge=0)  # share of the steps if below 1, else steps
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Literal["cosine", "quarter_cosine", "constant"] = "cosine"
     final_lr: float = Field(0.0, ge=0)  # share of the peak at the last step
     clip: float = Field(1.0, ge=0)  # gradient norm; 0 = off
     ema: Number = 0.0  # decay of the averaged weights used by evaluation; 0 = none

@@ -198,7 +198,7 @@ def _filled(pad: Tensor | None, x_PND: Tensor) -> Tensor:
 
 
 class ConvTower(nn.Module):
-    """A convolutional network on the signal itself (COLA, AVE-Net); returns its feature map's grid."""
+    """A convolutional network on the signal itself (COLA, AVE-Net)."""
 
     def __init__(self, modality: str, signal: nn.Module, network: nn.Module) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class Passes:
     def tokens(
         self, view: str, mask: Mask | None = None, source: ViewBatch | None = None
     ) -> Tokens:
-        """Tokens of a view; `source` replaces the view's data by a part of its rows (masked passes)."""
+        """Tokens of a view; `source` stands in for the view, e.g. with a part of its items."""
         key = (view, "" if mask is None else mask.name)
         if key not in self._done:
             data = self.batch.views[view] if source is None else source
@@ -337,9 +337,9 @@ def time_steps(tokens: Tokens, how: str = "mean") -> tuple[Tensor, Tensor]:
     """
     if how == "none":
         return tokens.x_PND, tokens.pad_PN
-    steps = tokens.grid[0]
-    x = tokens.x_PND.unflatten(1, (steps, -1))
-    pad = tokens.pad_PN.unflatten(1, (steps, -1))
+    items, steps = tokens.pad_PN.shape[0], tokens.grid[0]
+    x = tokens.x_PND.reshape(items, steps, -1, tokens.x_PND.shape[-1])
+    pad = tokens.pad_PN.reshape(items, steps, -1)
     empty = pad.all(dim=2)
     if how == "max":
         low = x.masked_fill(pad[..., None], torch.finfo(x.dtype).min).amax(dim=2)

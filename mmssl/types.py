@@ -121,17 +121,21 @@ class Batch:
 
     @property
     def size(self) -> int:
+        """Number of rows."""
         return len(self.keys)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `fn` applied to every tensor."""
         views = {name: _map_tensors(view, fn) for name, view in self.views.items()}
-        return replace(_map_tensors(self, fn), views=views)
+        moved: Batch = _map_tensors(self, fn)
+        return replace(moved, views=views)
 
     def to(self, device: Any) -> Batch:
+        """The same batch on another device."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
         return self.map(lambda t: t.pin_memory())
 
 
@@ -148,7 +152,7 @@ class Term(NamedTuple):
     """
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody needs
 
 
 @dataclass

@@ -12,16 +12,20 @@ RANGES = {"signed": (2 / 255, -1.0), "unit": (1 / 255, 0.0)}
 
 
 class Frames(nn.Module):
-    """uint8 frames (P, T, H, W, 3) to fp32 (P, 3, T, H, W).
+    """uint8 frames (P, T, H, W, 3) to fp32 (P, 3 or 6, T, H, W).
 
     values: `signed` for [-1, 1], `unit` for [0, 1].
+    residual: six channels instead of three, the frames and behind them their difference from the
+    clip's mean frame, which shows what moves. A hidden cell reaches the mean of its own place only:
+    mask whole tubes with it.
 
     The result is a view over channels-last memory: folding time into the batch gives channels-last
     images.
     """
 
-    def __init__(self, values: str = "signed") -> None:
+    def __init__(self, values: str = "signed", residual: bool = False) -> None:
         super().__init__()
+        self.residual = residual
         if values not in RANGES:
             raise UserError(
                 f"frames.values: {values!r} is not known; use one of {', '.join(RANGES)}"
@@ -48,4 +52,14 @@ class Frames(nn.Module):
                 f"video takes uint8 frames (P, T, H, W, 3), got {frames_PTHWC.dtype} {shape}"
             )
         scaled = frames_PTHWC.float().mul_(self.gain).add_(self.shift)
+        if self.residual:
+            scaled = torch.cat([scaled, scaled - _mean_frame(scaled, lengths_P)], dim=-1)
         return zero_behind(scaled, lengths_P, axis=1).movedim(-1, 1)
+
+
+def _mean_frame(frames_PTHWC: Tensor, lengths_P: Tensor | None) -> Tensor:
+    """(P, 1, H, W, C) mean over the valid frames."""
+    if lengths_P is None:
+        return frames_PTHWC.mean(dim=1, keepdim=True)
+    total = zero_behind(frames_PTHWC, lengths_P, axis=1).sum(dim=1, keepdim=True)
+    return total / lengths_P.reshape(-1, 1, 1, 1, 1)

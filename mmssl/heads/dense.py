@@ -45,7 +45,7 @@ class VectorScore(nn.Module):
         """(A, C, L) scores."""
         flat = b[0].flatten(0, 1)
         table: Tensor = self.score(a[0][:, 0], flat)
-        return table.unflatten(1, b[0].shape[:2])
+        return table.reshape(-1, *b[0].shape[:2])
 
 
 class MapScore(nn.Module):
@@ -67,8 +67,9 @@ class MapScore(nn.Module):
         modality = tokens.view.modality
         if modality == "video":
             steps = tokens.grid[0]
-            x = self.maps_of[modality](tokens.x_PND).unflatten(1, (steps, -1))
-            valid = (~tokens.pad_PN).unflatten(1, (steps, -1))
+            cells: Tensor = self.maps_of[modality](tokens.x_PND)
+            x = cells.reshape(cells.shape[0], steps, -1, cells.shape[-1])
+            valid = ~tokens.pad_PN.reshape(cells.shape[0], steps, -1)
         else:
             x, pad = time_steps(tokens, "mean")
             x, valid = self.maps_of[modality](x), ~pad

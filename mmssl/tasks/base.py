@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl.specs import Number
 from mmssl.towers import Passes
@@ -32,10 +30,3 @@ class Task(nn.Module):
 
     def after_step(self, position: float) -> None:
         """Update own buffers after an optimiser step; nothing by default."""
-
-
-class Collects(Protocol):
-    """A place where a task leaves detached embeddings for the health monitors."""
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        """Keep a (B, D) tensor."""

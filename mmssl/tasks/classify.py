@@ -165,7 +165,7 @@ def _similarity(score: VectorMatch | JointMatch, a: Parts, b: Parts) -> Tensor:
 
 
 class Label(Task):
-    """Cross-entropy on a metadata field; rows without it, or with an unlisted value, are left out."""
+    """Cross-entropy on a metadata field; rows without a listed value are left out."""
 
     def __init__(self, spec: LabelSpec, width: int, how: str, weight: Number) -> None:
         super().__init__(weight)

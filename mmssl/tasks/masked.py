@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from mmssl.schedules import resolve
 from mmssl.specs import MaskSpec, Number
 from mmssl.tasks.base import Task
 from mmssl.towers import Mask, Passes, Tower, item_weight
-from mmssl.types import Batch, Term, UserError, ViewBatch
+from mmssl.types import Batch, Term, ViewBatch
 
 Stats = dict[str, Tensor]
 
@@ -176,10 +176,7 @@ class Masked(Task):
 
     def _predict(self, passes: Passes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         tower = passes.tower(self.view)
-        if not isinstance(tower, Tower):
-            raise UserError(
-                f"tasks.{self.name}: view {self.view} has a convolutional backbone; use a transformer"
-            )
+        assert isinstance(tower, Tower)  # `build` refuses other towers
         view = self._rows(batch.views[self.view]) if self.training else batch.views[self.view]
         hidden = self._hidden(tower, view, passes.position)
         ids = self.target.replacement(view, hidden)
@@ -199,14 +196,19 @@ class Masked(Task):
         valid = self.target.candidates(view)
         if pad is not None:
             valid = ~pad if valid is None else valid & ~pad
-        rule, spec = RULES[self.mask.rule], self.mask
-        options = {
-            "blocks": {"block": spec.block, "inverse": spec.inverse},
-            "spans": {"start_prob": spec.start_prob, "length": spec.length},
-        }.get(spec.rule, {})
-        if spec.rule != "spans":
-            options["ratio"] = resolve(spec.ratio, position)
+        options = _mask_options(self.mask, position)
+        rule = RULES[self.mask.rule]
         return rule(view.seeds_P, grid, valid_PN=valid, stream=self.name, **options)
+
+
+def _mask_options(spec: MaskSpec, position: float) -> dict[str, Any]:
+    """The constants that a rule takes."""
+    if spec.rule == "spans":
+        return {"start_prob": spec.start_prob, "length": spec.length}
+    ratio = {"ratio": resolve(spec.ratio, position)}
+    if spec.rule == "blocks":
+        return {**ratio, "block": spec.block, "inverse": spec.inverse}
+    return ratio
 
 
 def keep_items(view: ViewBatch, keep_P: Tensor) -> ViewBatch:

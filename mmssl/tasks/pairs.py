@@ -70,7 +70,7 @@ class Pairs(Task):
     ) -> None:
         super().__init__(weight)
         self.embedder, self.pairs, self.chunk = embedder, dict(pairs), chunk
-        self.scores = nn.ModuleDict(scores)  # type: ignore[arg-type]
+        self.scores = nn.ModuleDict(scores)
         self.scales = nn.ModuleDict({name: _logit_scale(p) for name, p in pairs.items()})
         self.last: dict[str, Tensor] = {}
 

@@ -1,0 +1,58 @@
+"""Specs to modules: the only reader of the part tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmssl.build.policy import policy_of
+from mmssl.build.tasks import TaskBuilder
+from mmssl.build.towers import data_shape, make_joint, make_tower, make_trunk
+from mmssl.model import Model
+from mmssl.specs import RunSpec, SpectrumSpec
+from mmssl.types import UserError
+
+__all__ = ["build_model", "data_shape"]
+
+
+def build_model(
+    spec: RunSpec, vocab_size: int = 0, special: Mapping[str, int] | None = None
+) -> Model:
+    """The model of a run, with fresh weights from torch's global generator.
+
+    vocab_size, special: size and special ids of the tokenizer, needed by text towers.
+
+    Raises:
+        UserError: names that do not exist, or parts that do not fit together.
+    """
+    _check_names(spec)
+    special = dict(special or {})
+    trunk = make_trunk(spec.shared, spec.train.checkpoint_activations) if spec.shared else None
+    towers = {name: make_tower(name, t, spec, trunk, vocab_size) for name, t in spec.towers.items()}
+    tower_of = {name: v.tower or v.modality for name, v in spec.views.items()}
+    widths = {view: towers[tower].width for view, tower in tower_of.items()}
+    joints = {name: make_joint(name, t, widths, spec) for name, t in spec.joints.items()}
+    make = TaskBuilder(spec, towers, joints, widths, vocab_size, special)
+    tasks = {name: make(name, t) for name, t in spec.tasks.items()}
+    model = Model(spec, towers, joints, trunk, tasks)
+    model.set_policy(policy_of(spec, model))
+    return model
+
+
+def _check_names(spec: RunSpec) -> None:
+    for name, view in spec.views.items():
+        tower = view.tower or view.modality
+        found = spec.towers.get(tower)
+        if found is None:
+            raise UserError(
+                f"views.{name}.tower: no tower {tower!r}; towers are {', '.join(spec.towers)}"
+            )
+        if found.modality != view.modality:
+            raise UserError(
+                f"views.{name}: tower {tower!r} reads {found.modality}, the view is {view.modality}"
+            )
+        rate = found.frontend.sample_rate if isinstance(found.frontend, SpectrumSpec) else view.hz
+        if view.modality == "audio" and rate != view.hz:
+            raise UserError(
+                f"views.{name}.hz: {view.hz} Hz, but towers.{tower}.frontend.sample_rate is {rate} "
+                "Hz; make them equal"
+            )

@@ -1,0 +1,35 @@
+"""Learning-rate factors and freezing of every parameter."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmssl.specs import RunSpec, Trainable, TransformerSpec
+
+
+def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
+    """{parameter: (learning-rate factor, frozen)} from the towers' own settings."""
+    groups: list[tuple[str, Trainable, int]] = []
+    if spec.shared is not None:
+        groups.append(("trunk.", spec.shared, spec.shared.layers))
+    for name, tower in spec.towers.items():
+        own = tower.backbone.layers if isinstance(tower.backbone, TransformerSpec) else 0
+        groups.append((f"towers.{name}.", tower, own))
+    for name, joint in spec.joints.items():
+        groups.append((f"joints.{name}.", joint, joint.backbone.layers))
+    out = {}
+    for parameter, _ in model.named_parameters():
+        for prefix, part, layers in groups:
+            if parameter.startswith(prefix):
+                depth = _layers_above(parameter, layers)
+                out[parameter] = (part.lr_scale * part.layer_decay**depth, part.freeze)
+    return out
+
+
+def _layers_above(parameter: str, layers: int) -> int:
+    """How many layers lie between a parameter and the top of its tower."""
+    parts = parameter.split(".")
+    if "blocks" in parts:
+        return layers - int(parts[parts.index("blocks") + 1])
+    on_top = any(p in parts for p in ("post", "norm"))
+    return 0 if on_top else layers + 1

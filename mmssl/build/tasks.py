@@ -1,0 +1,216 @@
+"""Tasks from their specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from mmssl.build.towers import channels, need_view
+from mmssl.heads.dense import MapScore, PairScore, VectorScore
+from mmssl.heads.embed import Embedder
+from mmssl.heads.project import SpaceHeads
+from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
+from mmssl.specs import (
+    BilinearSpec,
+    ClassifySpec,
+    DistanceSpec,
+    DotSpec,
+    FramesSpec,
+    FusionSpec,
+    IdTargetSpec,
+    LabelSpec,
+    MapSpec,
+    MaskedSpec,
+    PairSpec,
+    PairsSpec,
+    RunSpec,
+    TaskSpec,
+    TowerSpec,
+)
+from mmssl.tasks.base import Task
+from mmssl.tasks.classify import JointMatch, Label, Match, PooledReader, VectorMatch
+from mmssl.tasks.masked import IdTarget, Masked, PatchTarget, Target
+from mmssl.tasks.pairs import Pairs
+from mmssl.towers import AnyTower, JointTower, Tower
+from mmssl.types import UserError
+
+
+class TaskBuilder:
+    """Makes tasks from their specs; knows the towers' widths."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        towers: Mapping[str, AnyTower],
+        joints: Mapping[str, JointTower],
+        widths: Mapping[str, int],
+        vocab_size: int,
+        special: dict[str, int],
+    ) -> None:
+        self.spec, self.towers, self.joints = spec, towers, joints
+        self.widths, self.vocab_size, self.special = widths, vocab_size, special
+
+    def __call__(self, name: str, task: TaskSpec) -> Task:
+        """One task.
+
+        Raises:
+            UserError: names that do not exist, or parts that do not fit together.
+        """
+        if isinstance(task, PairsSpec):
+            return self._pairs(name, task)
+        if isinstance(task, MaskedSpec):
+            return self._masked(name, task)
+        return self._classify(name, task)
+
+    def _modality(self, view: str, where: str) -> str:
+        return need_view(self.spec, view, where).modality
+
+    # pairs
+
+    def _pairs(self, name: str, task: PairsSpec) -> Task:
+        pairs = {
+            key: self._pair(f"tasks.{name}.pairs.{key}", task, p) for key, p in task.pairs.items()
+        }
+        modality_of = {
+            v: self._modality(v, f"tasks.{name}") for p in pairs.values() for v in p.between
+        }
+        embedder = self._embedder(name, task, pairs, modality_of)
+        scores = {key: self._score(task, p) for key, p in pairs.items()}
+        return Pairs(embedder, pairs, scores, task.chunk, task.weight)
+
+    def _pair(self, where: str, task: PairsSpec, pair: PairSpec) -> PairSpec:
+        """The pair with its space filled in and its order checked."""
+        modalities = [self._modality(view, f"{where}.between") for view in pair.between]
+        if isinstance(pair.score, MapSpec) and modalities != ["video", "audio"]:
+            raise UserError(
+                f"{where}.between: a map score compares [video view, audio view], in this order"
+            )
+        slots = [self.spec.views[view].candidates for view in pair.between]
+        if slots[0] > 1 or (slots[1] > 1 and pair.objective.kind != "mil_nce"):
+            raise UserError(
+                f"{where}: a view with several candidates must come second and needs objective "
+                "mil_nce"
+            )
+        if not pair.space and len(task.heads.spaces) > 1 and not isinstance(pair.score, MapSpec):
+            raise UserError(f"{where}.space: choose one of {', '.join(task.heads.spaces)}")
+        space = pair.space or next(iter(task.heads.spaces))
+        if space not in task.heads.spaces:
+            raise UserError(
+                f"{where}.space: no space {space!r}; spaces are {', '.join(task.heads.spaces)}"
+            )
+        return pair.model_copy(update={"space": space})
+
+    def _embedder(
+        self,
+        name: str,
+        task: PairsSpec,
+        pairs: Mapping[str, PairSpec],
+        modality_of: Mapping[str, str],
+    ) -> Embedder:
+        heads = task.heads
+        vector_pairs = [p for p in pairs.values() if not isinstance(p.score, MapSpec)]
+        used: dict[str, set[str]] = {}
+        for pair in vector_pairs:
+            used.setdefault(pair.space, set()).update(modality_of[v] for v in pair.between)
+        widths = {modality_of[v]: self.widths[v] for v in modality_of}
+        spaces = {s: spec for s, spec in heads.spaces.items() if s in used}
+        members = {s: sorted({*spec.members} or used[s]) for s, spec in spaces.items()}
+        for s, spec in spaces.items():
+            if spec.pool == "steps" and spec.dim % spec.steps:
+                raise UserError(
+                    f"tasks.{name}.heads.spaces.{s}: dim {spec.dim} is not a multiple of steps "
+                    f"{spec.steps}"
+                )
+        dims = {
+            s: spec.dim // (spec.steps if spec.pool == "steps" else 1) for s, spec in spaces.items()
+        }
+        projection = SpaceHeads(
+            heads.graph,
+            widths,
+            dims,
+            members if heads.graph == "linear" else None,
+            heads.form,
+            heads.hidden,
+            heads.bias,
+            heads.audio_norm,
+        )
+        return Embedder(projection, spaces, modality_of)
+
+    def _score(self, task: PairsSpec, pair: PairSpec) -> PairScore:
+        score = pair.score
+        if isinstance(score, MapSpec):
+            video, audio = pair.between
+            widths = {"video": self.widths[video], "audio": self.widths[audio]}
+            table = ScoreMap(score.space, score.time, score.aligned, score.normalize)
+            return MapScore(widths, score.dim, table)
+        if isinstance(score, DotSpec):
+            return VectorScore(Dot(score.normalize))
+        if isinstance(score, BilinearSpec):
+            return VectorScore(Bilinear(task.heads.spaces[pair.space].dim, score.std))
+        return VectorScore(Distance())
+
+    # masked
+
+    def _masked(self, name: str, task: MaskedSpec) -> Task:
+        view = need_view(self.spec, task.view, f"tasks.{name}.view")
+        tower = self.towers[view.tower or view.modality]
+        if not isinstance(tower, Tower):
+            raise UserError(
+                f"tasks.{name}.view: {task.view} has a convolutional backbone; use a transformer"
+            )
+        target: Target
+        if isinstance(task.target, IdTargetSpec):
+            if view.modality != "text":
+                raise UserError(
+                    f"tasks.{name}.target: `ids` needs a text view, {task.view} is {view.modality}"
+                )
+            target = IdTarget(self.vocab_size, self.special, task.mask.shares)
+        else:
+            tower_spec = self.spec.towers[view.tower or view.modality]
+            _check_residual(f"tasks.{name}.mask.rule", tower_spec, task)
+            cells = channels(tower_spec) * prod(tower.cell)
+            target = PatchTarget(cells, task.target.normalize, task.target.loss)
+        widths = (tower.trunk_width, tower.width)
+        return Masked(
+            name, task.view, widths, target, task.mask, task.hidden, task.rows, task.weight
+        )
+
+    # classify
+
+    def _classify(self, name: str, task: ClassifySpec) -> Task:
+        if isinstance(task.target, LabelSpec):
+            need_view(self.spec, task.target.view, f"tasks.{name}.target.view")
+            return Label(task.target, self.widths[task.target.view], task.pool, task.weight)
+        for view in (*task.target.between, *([task.target.shifted] if task.target.shifted else [])):
+            need_view(self.spec, view, f"tasks.{name}.target")
+        return Match(name, task.target, self._match_score(name, task), task.weight)
+
+    def _match_score(self, name: str, task: ClassifySpec) -> VectorMatch | JointMatch:
+        assert not isinstance(task.target, LabelSpec)
+        views, score = task.target.between, task.score
+        if isinstance(score, DistanceSpec | FusionSpec):
+            reader = PooledReader(views, dict(self.widths), task.pool, task.embed)
+            widths = [task.embed[-1] if task.embed else self.widths[v] for v in views]
+            if isinstance(score, FusionSpec):
+                return VectorMatch(reader, FusionMLP(widths[0], widths[1], score.hidden))
+            if widths[0] != widths[1]:
+                raise UserError(
+                    f"tasks.{name}.embed: a distance needs vectors of one width; "
+                    "give embed: [width]"
+                )
+            return VectorMatch(reader, Distance())
+        joint = self.spec.joints.get(score.joint)
+        if joint is None or set(joint.of) != set(views):
+            raise UserError(
+                f"tasks.{name}.score.joint: {score.joint!r} is no joint tower of {list(views)}"
+            )
+        return JointMatch(score.joint, views, self.joints[score.joint].width, joint.reduce)
+
+
+def _check_residual(where: str, tower: TowerSpec, task: MaskedSpec) -> None:
+    residual = isinstance(tower.frontend, FramesSpec) and tower.frontend.residual
+    if residual and task.mask.rule != "tubes":
+        raise UserError(
+            f"{where}: {task.mask.rule} would leak hidden cells through the clip's mean frame "
+            "(frontend.residual); use tubes"
+        )

@@ -1,0 +1,205 @@
+"""Towers from their specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mmssl.backbones import NETWORKS
+from mmssl.backbones.tokens import DenseGelu, ExtraTokens
+from mmssl.backbones.transformer import Transformer
+from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.specs import (
+    ConvSpec,
+    EmbeddingSpec,
+    FramesSpec,
+    JointSpec,
+    PatchSpec,
+    RunSpec,
+    SpectrumSpec,
+    StemSpec,
+    TowerSpec,
+    TransformerSpec,
+    ViewSpec,
+)
+from mmssl.towers import AnyTower, ConvTower, JointTower, Tower
+from mmssl.types import MODALITIES, UserError
+
+
+def channels(spec: TowerSpec) -> int:
+    """Channels of the signal that a tower's stem reads."""
+    if isinstance(spec.frontend, FramesSpec):
+        return 6 if spec.frontend.residual else 3
+    return 1
+
+
+def need_view(spec: RunSpec, name: str, where: str) -> ViewSpec:
+    """The view of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in spec.views:
+        raise UserError(f"{where}: no view {name!r}; views are {', '.join(spec.views)}")
+    return spec.views[name]
+
+
+def make_trunk(spec: TransformerSpec, checkpointing: bool) -> Transformer:
+    """A transformer; `checkpointing` recomputes its layers in the backward pass."""
+    own = MODALITIES if spec.own_norms else ()
+    return Transformer(
+        width=spec.width,
+        layers=spec.layers,
+        heads=spec.heads,
+        head_size=spec.head_size,
+        hidden=spec.hidden,
+        dropout=spec.dropout,
+        norms_for=own,
+        ffn_for=MODALITIES if spec.own_ffn else (),
+        ffn_layers=spec.own_ffn,
+        post_norm=spec.post_norm,
+        relative_buckets=spec.relative_buckets,
+        relative_distance=spec.relative_distance,
+        checkpointing=checkpointing,
+    )
+
+
+def make_tower(
+    name: str, spec: TowerSpec, run: RunSpec, trunk: Transformer | None, vocab_size: int
+) -> AnyTower:
+    """Front-end, stem, positions and backbone of one modality.
+
+    Raises:
+        UserError: parts that do not fit together.
+    """
+    signal = _signal(spec)
+    if isinstance(spec.backbone, ConvSpec):
+        if signal is None:
+            raise UserError(f"towers.{name}.backbone: {spec.backbone.kind} cannot read text")
+        options = spec.backbone.model_dump(exclude={"kind"})
+        network = NETWORKS[spec.backbone.kind](channels(spec), **options)
+        return ConvTower(spec.modality, signal, network)
+    own = spec.backbone if isinstance(spec.backbone, TransformerSpec) else None
+    encoder = trunk if own is None else make_trunk(own, run.train.checkpoint_activations)
+    if encoder is None:
+        raise UserError(
+            f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
+        )
+    stem = _stem(name, spec, encoder.width, vocab_size)
+    return Tower(
+        spec.modality,
+        signal,
+        stem,
+        _positions(name, spec, run, signal, stem, encoder.width),
+        ExtraTokens(encoder.width, spec.globals, spec.registers),
+        encoder,
+        shared=own is None,
+        drop=spec.drop_tokens,
+        pre=DenseGelu(encoder.width, encoder.width) if spec.pre else None,
+        post=DenseGelu(encoder.width, spec.post) if spec.post else None,
+    )
+
+
+def _signal(spec: TowerSpec) -> nn.Module | None:
+    options = spec.frontend.model_dump(exclude={"kind"})
+    if isinstance(spec.frontend, SpectrumSpec):
+        if spec.frontend.kind == "log_spectrogram":
+            options = {k: v for k, v in options.items() if not k.startswith("mel_")}
+        spectrum: nn.Module = SIGNALS[spec.frontend.kind](SpectrumParams(**options))
+        return spectrum
+    if spec.frontend.kind == "ids":
+        return None
+    signal: nn.Module = SIGNALS[spec.frontend.kind](**options)
+    return signal
+
+
+def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
+    cut = spec.cut
+    stem: nn.Module
+    if isinstance(cut, EmbeddingSpec):
+        if vocab_size <= 0:
+            raise UserError(f"towers.{name}: a text tower needs a tokenizer; set data.tokenizer")
+        if cut.kind == "embedding":
+            stem = TEXTS["embedding"](vocab_size, width)
+            return stem
+        table = _word_table(cut.table) if cut.table else None
+        generator = torch.Generator().manual_seed(0)
+        stem = TEXTS["frozen"](vocab_size, width, cut.table_width, table, generator)
+        return stem
+    if isinstance(cut, PatchSpec):
+        stem = STEMS["patches"](cut.patch, width, channels(spec))
+        return stem
+    if isinstance(cut, StemSpec):
+        options = cut.model_dump(exclude={"kind", "temporal_kernel", "temporal_stride"})
+        if spec.modality == "video":
+            time = {"temporal_kernel": cut.temporal_kernel, "temporal_stride": cut.temporal_stride}
+            stem = STEMS["video_conv"](width, **options, **time, in_channels=channels(spec))
+            return stem
+        rank = 1 if spec.frontend.kind == "waveform" else 2
+        stem = STEMS["conv"](width, **options, rank=rank)
+        return stem
+    raise UserError(f"towers.{name}.cut: `whole` needs a convolutional backbone")
+
+
+def _word_table(path: str) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such word table; give a safetensors file with the key `weight`"
+        )
+    tensors = load_file(path)
+    if "weight" not in tensors:
+        raise UserError(f"{path}: no key `weight`, only {', '.join(tensors)}")
+    return tensors["weight"]
+
+
+def _positions(
+    name: str, spec: TowerSpec, run: RunSpec, signal: nn.Module | None, stem: nn.Module, width: int
+) -> nn.Module | None:
+    if spec.positions.kind == "none":
+        return None
+    grid = spec.positions.grid or _native_grid(name, run, signal, stem)
+    options = spec.positions.model_dump(exclude={"kind", "grid"})
+    return FactorisedPositions(grid, width, **options)
+
+
+def _native_grid(
+    name: str, run: RunSpec, signal: nn.Module | None, stem: nn.Module
+) -> Sequence[int]:
+    """Token grid of the first view that the tower reads."""
+    for view_name, view in run.views.items():
+        if (view.tower or view.modality) == name:
+            shape = data_shape(view_name, view)
+            axes = shape if signal is None else signal.grid(shape)  # type: ignore[operator]
+            grid: Sequence[int] = stem.grid(axes)  # type: ignore[operator]
+            return grid
+    raise UserError(f"towers.{name}: no view reads this tower; give positions.grid or add a view")
+
+
+def data_shape(name: str, view: ViewSpec) -> tuple[int, ...]:
+    """Shape of one item of a view's data: (S,), (T, H, W, 3) or (N,).
+
+    Raises:
+        UserError: the view's length or size is open, so that nothing can be derived from it.
+    """
+    if view.modality == "text":
+        return (view.length,)
+    if view.crop_s <= 0:
+        raise UserError(f"views.{name}.crop_s: give seconds, or give positions.grid in the tower")
+    if view.modality == "audio":
+        return (round(view.crop_s * view.hz),)
+    if view.size <= 0:
+        raise UserError(f"views.{name}.size: give pixels, or give positions.grid in the tower")
+    return (max(1, round(view.crop_s * view.fps)), view.size, view.size, 3)
+
+
+def make_joint(name: str, spec: JointSpec, widths: Mapping[str, int], run: RunSpec) -> JointTower:
+    """A tower over the tokens of several views."""
+    for view in spec.of:
+        need_view(run, view, f"joints.{name}.of")
+    trunk = make_trunk(spec.backbone, run.train.checkpoint_activations)
+    return JointTower(spec.of, widths, ExtraTokens(trunk.width, spec.globals), trunk)

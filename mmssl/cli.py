@@ -1,0 +1,136 @@
+"""The command line: `mmssl <verb> <what> [a.b=c ...]`.
+
+Every verb imports its module when it is called, so that `mmssl --help` answers at once. The command
+line does not grow options: everything is a key of the run's file and can be overridden as `a.b=c`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mmssl.types import UserError
+
+
+class Verb(NamedTuple):
+    """`target` is `module:function`; it gets the words one by one, then the list of overrides."""
+
+    target: str
+    words: tuple[str, ...]
+    overrides: bool
+    help: str
+
+
+VERBS = {
+    "train": Verb("mmssl.train.run:main", ("FILE",), True, "train a run or a method"),
+    "resume": Verb("mmssl.train.run:resume", ("RUN",), True, "go on with an interrupted run"),
+    "eval": Verb(
+        "mmssl.eval.suites:main", ("SUITE", "RUN"), True, "evaluate: retrieval, localize, bouncing"
+    ),
+    "localize": Verb(
+        "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"
+    ),
+    "list": Verb("mmssl.catalogue:main", (), False, "the methods at hand; --json for programs"),
+    "show": Verb("mmssl.check:show", ("FILE",), True, "the flow table of a method"),
+    "check": Verb("mmssl.check:check", ("FILE",), True, "dry run on a fake batch"),
+    "doctor": Verb("mmssl.doctor:main", (), False, "test decoders, DeepSpeed, Energon, device"),
+}
+
+# verbs of the design that this version does not have
+LATER = ("embed", "index", "search", "demo", "plan", "import", "export", "scoreboard", "chaos")
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the process's exit code (2: bad input, 130: interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"mmssl: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("mmssl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, e.g. `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else USER_ERROR
+    if words[0] in ("-V", "--version"):
+        from mmssl import __version__
+
+        print(__version__)
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in VERBS:
+        raise UserError(_unknown(name))
+    if "-h" in rest or "--help" in rest:
+        print(f"{_synopsis(name)}\n\n{VERBS[name].help}")
+        return 0
+    return _call(name, *_arguments(name, rest))
+
+
+def _arguments(name: str, rest: list[str]) -> tuple[list[str], list[str]]:
+    """The verb's own words, and the overrides (or flags) after them."""
+    verb = VERBS[name]
+    words, extra = rest[: len(verb.words)], rest[len(verb.words) :]
+    missing = len(words) < len(verb.words)
+    if missing or any(w.startswith("-") or ("=" in w and not os.path.exists(w)) for w in words):
+        raise UserError(f"{name}: needs {' and '.join(verb.words)}\nusage: {_synopsis(name)}")
+    for text in extra:
+        if verb.overrides and ("=" not in text or text.startswith("-")):
+            raise UserError(f"{name}: `{text}`: options are written key=value, e.g. train.steps=10")
+        if not verb.overrides and not (name == "list" and text == "--json"):
+            raise UserError(f"{name}: unexpected `{text}`\nusage: {_synopsis(name)}")
+    return words, extra
+
+
+def _call(name: str, words: list[str], extra: list[str]) -> int:
+    verb = VERBS[name]
+    module, _, function = verb.target.partition(":")
+    run = getattr(importlib.import_module(module), function)
+    result = run(*words, extra) if verb.overrides else run(*extra)
+    return result if isinstance(result, int) else 0
+
+
+def _synopsis(name: str) -> str:
+    verb = VERBS[name]
+    tail = ["[key=value ...]"] if verb.overrides else ["[--json]"] if name == "list" else []
+    return " ".join(["mmssl", name, *verb.words, *tail])
+
+
+def usage() -> str:
+    """The text of `mmssl --help`."""
+    width = max(len(_synopsis(name)) for name in VERBS) + 2
+    rows = [f"  {_synopsis(name):<{width}}{verb.help}" for name, verb in VERBS.items()]
+    notes = [
+        "FILE is a path or a name below configs/runs or configs/methods (see `mmssl list`).",
+        "key=value overrides any key of the file, e.g. train.steps=100 tasks.match=null",
+    ]
+    return "\n".join(["usage: mmssl VERB ...", "", *rows, "", *notes])
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    have = f"there are: {', '.join(VERBS)}"
+    if name in LATER:
+        return f"`{name}` is planned but not part of this version; {have}"
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return f"no verb `{name}`{hint}; {have}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

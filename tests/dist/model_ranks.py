@@ -1,0 +1,46 @@
+"""Loss and gradients of the tiny run on every rank's rows, for test_model_ranks.py.
+
+    python -m torch.distributed.run ... model_ranks.py JSON
+
+JSON: a list of {"file", "zero", "rows"}; rows is one list of row numbers per rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tiny_run import take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
+
+from mmssl import dist  # noqa: E402
+from mmssl.train.engine import Engine, session  # noqa: E402
+
+
+def measure(call: dict[str, object], device: torch.device) -> None:
+    """One step of one layout; rank 0 saves loss and gradients."""
+    rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
+    spec = tiny_spec(train={"zero": call["zero"], "batch": sum(map(len, rows))})
+    model = tiny_model(spec).train()
+    names = [name for name, _ in model.named_parameters()]
+    engine = Engine(model, spec.optim, spec.train, device)
+    loss, _ = engine.forward(take_rows(tiny_batch(8), rows[dist.rank()]), 0, 10)
+    engine.backward(loss)
+    grads = {name: safe_get_full_grad(p) for name, p in zip(names, model.parameters(), strict=True)}
+    # the mean over ranks is the loss of the global batch
+    total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
+    if dist.rank() == 0:
+        save_file({"loss": total, **{n: g.float().contiguous() for n, g in grads.items()}}, str(call["file"]))
+    engine.close()
+
+
+if __name__ == "__main__":
+    with session(1) as where:
+        for one in json.loads(sys.argv[1]):
+            measure(one, where)

@@ -1,0 +1,55 @@
+"""The whole model: two processes with half of the batch each compute what one computes with all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT, SCRIPT = Path(__file__).parents[2], Path(__file__).with_name("model_ranks.py")
+
+# Of 8 rows, row 0 lacks text, row 1 audio, row 2 video.
+LAYOUTS = {
+    "even": [[0, 1, 2, 3], [4, 5, 6, 7]],
+    "rank 0 has no audio, video and text are uneven": [[1, 1], [0, 2]],
+}
+
+
+def launch(calls: list[dict[str, object]], processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(SCRIPT), json.dumps(calls)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    names = {name: f"layout{i}" for i, name in enumerate(LAYOUTS)}
+    split = [
+        {"file": str(tmp_path / f"{names[name]}-zero{stage}"), "zero": stage, "rows": rows}
+        for name, rows in LAYOUTS.items()
+        for stage in range(4)
+    ]
+    whole = [
+        {"file": str(tmp_path / names[name]), "zero": 0, "rows": [sum(rows, [])]}
+        for name, rows in LAYOUTS.items()
+    ]
+    launch(whole, 1)
+    launch(split, 2)
+    for name in LAYOUTS:
+        expected = load_file(tmp_path / names[name])
+        # biases of attention keys have no gradient but rounding: compare against the model's scale
+        floor = 1e-3 * max(float(g.abs().max()) for n, g in expected.items() if n != "loss")
+        for stage in range(4):
+            got = load_file(tmp_path / f"{names[name]}-zero{stage}")
+            assert got.keys() == expected.keys()
+            for key, value in expected.items():
+                scale = max(float(value.abs().max()), floor)
+                error = float((got[key] - value).abs().max()) / scale
+                assert error <= 1e-5, (name, stage, key, error)

@@ -1,0 +1,173 @@
+"""A run with every kind of task, small enough for a test; and batches for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mmssl.build import build_model
+from mmssl.check import SPECIAL, VOCABULARY, fake_batch
+from mmssl.model import Model
+from mmssl.specs import RunSpec
+from mmssl.types import Batch, ViewBatch
+
+WIDTH = 16
+TREE: dict[str, Any] = {
+    "name": "tiny",
+    "shared": {"width": WIDTH, "layers": 1, "head_size": 8, "hidden": 32, "own_norms": True},
+    "towers": {
+        "audio": {
+            "modality": "audio",
+            "frontend": {"kind": "log_mel", "n_fft": 256, "win": 256, "hop": 160, "n_mels": 16},
+            "cut": {"kind": "conv", "channels": [4, 8], "strides": [[2, 4], [2, 4]]},
+        },
+        "video": {
+            "modality": "video",
+            "frontend": {"kind": "frames"},
+            "cut": {
+                "kind": "conv",
+                "channels": [4, 8],
+                "strides": [4, 2],
+                "temporal_kernel": 2,
+                "temporal_stride": 2,
+            },
+        },
+        "text": {"modality": "text", "frontend": {"kind": "ids"}, "cut": {"kind": "embedding"}},
+    },
+    "joints": {
+        "av": {
+            "of": ["video", "audio"],
+            "reduce": "max",
+            "backbone": {"width": WIDTH, "layers": 1, "head_size": 8, "hidden": 32},
+        }
+    },
+    "views": {
+        "video": {"modality": "video", "crop_s": 1.0, "fps": 4, "size": 16},
+        "audio": {"modality": "audio", "crop_s": 1.0},
+        "text": {"modality": "text", "length": 8},
+    },
+    "tasks": {
+        "align": {
+            "kind": "pairs",
+            "heads": {
+                "spaces": {
+                    "av": {"dim": 8, "pool": "steps", "steps": 2},
+                    "avt": {"dim": 8, "pool": "agg"},
+                }
+            },
+            "pairs": {
+                "va": {"between": ["video", "audio"], "space": "av"},
+                "at": {
+                    "between": ["audio", "text"],
+                    "space": "avt",
+                    "objective": {"kind": "info_nce", "equal_text": True},
+                },
+                "vt": {"between": ["video", "text"], "space": "avt", "objective": {"kind": "sigmoid"}},
+                "dense": {
+                    "between": ["video", "audio"],
+                    "score": {"kind": "map", "dim": 8, "aligned": True},
+                },
+            },
+        },
+        "match": {
+            "kind": "classify",
+            "target": {"kind": "match", "between": ["video", "audio"]},
+            "score": {"kind": "joint", "joint": "av"},
+        },
+        "masked_audio": {
+            "kind": "masked",
+            "view": "audio",
+            "mask": {"rule": "blocks", "ratio": 0.5, "block": [2, 1]},
+            "target": {"kind": "patches"},
+        },
+        "masked_video": {
+            "kind": "masked",
+            "view": "video",
+            "mask": {"rule": "tubes", "ratio": 0.5},
+            "target": {"kind": "patches"},
+            "rows": 0.7,
+        },
+        "masked_text": {
+            "kind": "masked",
+            "view": "text",
+            "mask": {"rule": "words", "ratio": 0.3},
+            "target": {"kind": "ids"},
+        },
+    },
+}
+
+
+def tiny_spec(**changes: Any) -> RunSpec:
+    """The run with some of its top-level entries replaced."""
+    return RunSpec.model_validate(TREE | changes)
+
+
+def tiny_model(spec: RunSpec | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
+    """A model with seeded weights."""
+    torch.manual_seed(seed)
+    return build_model(spec or tiny_spec(), VOCABULARY, SPECIAL).to(dtype)
+
+
+def tiny_batch(rows: int = 6, seed: int = 0, missing: bool = True, spec: RunSpec | None = None) -> Batch:
+    """A batch in which row 0 lacks text, row 1 audio, row 2 video."""
+    return fake_batch(spec or tiny_spec(), rows, seed, missing)
+
+
+def take_rows(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch as a batch of their own; views without an item get a dummy."""
+    index = torch.tensor(rows)
+    return Batch(
+        {name: _take(view, index) for name, view in batch.views.items()},
+        [batch.keys[i] for i in rows],
+        batch.source_B[index],
+        batch.text_B[index],
+        batch.index_B[index],
+        [batch.meta[i] for i in rows] if batch.meta else [],
+    )
+
+
+def _take(view: ViewBatch, index: torch.Tensor) -> ViewBatch:
+    place = torch.full((view.present_BL.shape[0],), -1)
+    place[index] = torch.arange(len(index))
+    kept = (place[view.rows_P] >= 0).nonzero()[:, 0]
+    dummy = len(kept) == 0
+    kept = torch.zeros(1, dtype=torch.long) if dummy else kept
+    rows = torch.zeros(1, dtype=torch.long) if dummy else place[view.rows_P[kept]]
+    return replace(
+        view,
+        data=view.data[kept],
+        lengths_P=view.lengths_P[kept],
+        rows_P=rows,
+        slots_P=view.slots_P[kept],
+        seeds_P=view.seeds_P[kept],
+        start_s_P=view.start_s_P[kept],
+        present_BL=view.present_BL[index],
+        dummy=dummy,
+    )
+
+
+def absent_rows(batch: Batch, count: int) -> Batch:
+    """The batch with `count` rows behind it in which every modality is absent."""
+    views = {
+        name: replace(v, present_BL=torch.cat([v.present_BL, v.present_BL.new_zeros(count, v.present_BL.shape[1])]))
+        for name, v in batch.views.items()
+    }
+    more = torch.arange(count)
+    return Batch(
+        views,
+        [*batch.keys, *(f"absent-{i}" for i in range(count))],
+        torch.cat([batch.source_B, more + 9000]),
+        torch.cat([batch.text_B, torch.zeros_like(more)]),
+        torch.cat([batch.index_B, more + 9000]),
+        [*batch.meta, *({} for _ in range(count))] if batch.meta else [],
+    )
+
+
+def gradients(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one forward and backward in training mode."""
+    model.zero_grad(set_to_none=True)
+    loss, _ = model.train()(batch, 0, 10)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
