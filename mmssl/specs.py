@@ -112,11 +112,12 @@ class WaveSpec(Spec):
 
 
 class FramesSpec(Spec):
-    """RGB frames scaled to [-1, 1] (`signed`) or [0, 1] (`unit`)."""
+    """Frames scaled to [-1, 1] (`signed`) or [0, 1] (`unit`), and what moves in them."""
 
     kind: Literal["frames"]
     values: Literal["signed", "unit"] = "signed"
-    residual: bool = False  # three more channels: what differs from the clip's mean frame
+    channels: Literal["rgb", "motion", "rgb_motion"] = "rgb"  # motion: distance from background
+    motion_gain: float = Field(8.0, gt=0)
 
 
 class IdsSpec(Spec):
@@ -151,6 +152,7 @@ class StemSpec(Spec):
     kernels: list[int | list[int]] | None = None
     norm: Literal["layer", "group", "none"] = "layer"
     activation: Literal["gelu", "relu", "silu"] = "gelu"
+    fold: int = Field(1, gt=0)  # video: frames that enter the stack together
     temporal_kernel: int = Field(1, gt=0)
     temporal_stride: int = Field(1, gt=0)
 
@@ -279,11 +281,11 @@ class SpaceSpec(Spec):
 
     pool: a global token's name, `mean` or `max` over all tokens, or `steps`: the strongest cell of
     each time step, every step projected by itself and concatenated, so that a dot product adds up
-    what happens at the same time.
+    what happens at the same time. One for all, or one per modality.
     """
 
     dim: int = Field(512, gt=0)
-    pool: str = "agg"
+    pool: str | dict[Modality, str] = "agg"
     steps: int = Field(8, gt=0)
     members: list[Modality] = []  # modalities of the space; empty = those of the pairs that use it
 
@@ -336,7 +338,8 @@ class JointScoreSpec(Spec):
 class MapSpec(Spec):
     """Similarity of every video cell with every audio step, reduced over cells, then over steps.
 
-    `aligned`: an audio step is compared only with the cells of the same instant.
+    `aligned`: an audio step is compared only with the cells of the same instant. `cells`: video
+    cells as they enter the backbone (`stem`), which know their own place only, or leave it.
     """
 
     kind: Literal["map"]
@@ -344,6 +347,7 @@ class MapSpec(Spec):
     space: Literal["max", "mean", "lse"] = "max"
     time: Literal["mean", "max"] = "mean"
     aligned: bool = False
+    cells: Literal["backbone", "stem"] = "backbone"
     normalize: bool = True
 
 

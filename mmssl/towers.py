@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
 from mmssl.backbones.transformer import Transformer
+from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import padding_mask
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
@@ -106,9 +107,9 @@ class Tower(nn.Module):
         position: share of the run that is done, for scheduled numbers. A pass that does not read
         one of the global tokens simply leaves it; registers are thrown away.
         """
-        x, grid = self._tokenise(view, mask)
-        pad = self.padding(view, grid)
-        x, index, kept_pad = self._dropped(x, pad, view, position)
+        stem, grid = self._tokenise(view, mask)
+        pad = stem_pad = self.padding(view, grid)
+        x, index, kept_pad = self._dropped(stem, pad, view, position)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
         x, _ = self._trunk[0](x, front_pad, modality=self.modality)
         if self.post is not None:
@@ -116,7 +117,16 @@ class Tower(nn.Module):
         named, tokens = self.extra.split(x, self.extra.names)
         if index is not None:
             tokens, pad = _scatter(tokens, index, kept_pad, prod(grid))
-        return Tokens(tokens, _filled(pad, tokens), grid, named, self.token_rate(view), view)
+        return Tokens(
+            x_PND=tokens,
+            pad_PN=_filled(pad, tokens),
+            stem_PND=stem,
+            stem_pad_PN=_filled(stem_pad, stem),
+            grid=grid,
+            extra=named,
+            rate_hz=self.token_rate(view),
+            view=view,
+        )
 
     def _tokenise(self, view: ViewBatch, mask: Mask | None) -> tuple[Tensor, tuple[int, ...]]:
         signal = self.inputs(view)
@@ -162,10 +172,7 @@ class Tower(nn.Module):
 
     def token_rate(self, view: ViewBatch) -> float:
         """Tokens per second along the time axis; 0 for text."""
-        if view.rate == 0:
-            return 0.0
-        params = getattr(self.signal, "params", None)
-        return view.rate / (params.hop if params is not None else 1) / self.cell[0]
+        return _rate(view, self.signal, self.cell[0])
 
     def first_centre(self) -> float:
         """Centre of the first token along time, in tokens."""
@@ -173,6 +180,12 @@ class Tower(nn.Module):
             return 0.0
         field = self.stem.fields()[0]  # type: ignore[operator]
         return float(field.first / field.stride)
+
+
+def _rate(view: ViewBatch, signal: nn.Module | None, stride: int) -> float:
+    """Tokens per second; a spectrogram has one frame per hop."""
+    params = getattr(signal, "params", None)
+    return view.rate / (params.hop if params is not None else 1) / stride
 
 
 def _shorter(view: ViewBatch) -> Tensor | None:
@@ -213,8 +226,15 @@ class ConvTower(nn.Module):
 
     def first_centre(self) -> float:
         """Centre of the first cell along time, in cells."""
-        field = self.network.fields()[0]  # type: ignore[operator]
-        return float(field.first / field.stride)
+        field = self._time_field()
+        return field.first / field.stride
+
+    def _time_field(self) -> Field:
+        """How cells see time; frames are read one by one."""
+        if self.modality == "video":
+            return Field(1, 1, 0.0)
+        field: Field = self.network.fields()[0]  # type: ignore[operator]
+        return field
 
     def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
         """Encode the P items of a view; video frames are read one by one.
@@ -234,7 +254,9 @@ class ConvTower(nn.Module):
         if frames is not None:
             steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]
             pad = padding_mask(steps.clamp(min=1), grid)
-        return Tokens(x, _filled(pad, x), grid, {}, 0.0, view)
+        rate = _rate(view, self.signal, self._time_field().stride)
+        filled = _filled(pad, x)
+        return Tokens(x, filled, x, filled, grid, {}, rate, view)
 
 
 class JointTower(nn.Module):

@@ -160,6 +160,7 @@ class Tokens:
     """What a tower returns for the P items of one view.
 
     x_PND: token outputs after the final norm; pad_PN: True where a token is padding or was dropped.
+    stem_PND: the tokens as they entered the backbone, with positions; stem_pad_PN: their padding.
     grid: token grid, (T, F) for spectrograms, (T,) for waveforms and text, (T, H, W) for video;
       N is its product, tokens are in row-major order of the grid.
     extra: the global tokens by name, each (P, D).
@@ -169,6 +170,8 @@ class Tokens:
 
     x_PND: Tensor
     pad_PN: Tensor
+    stem_PND: Tensor
+    stem_pad_PN: Tensor
     grid: tuple[int, ...]
     extra: dict[str, Tensor]
     rate_hz: float

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mmssl.build.policy import policy_of
 from mmssl.build.tasks import TaskBuilder
-from mmssl.build.towers import data_shape, make_joint, make_tower, make_trunk
+from mmssl.build.towers import data_shape, make_joint, make_tower, make_trunk, shared_by
 from mmssl.model import Model
 from mmssl.specs import RunSpec, SpectrumSpec
 from mmssl.types import UserError
@@ -26,7 +26,8 @@ def build_model(
     """
     _check_names(spec)
     special = dict(special or {})
-    trunk = make_trunk(spec.shared, spec.train.checkpoint_activations) if spec.shared else None
+    checkpointing = spec.train.checkpoint_activations
+    trunk = make_trunk(spec.shared, checkpointing, shared_by(spec)) if spec.shared else None
     towers = {name: make_tower(name, t, spec, trunk, vocab_size) for name, t in spec.towers.items()}
     tower_of = {name: v.tower or v.modality for name, v in spec.views.items()}
     widths = {view: towers[tower].width for view, tower in tower_of.items()}

@@ -6,6 +6,8 @@ from torch import nn
 
 from mmssl.specs import RunSpec, Trainable, TransformerSpec
 
+_ON_TOP = ("norm.", "trunk.norm.", "own_trunk.norm.", "post.")
+
 
 def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
     """{parameter: (learning-rate factor, frozen)} from the towers' own settings."""
@@ -21,15 +23,14 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
     for parameter, _ in model.named_parameters():
         for prefix, part, layers in groups:
             if parameter.startswith(prefix):
-                depth = _layers_above(parameter, layers)
+                depth = _layers_above(parameter.removeprefix(prefix), layers)
                 out[parameter] = (part.lr_scale * part.layer_decay**depth, part.freeze)
     return out
 
 
 def _layers_above(parameter: str, layers: int) -> int:
-    """How many layers lie between a parameter and the top of its tower."""
+    """How many layers lie between a parameter, named within its tower, and the tower's top."""
     parts = parameter.split(".")
     if "blocks" in parts:
         return layers - int(parts[parts.index("blocks") + 1])
-    on_top = any(p in parts for p in ("post", "norm"))
-    return 0 if on_top else layers + 1
+    return 0 if parameter.startswith(_ON_TOP) else layers + 1

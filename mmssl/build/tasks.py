@@ -7,7 +7,7 @@ from math import prod
 
 from mmssl.build.towers import channels, need_view
 from mmssl.heads.dense import MapScore, PairScore, VectorScore
-from mmssl.heads.embed import Embedder
+from mmssl.heads.embed import Embedder, poolings
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
 from mmssl.specs import (
@@ -75,7 +75,7 @@ class TaskBuilder:
             v: self._modality(v, f"tasks.{name}") for p in pairs.values() for v in p.between
         }
         embedder = self._embedder(name, task, pairs, modality_of)
-        scores = {key: self._score(task, p) for key, p in pairs.items()}
+        scores = {k: self._score(f"tasks.{name}.pairs.{k}", task, p) for k, p in pairs.items()}
         return Pairs(embedder, pairs, scores, task.chunk, task.weight)
 
     def _pair(self, where: str, task: PairsSpec, pair: PairSpec) -> PairSpec:
@@ -116,13 +116,14 @@ class TaskBuilder:
         spaces = {s: spec for s, spec in heads.spaces.items() if s in used}
         members = {s: sorted({*spec.members} or used[s]) for s, spec in spaces.items()}
         for s, spec in spaces.items():
-            if spec.pool == "steps" and spec.dim % spec.steps:
+            if "steps" in poolings(spec) and (spec.dim % spec.steps or len(poolings(spec)) > 1):
                 raise UserError(
-                    f"tasks.{name}.heads.spaces.{s}: dim {spec.dim} is not a multiple of steps "
-                    f"{spec.steps}"
+                    f"tasks.{name}.heads.spaces.{s}: pool `steps` is for all modalities of a space "
+                    f"and needs a dim ({spec.dim}) that is a multiple of steps ({spec.steps})"
                 )
         dims = {
-            s: spec.dim // (spec.steps if spec.pool == "steps" else 1) for s, spec in spaces.items()
+            s: spec.dim // (spec.steps if "steps" in poolings(spec) else 1)
+            for s, spec in spaces.items()
         }
         projection = SpaceHeads(
             heads.graph,
@@ -136,28 +137,33 @@ class TaskBuilder:
         )
         return Embedder(projection, spaces, modality_of)
 
-    def _score(self, task: PairsSpec, pair: PairSpec) -> PairScore:
+    def _score(self, where: str, task: PairsSpec, pair: PairSpec) -> PairScore:
         score = pair.score
         if isinstance(score, MapSpec):
             video, audio = pair.between
             widths = {"video": self.widths[video], "audio": self.widths[audio]}
+            if score.cells == "stem":
+                widths["video"] = self._transformer_tower(where, video).trunk_width
             table = ScoreMap(score.space, score.time, score.aligned, score.normalize)
-            return MapScore(widths, score.dim, table)
+            return MapScore(widths, score.dim, table, score.cells == "stem")
         if isinstance(score, DotSpec):
             return VectorScore(Dot(score.normalize))
         if isinstance(score, BilinearSpec):
             return VectorScore(Bilinear(task.heads.spaces[pair.space].dim, score.std))
         return VectorScore(Distance())
 
+    def _transformer_tower(self, where: str, view: str) -> Tower:
+        spec = self.spec.views[view]
+        tower = self.towers[spec.tower or spec.modality]
+        if not isinstance(tower, Tower):
+            raise UserError(f"{where}: {view} has a convolutional backbone; use a transformer")
+        return tower
+
     # masked
 
     def _masked(self, name: str, task: MaskedSpec) -> Task:
         view = need_view(self.spec, task.view, f"tasks.{name}.view")
-        tower = self.towers[view.tower or view.modality]
-        if not isinstance(tower, Tower):
-            raise UserError(
-                f"tasks.{name}.view: {task.view} has a convolutional backbone; use a transformer"
-            )
+        tower = self._transformer_tower(f"tasks.{name}.view", task.view)
         target: Target
         if isinstance(task.target, IdTargetSpec):
             if view.modality != "text":
@@ -167,7 +173,7 @@ class TaskBuilder:
             target = IdTarget(self.vocab_size, self.special, task.mask.shares)
         else:
             tower_spec = self.spec.towers[view.tower or view.modality]
-            _check_residual(f"tasks.{name}.mask.rule", tower_spec, task)
+            _check_motion(f"tasks.{name}.mask.rule", tower_spec, task)
             cells = channels(tower_spec) * prod(tower.cell)
             target = PatchTarget(cells, task.target.normalize, task.target.loss)
         widths = (tower.trunk_width, tower.width)
@@ -207,10 +213,10 @@ class TaskBuilder:
         return JointMatch(score.joint, views, self.joints[score.joint].width, joint.reduce)
 
 
-def _check_residual(where: str, tower: TowerSpec, task: MaskedSpec) -> None:
-    residual = isinstance(tower.frontend, FramesSpec) and tower.frontend.residual
-    if residual and task.mask.rule != "tubes":
+def _check_motion(where: str, tower: TowerSpec, task: MaskedSpec) -> None:
+    motion = isinstance(tower.frontend, FramesSpec) and tower.frontend.channels != "rgb"
+    if motion and task.mask.rule != "tubes":
         raise UserError(
-            f"{where}: {task.mask.rule} would leak hidden cells through the clip's mean frame "
-            "(frontend.residual); use tubes"
+            f"{where}: {task.mask.rule} would leak hidden cells through the clip's background "
+            "(frontend.channels); use tubes"
         )

@@ -12,11 +12,13 @@ from mmssl.backbones import NETWORKS
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.frontends.video import CHANNELS
 from mmssl.specs import (
     ConvSpec,
     EmbeddingSpec,
     FramesSpec,
     JointSpec,
+    Modality,
     PatchSpec,
     RunSpec,
     SpectrumSpec,
@@ -26,13 +28,13 @@ from mmssl.specs import (
     ViewSpec,
 )
 from mmssl.towers import AnyTower, ConvTower, JointTower, Tower
-from mmssl.types import MODALITIES, UserError
+from mmssl.types import UserError
 
 
 def channels(spec: TowerSpec) -> int:
     """Channels of the signal that a tower's stem reads."""
     if isinstance(spec.frontend, FramesSpec):
-        return 6 if spec.frontend.residual else 3
+        return CHANNELS[spec.frontend.channels]
     return 1
 
 
@@ -47,9 +49,20 @@ def need_view(spec: RunSpec, name: str, where: str) -> ViewSpec:
     return spec.views[name]
 
 
-def make_trunk(spec: TransformerSpec, checkpointing: bool) -> Transformer:
-    """A transformer; `checkpointing` recomputes its layers in the backward pass."""
-    own = MODALITIES if spec.own_norms else ()
+def shared_by(spec: RunSpec) -> tuple[Modality, ...]:
+    """The modalities that run through the shared trunk, in a fixed order."""
+    found = {t.modality for t in spec.towers.values() if t.backbone == "shared"}
+    return tuple(sorted(found))
+
+
+def make_trunk(
+    spec: TransformerSpec, checkpointing: bool, modalities: Sequence[Modality]
+) -> Transformer:
+    """A transformer; `checkpointing` recomputes its layers in the backward pass.
+
+    modalities: those that may have weights of their own. There is none for a modality that never
+    comes by: an unused parameter would hang a distributed run.
+    """
     return Transformer(
         width=spec.width,
         layers=spec.layers,
@@ -57,8 +70,8 @@ def make_trunk(spec: TransformerSpec, checkpointing: bool) -> Transformer:
         head_size=spec.head_size,
         hidden=spec.hidden,
         dropout=spec.dropout,
-        norms_for=own,
-        ffn_for=MODALITIES if spec.own_ffn else (),
+        norms_for=modalities if spec.own_norms else (),
+        ffn_for=modalities if spec.own_ffn else (),
         ffn_layers=spec.own_ffn,
         post_norm=spec.post_norm,
         relative_buckets=spec.relative_buckets,
@@ -83,7 +96,9 @@ def make_tower(
         network = NETWORKS[spec.backbone.kind](channels(spec), **options)
         return ConvTower(spec.modality, signal, network)
     own = spec.backbone if isinstance(spec.backbone, TransformerSpec) else None
-    encoder = trunk if own is None else make_trunk(own, run.train.checkpoint_activations)
+    encoder = trunk
+    if own is not None:
+        encoder = make_trunk(own, run.train.checkpoint_activations, (spec.modality,))
     if encoder is None:
         raise UserError(
             f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
@@ -133,9 +148,9 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
         stem = STEMS["patches"](cut.patch, width, channels(spec))
         return stem
     if isinstance(cut, StemSpec):
-        options = cut.model_dump(exclude={"kind", "temporal_kernel", "temporal_stride"})
+        options = cut.model_dump(exclude={"kind"})
+        time = {key: options.pop(key) for key in ("fold", "temporal_kernel", "temporal_stride")}
         if spec.modality == "video":
-            time = {"temporal_kernel": cut.temporal_kernel, "temporal_stride": cut.temporal_stride}
             stem = STEMS["video_conv"](width, **options, **time, in_channels=channels(spec))
             return stem
         rank = 1 if spec.frontend.kind == "waveform" else 2
@@ -198,8 +213,17 @@ def data_shape(name: str, view: ViewSpec) -> tuple[int, ...]:
 
 
 def make_joint(name: str, spec: JointSpec, widths: Mapping[str, int], run: RunSpec) -> JointTower:
-    """A tower over the tokens of several views."""
+    """A tower over the tokens of several views.
+
+    Raises:
+        UserError: an unknown view, or weights per modality, which mixed tokens cannot have.
+    """
     for view in spec.of:
         need_view(run, view, f"joints.{name}.of")
-    trunk = make_trunk(spec.backbone, run.train.checkpoint_activations)
+    if spec.backbone.own_norms or spec.backbone.own_ffn:
+        raise UserError(
+            f"joints.{name}.backbone: own_norms and own_ffn keep weights per modality, but a joint "
+            "tower mixes modalities; leave them out"
+        )
+    trunk = make_trunk(spec.backbone, run.train.checkpoint_activations, ())
     return JointTower(spec.of, widths, ExtraTokens(trunk.width, spec.globals), trunk)

@@ -37,7 +37,9 @@ def load_model(
     tokenizer = Tokenizer.load(file) if file.is_file() else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(spec.train.seed, "random baseline"))
-        size, special = (0, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.special)
+        size, special = (
+            (0, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.special)
+        )
         model = build_model(spec, size, special)
     if not random:
         averaged = which == "ema" and (folder / "ema.safetensors").is_file()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.frontends.lengths import Field, conv_length, same_padding, stack_field, stack_length
+from mmssl.frontends.lengths import Field, same_padding, stack_field, stack_length
 from mmssl.frontends.patches import stack_lengths, zero_behind
 from mmssl.types import UserError
 
@@ -209,6 +209,9 @@ class ConvStem(nn.Module):
 class VideoConvStem(nn.Module):
     """Convolutional stem of video: one image stack on every frame, then a merge along time.
 
+    fold: so many neighbouring frames enter the image stack together, as channels (a first layer
+    with a temporal kernel and stride of that size); 2 halves the cost of the stack.
+
     Frames are folded into the batch and kept channels-last: on a CPU this halves the time of the
     stack, and the frames of a decoder already lie that way. The merge is a linear map of
     `temporal_kernel` neighbouring frames every `temporal_stride` frames (equal numbers: no overlap;
@@ -223,6 +226,7 @@ class VideoConvStem(nn.Module):
         kernels: Sequence[int | Sequence[int]] | None = None,
         temporal_kernel: int = 1,
         temporal_stride: int = 1,
+        fold: int = 1,
         in_channels: int = 3,
         norm: str = "layer",
         activation: str = "gelu",
@@ -233,9 +237,10 @@ class VideoConvStem(nn.Module):
                 f"stem: temporal_stride {temporal_stride} must lie between 1 and "
                 f"temporal_kernel {temporal_kernel}, or frames are skipped"
             )
-        self.stack = ConvStack(in_channels, channels, strides, kernels, 2, norm, activation)
-        self.kernel, self.step = temporal_kernel, temporal_stride
+        self.stack = ConvStack(in_channels * fold, channels, strides, kernels, 2, norm, activation)
+        self.fold, self.kernel, self.step = fold, temporal_kernel, temporal_stride
         self.pad = same_padding(temporal_kernel, temporal_stride)
+        self.time = ([fold, self.kernel], [fold, self.step], [0, self.pad])
         self.proj = nn.Linear(channels[-1] * temporal_kernel, width)
 
     @property
@@ -249,20 +254,21 @@ class VideoConvStem(nn.Module):
         Raises:
             UserError: too few frames or too small frames.
         """
-        steps = conv_length(shape[0], self.kernel, self.step, self.pad)
+        steps = stack_length(shape[0], *self.time)
         if steps == 0:
             raise UserError(
-                f"stem: {shape[0]} frames are fewer than one temporal kernel of {self.kernel}"
+                f"stem: {shape[0]} frames are fewer than one token needs; use a longer view, or a "
+                f"smaller fold ({self.fold}) or temporal_kernel ({self.kernel})"
             )
         return (steps, *self.stack.grid(shape[1:]))
 
     def fields(self) -> tuple[Field, ...]:
         """Stride, receptive field and first centre along time, height and width."""
-        return (stack_field([self.kernel], [self.step], [self.pad]), *self.stack.fields())
+        return (stack_field(*self.time), *self.stack.fields())
 
     def out_lengths(self, lengths_P: Tensor) -> Tensor:
         """Valid tokens along time, at least 1 where the input has any."""
-        return stack_lengths(lengths_P, [self.kernel], [self.step], [self.pad])
+        return stack_lengths(lengths_P, *self.time)
 
     def forward(self, x_PCTHW: Tensor, lengths_P: Tensor | None = None) -> tuple[Tensor, Grid]:
         """(P, 3, T, H, W) to tokens (P, N, D) and their grid.
@@ -273,11 +279,14 @@ class VideoConvStem(nn.Module):
             UserError: too few frames or too small frames.
         """
         grid = self.grid(x_PCTHW.shape[2:])
-        items, frames = x_PCTHW.shape[0], x_PCTHW.shape[2]
-        folded = x_PCTHW.transpose(1, 2).flatten(0, 1).to(self.proj.weight.dtype)
+        items, frames = x_PCTHW.shape[0], x_PCTHW.shape[2] // self.fold
+        x_PTCHW = x_PCTHW.transpose(1, 2)[:, : frames * self.fold]
+        folded = x_PTCHW.reshape(items * frames, -1, *x_PTCHW.shape[3:]).to(self.proj.weight.dtype)
         maps = self.stack(folded.contiguous(memory_format=torch.channels_last))
         cells = torch.movedim(maps, 1, -1)
         cells = cells.view(items, frames, *cells.shape[1:])  # (P, T, h, w, C)
+        if lengths_P is not None:
+            lengths_P = stack_lengths(lengths_P, [self.fold], [self.fold], [0])
         cells = zero_behind(cells, lengths_P, axis=1)
         tokens: Tensor = self.proj(self._neighbours(cells))
         return tokens.flatten(1, 3), grid

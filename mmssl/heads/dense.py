@@ -51,11 +51,15 @@ class VectorScore(nn.Module):
 class MapScore(nn.Module):
     """`ScoreMap` with its own LayerNorm + linear projection of video cells and audio steps.
 
-    A spectrogram's bands are averaged into time steps.
+    A spectrogram's bands are averaged into time steps. from_stem: video cells are read before the
+    backbone: attention would let a cell answer for an object in another one.
     """
 
-    def __init__(self, widths: Mapping[str, int], dim: int, score: ScoreMap) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], dim: int, score: ScoreMap, from_stem: bool = False
+    ) -> None:
         super().__init__()
+        self.from_stem = from_stem
         self.maps_of = nn.ModuleDict(
             {m: nn.Sequential(nn.LayerNorm(w), nn.Linear(w, dim)) for m, w in widths.items()}
         )
@@ -67,9 +71,11 @@ class MapScore(nn.Module):
         modality = tokens.view.modality
         if modality == "video":
             steps = tokens.grid[0]
-            cells: Tensor = self.maps_of[modality](tokens.x_PND)
+            values = tokens.stem_PND if self.from_stem else tokens.x_PND
+            cells: Tensor = self.maps_of[modality](values)
             x = cells.reshape(cells.shape[0], steps, -1, cells.shape[-1])
-            valid = ~tokens.pad_PN.reshape(cells.shape[0], steps, -1)
+            pad = tokens.stem_pad_PN if self.from_stem else tokens.pad_PN
+            valid = ~pad.reshape(cells.shape[0], steps, -1)
         else:
             x, pad = time_steps(tokens, "mean")
             x, valid = self.maps_of[modality](x), ~pad

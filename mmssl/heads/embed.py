@@ -38,6 +38,25 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
     raise UserError(f"pool: {how!r} is not known; use one of {known}")
 
 
+def poolings(spec: SpaceSpec) -> set[str]:
+    """The poolings that a space uses."""
+    return {spec.pool} if isinstance(spec.pool, str) else set(spec.pool.values())
+
+
+def pooling_for(spec: SpaceSpec, modality: str) -> str:
+    """How a modality is pooled in a space.
+
+    Raises:
+        UserError: the space says nothing about this modality.
+    """
+    if isinstance(spec.pool, str):
+        return spec.pool
+    for known, how in spec.pool.items():
+        if known == modality:
+            return how
+    raise UserError(f"pool: {dict(spec.pool)} says nothing about {modality}; add it")
+
+
 class Embedder(nn.Module):
     """Vectors of any view in any of its spaces."""
 
@@ -62,7 +81,8 @@ class Embedder(nn.Module):
         by_pool: dict[tuple[str, int], list[str]] = {}
         for name in spaces:
             spec = self.spaces[name]
-            by_pool.setdefault((spec.pool, spec.steps), []).append(name)
+            how = pooling_for(spec, tokens.view.modality)
+            by_pool.setdefault((how, spec.steps), []).append(name)
         for (how, steps), names in by_pool.items():
             pooled = pool(tokens, how, steps)
             vectors = self.heads.project_all(pooled, tokens.view.modality, names, valid)

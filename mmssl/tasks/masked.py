@@ -181,7 +181,8 @@ class Masked(Task):
         hidden = self._hidden(tower, view, passes.position)
         ids = self.target.replacement(view, hidden)
         tokens = passes.tokens(self.view, Mask(self.name, hidden, self.embedding, ids), view)
-        counted = hidden & (item_weight(view) > 0)[:, None]
+        # A token that DropToken left out has no output to predict from.
+        counted = hidden & ~tokens.pad_PN & (item_weight(view) > 0)[:, None]
         return self.head(tokens.x_PND), self.target.values(tower, view), counted
 
     def _rows(self, view: ViewBatch) -> ViewBatch:

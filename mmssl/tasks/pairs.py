@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mmssl import dist
@@ -162,8 +163,9 @@ class Pairs(Task):
             SigmoidSpec: self._sigmoid,
         }[type(objective)]
         loss_B = in_row_chunks(lambda rows: per_row(name, a, b, rows), len(a[0].rows), self.chunk)
+        # A row with one side only may still have an equal caption as positive: it is not counted.
         both = a[0].rows.present & b[0].rows.present
-        return Term(loss_B.sum(), both.sum())
+        return Term(torch.where(both, loss_B, torch.zeros_like(loss_B)).sum(), both.sum())
 
     def _logits(self, name: str, query: Side, keys: Side, flip: bool) -> Tensor:
         """(Q, C) or (Q, C, L) logits; `flip`: the query is the pair's second side."""

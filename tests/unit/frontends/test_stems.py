@@ -146,5 +146,5 @@ def test_bad_stems_are_refused():
         ConvStem(8, (4,), (8,), (16,))(torch.zeros(1, 1, 3, 40))
     with pytest.raises(UserError, match="2 axes"):
         ConvStem(8, (4,), (2,)).grid((3, 40, 40))
-    with pytest.raises(UserError, match="fewer than one temporal kernel"):
+    with pytest.raises(UserError, match="fewer than one token needs"):
         VideoConvStem(8, (4,), (2,), None, 4, 4).grid((3, 16, 16))

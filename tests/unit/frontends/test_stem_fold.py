@@ -1,0 +1,42 @@
+"""Folding neighbouring frames into the first layer of the video stem."""
+
+import pytest
+import torch
+
+from mmssl.frontends.stems import VideoConvStem
+from mmssl.types import UserError
+
+ARGS = {"width": 6, "channels": [4, 8], "strides": [2, 2]}
+
+
+def test_a_folded_stem_is_a_strided_convolution_along_time():
+    torch.manual_seed(0)
+    stem = VideoConvStem(**ARGS, fold=2)
+    x = torch.randn(2, 3, 6, 8, 8)
+    out, grid = stem(x)
+    assert grid == stem.grid((6, 8, 8)) == (3, 2, 2)
+    pairs = x.transpose(1, 2).reshape(2, 3, 6, 8, 8).transpose(1, 2)
+    plain = VideoConvStem(**ARGS, in_channels=6)
+    plain.load_state_dict(stem.state_dict())
+    torch.testing.assert_close(out, plain(pairs)[0])
+
+
+def test_folded_tokens_are_centred_between_their_frames():
+    time = VideoConvStem(**ARGS, fold=2, temporal_kernel=2, temporal_stride=2).fields()[0]
+    assert (time.stride, time.size, time.first) == (4, 4, 1.5)
+
+
+def test_frames_behind_the_end_change_nothing():
+    torch.manual_seed(1)
+    stem = VideoConvStem(**ARGS, fold=2)
+    x = torch.randn(1, 3, 8, 8, 8)
+    x[:, :, 4:] = 0
+    padded, _ = stem(x, torch.tensor([4]))
+    alone, _ = stem(x[:, :, :4])
+    torch.testing.assert_close(padded[:, :8], alone)
+    assert int(stem.out_lengths(torch.tensor([4]))) == 2
+
+
+def test_too_few_frames_are_refused():
+    with pytest.raises(UserError, match="fold"):
+        VideoConvStem(**ARGS, fold=4).grid((3, 8, 8))
