@@ -1,0 +1,220 @@
+"""Reads every byte of shard folders and compares it with what was promised.
+
+    python -m data_tools.check_shards FOLDER... [--decode]
+
+Checked: sha256, size and sample count of each tar; that the members of a sample stand together;
+keys; CRC32C of every member and of the json; row numbers (unique, ascending); that the media has
+the streams that `has` names; Energon's offset files and its index. The exit status is 1 if anything
+is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sqlite3
+import struct
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools import transcode
+from mmssl.data import media, samples
+from mmssl.data.integrity import (
+    META_FOLDER,
+    DamagedSampleError,
+    Shard,
+    read_manifest,
+    valid_key,
+)
+from mmssl.data.media import Limits
+from mmssl.types import Sample, UserError
+
+
+@dataclass
+class Findings:
+    """What was seen in one folder; damages are (shard, place, message)."""
+
+    folder: Path
+    samples: int = 0
+    audio: int = 0
+    video: int = 0
+    text: int = 0
+    damages: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def damage(self, shard: str, place: str, message: str) -> None:
+        """Note one damage."""
+        self.damages.append((shard, place, message))
+
+
+def check_folder(folder: str | Path, decode: bool = False) -> Findings:
+    """Check one folder of shards.
+
+    Args:
+        folder: a folder with manifest.json.
+        decode: also decode all media.
+
+    Raises:
+        UserError: the folder as a whole cannot be read (see `integrity.read_manifest`).
+    """
+    folder = Path(folder)
+    shards = read_manifest(folder)
+    findings = Findings(folder)
+    keys: dict[str, str] = {}
+    last_index = -1
+    for shard in tqdm(shards, desc=folder.name, unit="shard", disable=None):
+        offsets: list[int] = []
+        for key, offset, fields in _samples(folder / shard.name, shard.name, findings):
+            offsets.append(offset)
+            if key in keys:
+                findings.damage(shard.name, key, f"the key also stands in {keys[key]}")
+            keys[key] = shard.name
+            last_index = _check_sample(shard.name, key, fields, last_index, decode, findings)
+        _check_tar(folder, shard, offsets, findings)
+    _check_index(folder, keys, findings)
+    return findings
+
+
+def _samples(
+    path: Path, name: str, findings: Findings
+) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    """Samples of a tar in order: key, offset of the first header, members."""
+    key, offset, fields = "", 0, dict[str, bytes]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, _, field_name = member.name.partition(".")
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None:
+                    findings.damage(name, member.name, "not a plain file")
+                    continue
+                if stem != key and fields:
+                    yield key, offset, fields
+                if stem != key:
+                    key, offset, fields = stem, member.offset, {}
+                if field_name in fields:
+                    findings.damage(name, member.name, "the member stands there twice")
+                fields[field_name] = file.read()
+    except (tarfile.TarError, OSError) as error:
+        findings.damage(name, key or "start", f"the tar breaks off: {error}")
+    if fields:
+        yield key, offset, fields
+
+
+def _check_sample(
+    shard: str, key: str, fields: dict[str, bytes], last: int, decode: bool, findings: Findings
+) -> int:
+    """Check one sample; returns its row number."""
+    findings.samples += 1
+    if not valid_key(key):
+        findings.damage(shard, key, "the key breaks the profile")
+    try:
+        record = samples.read(Sample(key, (), fields))
+        _check_media(record, decode)
+    except DamagedSampleError as error:
+        findings.damage(shard, key, str(error))
+        return last
+    for modality in record.has:
+        setattr(findings, modality, getattr(findings, modality) + 1)
+    if record.index <= last:
+        findings.damage(shard, key, f"row number {record.index} after {last}")
+    return max(last, record.index)
+
+
+def _check_media(record: samples.Record, decode: bool) -> None:
+    found = {"text"} if record.captions else set()
+    for data, offers in ((record.video, ("audio", "video")), (record.sound, ("audio",))):
+        if data is None:
+            continue
+        header = transcode.verify(data, Limits()) if decode else media.probe(data)
+        streams = {"audio": header.audio_streams, "video": header.video_streams}
+        found |= {m for m in offers if streams[m]}
+    if not record.has <= found:
+        lacking = sorted(record.has - found)
+        raise DamagedSampleError("missing", f"{record.key}: `has` names {lacking}, which it lacks")
+
+
+def _check_tar(folder: Path, shard: Shard, offsets: Sequence[int], findings: Findings) -> None:
+    path = folder / shard.name
+    if path.stat().st_size != shard.bytes:
+        findings.damage(shard.name, "size", f"{path.stat().st_size} bytes, listed {shard.bytes}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            findings.damage(shard.name, "sha256", "differs from manifest.json")
+    if len(offsets) != shard.samples:
+        findings.damage(shard.name, "samples", f"{len(offsets)} found, {shard.samples} listed")
+    index = path.with_suffix(".tar.idx")
+    raw = index.read_bytes() if index.is_file() else b""
+    stored = struct.unpack(f"<{len(raw) // 8}Q", raw[: len(raw) // 8 * 8])
+    if len(raw) % 8 or list(stored[:-1]) != list(offsets):
+        findings.damage(index.name, "offsets", "do not fit the tar; run make_shards again")
+
+
+def _check_index(folder: Path, keys: dict[str, str], findings: Findings) -> None:
+    path = folder / META_FOLDER / "index.sqlite"
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            stored = {row[0] for row in database.execute("SELECT sample_key FROM samples")}
+    except sqlite3.Error as error:
+        findings.damage(path.name, "index", f"unreadable: {error}")
+        return
+    if stored != set(keys):
+        wrong = len(stored ^ set(keys))
+        findings.damage(
+            path.name, "index", f"{wrong} keys differ from the tars; run make_shards again"
+        )
+
+
+def table(findings: Sequence[Findings]) -> str:
+    """One line per folder, then one line per damage."""
+    head = ("folder", "samples", "audio", "video", "text", "damages")
+    rows = [
+        (str(f.folder), *map(str, (f.samples, f.audio, f.video, f.text, len(f.damages))))
+        for f in findings
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [_line(row, widths) for row in (head, *rows)]
+    lines += [
+        f"  {f.folder / shard}: {place}: {text}"
+        for f in findings
+        for shard, place, text in f.damages
+    ]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join([cells[0].ljust(widths[0]), *numbers])
+
+
+def as_json(findings: Sequence[Findings]) -> list[dict[str, Any]]:
+    """The same as plain data."""
+    return [{**vars(f), "folder": str(f.folder)} for f in findings]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.check_shards", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--decode", action="store_true", help="also decode all media")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args(argv)
+    try:
+        findings = [check_folder(folder, args.decode) for folder in args.folders]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(as_json(findings)) if args.json else table(findings))
+    return 1 if any(f.damages for f in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

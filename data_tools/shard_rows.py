@@ -1,0 +1,154 @@
+"""One manifest row to one shard sample: read, check, cut or re-encode, seal."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_tools import transcode
+from data_tools.manifest import SUFFIXES, Row
+from data_tools.transcode import Encoding
+from mmssl.data import media
+from mmssl.data.integrity import PROFILE, DamagedSampleError, seal, valid_key
+from mmssl.data.media import Limits
+from mmssl.data.samples import AUDIO_FIELDS
+
+_CUT_TOLERANCE_S = 0.1  # a manifest's `end` this close to the end of the file asks for no cut
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to make shards; sizes are upper limits of one shard."""
+
+    shard_samples: int = 10_000
+    shard_mb: float = 256.0
+    workers: int = 1
+    reencode: Encoding | None = None
+    verify: bool = True
+    overwrite: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One row after its media was read: the members of its sample, or why there is none."""
+
+    row: Row
+    key: str = ""
+    members: tuple[tuple[str, bytes], ...] = ()
+    seconds: tuple[tuple[str, float], ...] = ()
+    captions: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+def prepare(row: Row, options: Options) -> Made:
+    """Read, check and if asked re-encode one row."""
+    try:
+        return _prepared(row, options)
+    except DamagedSampleError as error:
+        return Made(row, reason=error.reason, message=str(error))
+    except OSError as error:
+        return Made(row, reason="file", message=f"{row.media}: {error.strerror or error}")
+
+
+def _prepared(row: Row, options: Options) -> Made:
+    members: list[tuple[str, bytes]] = []
+    header, found, length_s = None, set(), 0.0
+    digest = hashlib.sha256("\n".join(row.captions).encode())
+    if row.media is not None:
+        source = row.media.read_bytes()
+        digest = hashlib.sha256(source)
+        name, data, length_s = _media(row, source, options)
+        if options.verify:
+            header = transcode.verify(data, options.limits)
+        else:
+            header = media.probe(data, options.limits)
+        found = _streams(name, header)
+        members.append((name, data))
+    found |= {"text"} if row.captions else set()
+    has = _has(row, found)
+    captions = row.captions if "text" in has else ()
+    if captions:
+        members.append(("txt", captions[0].encode()))
+    key = sample_key(row.source, digest.hexdigest(), row.start_s)
+    start = row.start_s
+    record = {
+        "profile": PROFILE,
+        "key": key,
+        "source": row.source,
+        "index": row.index,
+        "start": start,
+        "end": start + length_s,
+        "fps": 0.0 if header is None else round(header.fps, 6),
+        "rate": 0 if header is None else header.rate,
+        "width": 0 if header is None else header.width,
+        "height": 0 if header is None else header.height,
+        "language": row.language,
+        "licence": row.licence,
+        "captions": list(captions),
+        "has": has,
+        "meta": row.meta,
+    }
+    members.append(("json", _sealed(row, record, dict(members))))
+    seconds = tuple((m, length_s) for m in has if m != "text")
+    return Made(row, key, tuple(members), seconds, len(captions))
+
+
+def _sealed(row: Row, record: dict[str, Any], members: dict[str, bytes]) -> bytes:
+    try:
+        return seal(record, members)
+    except ValueError as error:
+        raise DamagedSampleError("meta", f"{row.where}: meta cannot be stored ({error})") from error
+
+
+def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
+    """Field name, bytes and length in seconds of what goes into the shard."""
+    assert row.media is not None
+    spans = transcode.spans(data, options.limits)
+    first, last = spans.get("video") or spans["audio"]
+    length = last - first
+    end = length if row.end_s is None else min(row.end_s, length)
+    if row.start_s >= length:
+        raise DamagedSampleError(
+            "cut", f"start {row.start_s:g} s lies after the end ({length:.3f} s)"
+        )
+    cut = row.start_s > 0 or end < length - _CUT_TOLERANCE_S
+    name = SUFFIXES.get(row.media.suffix.lower())
+    if cut or options.reencode is not None:
+        encoding = options.reencode or Encoding()
+        mp4 = transcode.transcode(data, row.start_s, end, encoding, options.limits)
+        return ("mp4" if "video" in spans else "m4a"), mp4, end - row.start_s
+    if name is None:
+        raise DamagedSampleError(
+            "format", f"{row.media}: {row.media.suffix} is not kept in shards; pass --reencode"
+        )
+    return name, data, length
+
+
+def _streams(name: str, header: media.Header) -> set[str]:
+    found = {"audio"} if header.audio_streams else set()
+    if header.video_streams and name not in AUDIO_FIELDS:
+        found.add("video")
+    return found
+
+
+def _has(row: Row, found: set[str]) -> list[str]:
+    if row.has is None:
+        return sorted(found)
+    lacking = set(row.has) - found
+    if lacking:
+        raise DamagedSampleError(
+            "missing", f"{row.where}: `has` names {sorted(lacking)}, which the clip lacks"
+        )
+    return sorted(row.has)
+
+
+def sample_key(source: str, digest: str, start_s: float) -> str:
+    """`<source>-<content hash>-<start in ms>` in the characters that keys may have."""
+    slug = re.sub(r"[^a-z0-9_]+", "_", source.lower()).strip("_")[:40] or "clip"
+    key = f"{slug}-{digest[:16]}-{round(start_s * 1000)}"
+    assert valid_key(key), key
+    return key

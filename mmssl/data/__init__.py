@@ -1,0 +1,1 @@
+"""From shard bytes to batches: verify, decode on one clock, cut views, collate, and the loader."""

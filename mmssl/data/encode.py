@@ -1,0 +1,140 @@
+"""From shard sample to row: verify, open, plan, decode, cut.
+
+One object of this kind lives in every worker; it has no state but the counters of what it skipped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmssl.data import samples
+from mmssl.data.collate import Item
+from mmssl.data.decode import ClipReader
+from mmssl.data.integrity import Ledger
+from mmssl.data.media import Limits
+from mmssl.data.text import Tokenizer
+from mmssl.specs import DataSpec, ViewSpec
+from mmssl.types import Clip, Sample, UserError, View
+from mmssl.views import clip as cutting
+from mmssl.views.plan import Plan, Seeds, plan
+
+_WINDOW = 1000  # samples over which the share of bad ones is taken
+
+
+@dataclass
+class SampleEncoder:
+    """Turns samples into rows of named views."""
+
+    views: Mapping[str, ViewSpec]
+    data: DataSpec
+    seed: int
+    tokenizer: Tokenizer | None
+    training: bool
+    limits: Limits = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the views.
+
+        Raises:
+            UserError: an unknown augmentation, or text views without a tokenizer.
+        """
+        cutting.check_views(dict(self.views))
+        texts = [name for name, spec in self.views.items() if spec.modality == "text"]
+        if texts and self.tokenizer is None:
+            raise UserError(f"views.{texts[0]}: a text view needs `data.tokenizer`")
+        self.limits = Limits(self.data.max_pixels, self.data.max_seconds)
+
+    def __call__(self, sample: Sample) -> Item:
+        """Verify, decode and cut one sample.
+
+        Raises:
+            DamagedSampleError: the sample must be skipped.
+        """
+        record = samples.read(sample)
+        draw = _flat(sample.restore_key) if self.training else ()
+        seeds = Seeds(self.seed, sample.key, draw)
+        with ClipReader(record, self.limits, self.data.decoder) as reader:
+            cuts = plan(
+                self.views,
+                reader.duration_s,
+                reader.has,
+                seeds,
+                self.training,
+                reader.frame_times_s,
+            )
+            clips = [reader.clip(need) for need in cuts.needs] or [reader.clip()]
+            meta = {} if self.training else _evaluation_meta(reader)
+        return Item(
+            key=sample.key,
+            source=record.source,
+            index=record.index,
+            captions=list(record.captions),
+            views=self._cut(cuts, clips),
+            meta=meta,
+        )
+
+    def _cut(self, cuts: Plan, clips: list[Clip]) -> dict[str, list[View]]:
+        views: dict[str, list[View]] = {}
+        for name, cut in cuts.cuts.items():
+            clip = clips[cuts.pass_of.get(name, 0)]
+            if cut.spec.modality == "text":
+                assert self.tokenizer is not None
+                views[name] = cutting.cut_text(clip.captions, cut, self.tokenizer)
+                continue
+            cutter = cutting.cut_audio if cut.spec.modality == "audio" else cutting.cut_video
+            view = cutter(clip, cut, self.training)
+            views[name] = [] if view is None else [view]
+        return views
+
+
+def _flat(key: tuple[Any, ...]) -> tuple[str | int, ...]:
+    out: list[str | int] = []
+    for part in key:
+        out.extend(_flat(part) if isinstance(part, tuple) else (part,))
+    return tuple(out)
+
+
+def _evaluation_meta(reader: ClipReader) -> dict[str, Any]:
+    """The manifest's meta, with what reports and localisation need to know of the stored clip."""
+    record = reader.record
+    return {
+        **record.meta,
+        "captions": list(record.captions),
+        "source": record.source,
+        "has": sorted(reader.has),
+        "duration_s": reader.duration_s,
+        "stored_size": list(reader.stored_size),
+    }
+
+
+class BadSampleGuard:
+    """Counts bad samples, and says when there are too many to go on."""
+
+    def __init__(self, max_share: float, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._max_bad = max_share * _WINDOW
+        self._max_share = max_share
+        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self.stop = ""
+
+    def good(self) -> None:
+        """Note a sample that was delivered."""
+        self._recent.append(False)
+
+    def bad(self, key: str, reason: str, message: str, **where: Any) -> None:
+        """Note a sample that was skipped; sets `stop` when the window holds too many."""
+        self._recent.append(True)
+        self.ledger.add(reason, key=key, message=message, **where)
+        bad = sum(self._recent)
+        if bad > self._max_bad:
+            totals = ", ".join(
+                f"{name} {count}" for name, count in sorted(self.ledger.counts.items())
+            )
+            self.stop = (
+                f"{bad} of the last {len(self._recent)} samples of one reader were bad, more than "
+                f"data.max_bad_share = {self._max_share:g} of {_WINDOW} allows ({totals}); the "
+                f"last: {message}. Run python -m data_tools.check_shards on the folder"
+            )

@@ -1,0 +1,202 @@
+"""Checks that stand between a shard and a training step.
+
+No decoder notices a flipped bit and tar files carry no checksum of their payload, so every sample's
+json holds the CRC32C of each other member and of itself. A damaged sample is refused with a reason
+code; readers count it in a ledger and go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from mmssl.types import UserError
+
+META_FOLDER = ".nv-meta"
+MANIFEST = "manifest.json"
+# Energon imports whatever class this file names, so it must equal this text.
+DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+PROFILE = "mmssl-shards-1"
+
+_KEY = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*")
+_SHARD = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*-\d{6}\.tar")
+_SELF = re.compile(rb'"crc32c_self":"[0-9a-f]{8}",?')
+
+
+class DamagedSampleError(ValueError):
+    """A sample that must not reach training; `reason` is a short code for the ledger."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file as the manifest lists it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def crc32c(data: bytes) -> str:
+    """CRC32C (Castagnoli) as eight hexadecimal digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """The one byte string of a json object: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(
+        record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
+
+
+def seal(record: Mapping[str, Any], members: Mapping[str, bytes]) -> bytes:
+    """The json member of a sample: the record, the CRC of every other member, and its own CRC."""
+    sealed = {**record, "crc32c": {name: crc32c(data) for name, data in members.items()}}
+    sealed["crc32c_self"] = crc32c(canonical(sealed))
+    return canonical(sealed)
+
+
+def unseal(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
+    """Check every member of a sample and return its json record.
+
+    Raises:
+        DamagedSampleError: json missing or unreadable (`json`), another sample's json (`key`), a
+            member missing or not listed (`members`), or wrong bytes (`crc`).
+    """
+    record = _read_record(key, fields)
+    if record.get("key") != key:
+        raise DamagedSampleError("key", f"{key}: its json belongs to {record.get('key')!r}")
+    listed = record.get("crc32c")
+    members = {name: data for name, data in fields.items() if name != "json"}
+    if not isinstance(listed, dict) or set(listed) != set(members):
+        raise DamagedSampleError(
+            "members", f"{key}: the shard holds {sorted(members)}, the json lists {listed!r}"
+        )
+    for name, data in members.items():
+        if crc32c(data) != listed[name]:
+            raise DamagedSampleError("crc", f"{key}.{name}: wrong CRC32C, the bytes were changed")
+    return record
+
+
+def _read_record(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
+    raw = fields.get("json")
+    if raw is None:
+        raise DamagedSampleError("json", f"{key}: the json member is missing")
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DamagedSampleError("json", f"{key}.json: unreadable ({error})") from error
+    if not isinstance(record, dict):
+        raise DamagedSampleError("json", f"{key}.json: not an object")
+    if not _own_crc_holds(raw, record):
+        raise DamagedSampleError("crc", f"{key}.json: wrong crc32c_self, the bytes were changed")
+    return record
+
+
+def _own_crc_holds(raw: bytes, record: dict[str, Any]) -> bool:
+    """Our writer stores the canonical form: cutting the field out of the bytes usually suffices."""
+    expected = record.get("crc32c_self")
+    if crc32c(_SELF.sub(b"", raw, count=1)) == expected:
+        return True
+    rest = {name: value for name, value in record.items() if name != "crc32c_self"}
+    try:
+        return crc32c(canonical(rest)) == expected
+    except ValueError:  # NaN or Infinity: not json, and never written by us
+        return False
+
+
+def valid_key(key: str) -> bool:
+    """Whether a sample key keeps to the profile: [a-z0-9_] groups joined by hyphens."""
+    return len(key) <= 200 and _KEY.fullmatch(key) is not None
+
+
+def read_manifest(folder: Path) -> list[Shard]:
+    """The shards of a prepared folder, checked against Energon's own lists.
+
+    Raises:
+        UserError: no such folder, not prepared by make_shards, or files that disagree.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such shard folder; make one with data_tools.make_shards")
+    if not path.is_file():
+        raise UserError(_no_manifest(folder))
+    try:
+        tree = json.loads(path.read_bytes())
+        shards = [
+            Shard(**{k: s[k] for k in ("name", "samples", "bytes", "sha256")})
+            for s in tree["shards"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: unreadable ({error!r}); make the shards again") from error
+    _check_names(folder, shards)
+    _check_energon_files(folder, shards)
+    return shards
+
+
+def _no_manifest(folder: Path) -> str:
+    parts = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
+    hint = f"; it has parts {', '.join(parts)}: name one of them" if parts else ""
+    return (
+        f"{folder}: no {MANIFEST}, so this is not a folder written by data_tools.make_shards{hint}"
+    )
+
+
+def _check_names(folder: Path, shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        if _SHARD.fullmatch(shard.name) is None:
+            raise UserError(f"{folder / MANIFEST}: {shard.name!r} is no shard name")
+        if not (folder / shard.name).is_file():
+            raise UserError(
+                f"{folder / shard.name}: missing, but {MANIFEST} lists it; restore the file"
+            )
+
+
+def _check_energon_files(folder: Path, shards: list[Shard]) -> None:
+    meta = folder / META_FOLDER
+    remedy = "run python -m data_tools.make_shards again"
+    for name in ("dataset.yaml", "split.yaml", ".info.json", "index.sqlite"):
+        if not (meta / name).is_file():
+            raise UserError(f"{meta / name}: missing; {remedy}")
+    if (meta / "dataset.yaml").read_text() != DATASET_YAML:
+        raise UserError(
+            f"{meta / 'dataset.yaml'}: differs from the only accepted text; a data set may not "
+            f"choose the code that reads it; {remedy}"
+        )
+    try:
+        counts = json.loads((meta / ".info.json").read_bytes())["shard_counts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{meta / '.info.json'}: unreadable ({error!r}); {remedy}") from error
+    if counts != {shard.name: shard.samples for shard in shards}:
+        raise UserError(f"{meta / '.info.json'}: lists other shards than {MANIFEST}; {remedy}")
+
+
+class Ledger:
+    """Counts what was skipped, and appends one json line each if it has a path.
+
+    Several processes may append to one file: a line is written by a single call in append mode.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.counts: dict[str, int] = {}
+
+    def add(self, reason: str, **context: Any) -> None:
+        """Count one skipped sample under its reason code."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(canonical({"reason": reason, **context}) + b"\n")

@@ -1,0 +1,351 @@
+"""Reads shards into batches: endless and resumable for training, once and in order for evaluation.
+
+B rows of the micro-batch. Energon decides the order; `encode` does the work; the batch crosses from
+the worker as one block of shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import Cooker, SkipSample, TaskEncoder, get_savable_loader, stateless
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from mmssl.data import energon
+from mmssl.data.collate import Item, PackedBatch, failed, pack
+from mmssl.data.encode import BadSampleGuard, SampleEncoder
+from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
+from mmssl.data.text import Tokenizer
+from mmssl.specs import DataSpec, ViewSpec
+from mmssl.types import Batch, Sample, UserError
+
+_STATE_VERSION = 1
+# Energon stores a worker's state at most this often; resuming repeats the reading since then.
+_STATE_EVERY_S = 2.0
+
+
+def train_loader(
+    data: DataSpec,
+    views: Mapping[str, ViewSpec],
+    micro_batch: int,
+    seed: int,
+    rank: int,
+    world: int,
+    tokenizer: Tokenizer | None,
+    ledger: str | Path | None = None,
+) -> TrainLoader:
+    """An endless iterator of training batches.
+
+    Args:
+        data: folders with blend weights, workers, limits.
+        views: views by name.
+        micro_batch: rows per batch.
+        seed: seeds the order and everything random about a sample.
+        rank: number of this process among those that read.
+        world: how many processes read.
+        tokenizer: needed by text views.
+        ledger: file to which skipped samples are appended as JSON lines.
+
+    Raises:
+        UserError: a folder is missing or not prepared, or has fewer samples than there are readers.
+    """
+    weights = data.train if isinstance(data.train, dict) else {data.train: 1.0}
+    shards = {folder: _train_shards(folder, weights[folder]) for folder in weights}
+    readers = world * max(1, data.workers)
+    for folder, listed in shards.items():
+        _check_readers(folder, listed, readers, world, data.workers)
+    encoder = SampleEncoder(views, data, seed, tokenizer, training=True)
+    config = energon.worker_config(rank, world, data.workers, seed)
+    task = _Task(encoder, BadSampleGuard(data.max_bad_share, Ledger(ledger)))
+    with energon.quiet():
+        dataset = task.build_train_datasets(
+            datasets=[energon.loaded(Path(f), config, w) for f, w in weights.items()],
+            worker_config=config,
+            batch_size=micro_batch,
+            shuffle_buffer_size=data.shuffle_buffer or None,
+            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+        )
+        loader = get_savable_loader(
+            dataset,
+            checkpoint_every_sec=_STATE_EVERY_S,
+            gc_collect_every_n_steps=100 if data.workers else 0,
+            watchdog_timeout_seconds=None,
+        )
+    identity = {
+        "version": _STATE_VERSION,
+        "seed": seed,
+        "rank": rank,
+        "world": world,
+        "workers": data.workers,
+        "micro_batch": micro_batch,
+        "shuffle_buffer": data.shuffle_buffer,
+        "folders": [[w, [s.sha256 for s in shards[f]]] for f, w in weights.items()],
+    }
+    return TrainLoader(loader, identity)
+
+
+def _train_shards(folder: str, weight: float) -> list[Shard]:
+    if not folder:
+        raise UserError("data.train is empty: name a shard folder made by data_tools.make_shards")
+    if not weight > 0:
+        raise UserError(f"data.train: the weight of {folder} is {weight}, it must be above 0")
+    return read_manifest(Path(folder))
+
+
+def _check_readers(
+    folder: str, shards: Sequence[Shard], readers: int, world: int, workers: int
+) -> None:
+    """Readers get stretches of consecutive samples: shards may be fewer, samples may not."""
+    total = sum(shard.samples for shard in shards)
+    if total < readers:
+        raise UserError(
+            f"{folder}: {total} samples for {readers} readers ({world} ranks x "
+            f"{max(1, workers)} workers); every reader needs at least one: set data.workers to "
+            f"{total // world} or less, or use fewer ranks"
+        )
+
+
+class TrainLoader:
+    """Endless iterator of batches whose position can be saved and restored exactly."""
+
+    def __init__(self, loader: Any, identity: dict[str, Any]) -> None:
+        self._loader = loader
+        self._identity = identity
+        self._iterator: Iterator[PackedBatch] | None = None
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            UserError: too many samples were bad.
+        """
+        if self._iterator is None:
+            with energon.quiet():
+                self._iterator = iter(self._loader)
+                packed = next(self._iterator)
+        else:
+            packed = next(self._iterator)
+        return packed.unpack()
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last batch delivered, as plain data and tensors.
+
+        `torch.save` it; `torch.load(..., weights_only=True)` reads it back.
+        """
+        state = energon.to_plain(self._loader.save_state_rank())
+        return {"identity": self._identity, "position": state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch at which `state` was taken; call it before the first batch.
+
+        Raises:
+            UserError: the state belongs to other shards, another seed, batch or number of readers.
+            RuntimeError: batches were already taken.
+        """
+        if self._iterator is not None:
+            raise RuntimeError("restore the loader before the first batch is taken")
+        saved = state["identity"]
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                raise UserError(_mismatch(name, saved.get(name), value))
+        try:
+            position = energon.from_plain(state["position"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the saved data position is unreadable ({error!r})") from error
+        self._loader.restore_state_rank(position)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._iterator = None
+        inner = getattr(self._loader, "_iterator", None)
+        if inner is not None and hasattr(inner, "_shutdown_workers"):
+            inner._shutdown_workers()
+        self._loader._iterator = None
+
+
+def _mismatch(name: str, saved: Any, value: Any) -> str:
+    if name == "folders":
+        return (
+            "the saved data position belongs to other shards or blend weights; point data.train at "
+            "the shards of the original run"
+        )
+    return (
+        f"the saved data position was taken with {name} = {saved}, this run has {value}; resume "
+        "with the original value"
+    )
+
+
+@stateless  # type: ignore[untyped-decorator]
+def _cook(sample: Any) -> Any:
+    return sample
+
+
+class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
+    """Our stages in Energon's terms."""
+
+    cookers = (Cooker(_cook),)
+    decoder = None
+
+    def __init__(self, encoder: SampleEncoder, guard: BadSampleGuard) -> None:
+        self._encoder = encoder
+        self._guard = guard
+
+    @stateless  # type: ignore[untyped-decorator]
+    def encode_sample(self, sample: Any) -> Any:
+        """One row; a bad sample is skipped and counted, after too many of them nothing is read."""
+        if self._guard.stop:
+            return None
+        item = encode_guarded(self._encoder, self._guard, to_sample(sample), sample)
+        if item is None and not self._guard.stop:
+            raise SkipSample
+        return item
+
+    @stateless  # type: ignore[untyped-decorator]
+    def batch(self, samples: list[Any]) -> PackedBatch:
+        """Rows to one block; `None` among them stands for a stop."""
+        if self._guard.stop:
+            return failed(self._guard.stop)
+        try:
+            return pack(samples, self._encoder.views, shared=get_worker_info() is not None)
+        except UserError as error:
+            return failed(str(error))
+
+
+def to_sample(crude: Mapping[str, Any]) -> Sample:
+    """Energon's dict as our record."""
+    fields = {name: data for name, data in crude.items() if not name.startswith("__")}
+    return Sample(crude["__key__"], tuple(crude["__restore_key__"]), fields)
+
+
+def encode_guarded(
+    encoder: SampleEncoder, guard: BadSampleGuard, sample: Sample, crude: Mapping[str, Any]
+) -> Item | None:
+    """Encode a sample, or count it as bad and return None."""
+    where = {"shard": str(crude.get("__shard__", ""))}
+    if energon.ERROR in crude:
+        guard.bad(sample.key, "tar", str(crude[energon.ERROR]), **where)
+        return None
+    try:
+        item = encoder(sample)
+    except DamagedSampleError as error:
+        guard.bad(sample.key, error.reason, str(error), **where)
+    except UserError as error:  # a wrong setting, not a bad sample
+        guard.stop = str(error)
+    except (
+        Exception
+    ) as error:  # a damaged file may fail anywhere in a decoder: counted, never silent
+        guard.bad(sample.key, "error", f"{type(error).__name__}: {error}", **where)
+    else:
+        guard.good()
+        return item
+    return None
+
+
+def eval_batches(
+    path: str | Path,
+    data: DataSpec,
+    views: Mapping[str, ViewSpec],
+    micro_batch: int,
+    tokenizer: Tokenizer | None,
+    limit: int | None = None,
+    workers: int | None = None,
+    ledger: str | Path | None = None,
+) -> Iterator[Batch]:
+    """Every sample of a folder once, in the order of the source manifest, without augmentation.
+
+    Damaged samples are left out and counted. `Batch.meta` holds the manifest's meta of every row,
+    with `captions`, `source`, `has`, `duration_s` and `stored_size` (width, height).
+
+    Args:
+        path: shard folder.
+        data: decoder, limits and `max_bad_share`.
+        views: views by name.
+        micro_batch: rows per batch; the last one may be smaller.
+        tokenizer: needed by text views.
+        limit: read only the first clips.
+        workers: processes; `data.workers` if None.
+        ledger: file to which skipped samples are appended as JSON lines.
+
+    Raises:
+        UserError: no such folder, or too many bad samples.
+    """
+    read_manifest(Path(path))
+    encoder = SampleEncoder(views, data, 0, tokenizer, training=False)
+    with energon.quiet():
+        folder = energon.ShardFolder(Path(path), energon.worker_config(0, 1, 0, 0), training=False)
+    total = len(folder) if limit is None else min(limit, len(folder))
+    guard = BadSampleGuard(data.max_bad_share, Ledger(ledger))
+    chunks = _Chunks(folder.reader(), encoder, guard, total, micro_batch)
+    return _eval_iterator(chunks, data.workers if workers is None else workers)
+
+
+def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"multiprocessing_context": "fork", "prefetch_factor": 2}
+    with energon.quiet():
+        loader = DataLoader(
+            chunks, batch_size=None, num_workers=min(workers, len(chunks)), **options
+        )
+        iterator = iter(loader)
+    for packed in iterator:
+        batch = packed.unpack()
+        if batch.size:
+            yield batch
+
+
+class _Chunks(Dataset[PackedBatch]):
+    """A folder cut into micro-batches of consecutive samples."""
+
+    def __init__(
+        self,
+        reader: energon.TolerantReader,
+        encoder: SampleEncoder,
+        guard: BadSampleGuard,
+        total: int,
+        micro_batch: int,
+    ) -> None:
+        self._reader, self._encoder, self._guard = reader, encoder, guard
+        self._total, self._micro_batch = total, micro_batch
+
+    def __len__(self) -> int:
+        return -(-self._total // self._micro_batch)
+
+    def __getitem__(self, chunk: int) -> PackedBatch:
+        first = chunk * self._micro_batch
+        if chunk >= len(self):
+            raise IndexError(chunk)
+        items: list[Item] = []
+        for index in range(first, min(first + self._micro_batch, self._total)):
+            crude = self._reader[index]
+            item = encode_guarded(self._encoder, self._guard, to_sample(crude), crude)
+            if self._guard.stop:
+                return failed(self._guard.stop)
+            if item is not None:
+                items.append(item)
+        try:
+            return pack(items, self._encoder.views, shared=get_worker_info() is not None)
+        except UserError as error:
+            return failed(str(error))
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read a state that was written with `torch.save`; nothing in the file can run code.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file may fail anywhere in torch's reader
+        raise UserError(f"{path}: not a loader state, or a damaged one") from error
+    if not isinstance(state, dict) or set(state) != {"identity", "position"}:
+        raise UserError(f"{path}: not a loader state")
+    return state

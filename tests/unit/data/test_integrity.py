@@ -1,0 +1,187 @@
+"""Checksums, the fixed data set description, manifests and the ledger."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmssl.data import integrity
+from mmssl.data.integrity import DamagedSampleError, Ledger, canonical, seal, unseal
+from mmssl.types import UserError
+
+RECORD = {"key": "a-0-0", "source": "é", "index": 3, "meta": {"x": [0.1, 1e-9, "crc32c_self"]}}
+MEMBERS = {"mp4": bytes(range(256)), "txt": b"a caption"}
+
+
+def sealed(record=RECORD, members=MEMBERS):
+    return {**members, "json": seal(record, members)}
+
+
+def test_known_checksum():
+    """RFC 3720, B.4: 32 bytes of zeros, and "123456789"."""
+    assert integrity.crc32c(bytes(32)) == "8a9136aa"
+    assert integrity.crc32c(b"123456789") == "e3069283"
+
+
+def test_intact_sample_passes():
+    record = unseal("a-0-0", sealed())
+    assert {k: record[k] for k in RECORD} == RECORD
+
+
+def test_every_single_bit_flip_is_found():
+    """A json whose meaning is the same (1e-9, 1E-9) is no damage: the canonical form counts."""
+    fields = sealed()
+    intact = unseal("a-0-0", fields)
+    for name, data in fields.items():
+        for place in range(len(data)):
+            for bit in (0, 5, 7):
+                damaged = bytearray(data)
+                damaged[place] ^= 1 << bit
+                try:
+                    same = unseal("a-0-0", {**fields, name: bytes(damaged)}) == intact
+                except DamagedSampleError:
+                    continue
+                assert same
+                assert name == "json"
+
+
+def test_reformatted_json_passes_because_the_canonical_form_counts():
+    tree = json.loads(sealed()["json"])
+    assert unseal("a-0-0", {**MEMBERS, "json": json.dumps(tree, indent=3).encode()}) == tree
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({**MEMBERS}, "json"),
+        ({**MEMBERS, "json": b"[1]"}, "json"),
+        ({**MEMBERS, "json": b"[" * 100_000}, "json"),
+        ({**MEMBERS, "json": b'{"key":"a-0-0"}'}, "crc"),
+        ({**MEMBERS, "json": b'{"key":NaN}'}, "crc"),
+        ({**sealed(), "extra": b""}, "members"),
+        ({"json": sealed()["json"]}, "members"),
+        ({**sealed(), "mp4": b"another clip"}, "crc"),
+    ],
+)
+def test_reasons(fields, reason):
+    with pytest.raises(DamagedSampleError) as caught:
+        unseal("a-0-0", fields)
+    assert caught.value.reason == reason
+
+
+def test_json_of_another_sample_is_found():
+    with pytest.raises(DamagedSampleError, match="belongs to 'a-0-0'") as caught:
+        unseal("b-0-0", sealed())
+    assert caught.value.reason == "key"
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text()
+        | st.floats(allow_nan=False, allow_infinity=False),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+        max_leaves=8,
+    )
+)
+def test_any_meta_survives(meta):
+    try:
+        canonical({"m": meta})
+    except UnicodeEncodeError:  # lone surrogates cannot be stored as UTF-8
+        return
+    fields = {"json": seal({"key": "k", "m": meta}, {})}
+    assert unseal("k", fields)["m"] == meta
+
+
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [
+        ("a_b-12ef-0", True),
+        ("a", True),
+        ("A-1-0", False),
+        ("a.b", False),
+        ("a/b", False),
+        ("a b", False),
+        ("-a", False),
+        ("a--b", False),
+        ("", False),
+        ("ä", False),
+        ("a" * 201, False),
+    ],
+)
+def test_keys(key, valid):
+    assert integrity.valid_key(key) is valid
+
+
+@pytest.fixture
+def folder(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_manifest_is_read(folder):
+    found = integrity.read_manifest(folder)
+    assert [s.name for s in found] == [f"shard-{i:06d}.tar" for i in range(4)]
+    assert [s.samples for s in found] == [10] * 4
+
+
+def test_foreign_dataset_yaml_is_refused(folder):
+    """Energon imports the class this file names."""
+    path = folder / ".nv-meta" / "dataset.yaml"
+    path.write_text("__module__: os\n__class__: system\n")
+    with pytest.raises(UserError, match=r"dataset\.yaml: differs from the only accepted text"):
+        integrity.read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: unreadable"),
+        (lambda f: (f / "manifest.json").write_text('{"shards": [{"name": 1}]}'), "unreadable"),
+        (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar: missing"),
+        (lambda f: (f / ".nv-meta" / "split.yaml").unlink(), "split.yaml: missing"),
+        (lambda f: (f / ".nv-meta" / ".info.json").write_text("{}"), r"\.info\.json: unreadable"),
+        (
+            lambda f: (f / ".nv-meta" / ".info.json").write_text('{"shard_counts": {"x.tar": 1}}'),
+            "other shards",
+        ),
+        (lambda f: shutil.rmtree(f), "no such shard folder"),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+    ],
+)
+def test_broken_folders_are_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        integrity.read_manifest(folder)
+
+
+def test_shard_names_cannot_leave_the_folder(folder):
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_text())
+    tree["shards"][0]["name"] = "../train-000000.tar"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="is no shard name"):
+        integrity.read_manifest(folder)
+
+
+def test_parent_of_parts_names_them(folder):
+    with pytest.raises(UserError, match="it has parts set"):
+        integrity.read_manifest(folder.parent)
+
+
+def test_ledger_counts_and_appends(tmp_path):
+    ledger = Ledger(tmp_path / "logs" / "skipped.jsonl")
+    for key in "abc":
+        ledger.add("crc" if key == "b" else "decode", key=key)
+    assert ledger.counts == {"decode": 2, "crc": 1}
+    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    assert lines == [
+        {"reason": r, "key": k} for k, r in zip("abc", ("decode", "crc", "decode"), strict=True)
+    ]
+    silent = Ledger()
+    silent.add("crc")
+    assert silent.counts == {"crc": 1}
