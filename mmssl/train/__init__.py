@@ -1,0 +1,1 @@
+"""Training: one loop, one engine (DeepSpeed), checkpoints that resume exactly."""

@@ -1,0 +1,286 @@
+"""The only place that touches DeepSpeed: process group, engine, and its shards on disk.
+
+One engine for every size, one CPU process included. The model computes a loss that is
+world * local sum / global count, DeepSpeed averages gradients over ranks, so the gradient is exact.
+bf16 is torch's autocast inside DeepSpeed: parameters, gradients and their reduction stay fp32 at
+every ZeRO stage, only the matrix products are narrow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmssl import config, dist
+from mmssl.specs import OptimSpec, TrainSpec
+from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
+from mmssl.train.safe import load_plain
+from mmssl.train.weights import piece
+from mmssl.types import Batch, Term, UserError
+
+Terms = Mapping[str, Term]
+
+
+class Trainable(Protocol):
+    """What the engine and the loop ask of a model, besides being an `nn.Module`."""
+
+    last_embeddings: dict[str, Tensor]
+    """Embeddings (B, D) of the last forward by name, detached; watched for collapse."""
+    last_tokens: int
+    """Tokens the last forward encoded on this rank."""
+
+    def parameter_policy(self) -> Mapping[str, Policy]:
+        """How each parameter learns, by name."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """Update teachers and queues after the optimiser step."""
+
+
+# ---------------------------------------------------------------- process group
+
+
+def start(threads: int = 0) -> torch.device:
+    """Join the process group (gloo on CPUs, NCCL on GPUs) and return this rank's device.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and the deepspeed
+    launcher set them; without them this is a group of one.
+
+    Args:
+        threads: torch threads on the CPU; 0 keeps torch's choice.
+    """
+    local = int(os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _deepspeed()
+    if threads:
+        torch.set_num_threads(threads)
+    if cuda:
+        torch.cuda.set_device(local)
+    backend = "nccl" if cuda else "gloo"
+    dist.init(backend)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+@contextmanager
+def session(threads: int = 0) -> Iterator[torch.device]:
+    """`start`, and at the normal end a meeting of all ranks before the group is destroyed.
+
+    After an error the ranks do not wait for each other (one may be dead): the launcher ends them.
+    """
+    device = start(threads)
+    try:
+        yield device
+    except BaseException:
+        if dist.world_size() == 1:
+            _stop()
+        raise
+    _stop()
+
+
+def _stop() -> None:
+    """Meet, then destroy the group through DeepSpeed, which otherwise keeps handles to it."""
+    dist.barrier()
+    _deepspeed().comm.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, silent, and without the extension it would compile on CPUs at start-up."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Compiling it needs a C++ compiler; without it the reductions go through gloo, equally exact.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def micro_batch(train: TrainSpec, world: int) -> int:
+    """Rows of one forward pass on one rank.
+
+    Raises:
+        UserError: the batch cannot be split evenly; names the nearest sizes that can.
+    """
+    parts = world * train.accumulate
+    if train.batch % parts:
+        below = train.batch // parts * parts
+        valid = [str(n) for n in (below, below + parts) if n]
+        raise UserError(
+            f"train.batch={train.batch} does not divide by {world} processes x train.accumulate="
+            f"{train.accumulate}; nearest valid batch: {' or '.join(valid)}"
+        )
+    return train.batch // parts
+
+
+def deepspeed_config(optim: OptimSpec, train: TrainSpec, world: int) -> dict[str, Any]:
+    """The ZeRO preset completed with batch sizes, precision and clipping.
+
+    Raises:
+        UserError: the preset is missing or no JSON; the batch cannot be split.
+    """
+    settings = _preset(f"zero{train.zero}")
+    settings |= {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": micro_batch(train, world),
+        "gradient_accumulation_steps": train.accumulate,
+        # At stage 0 DeepSpeed clips without telling the norm, so the engine below clips itself.
+        "gradient_clipping": optim.clip if train.zero else 0.0,
+    }
+    if train.precision == "bf16":
+        # No "safe modules": their gradients would be reduced in bf16.
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return settings
+
+
+def _preset(name: str) -> dict[str, Any]:
+    paths = [root / "deepspeed" / f"{name}.json" for root in config.roots()]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        raise UserError(f"train.zero: no file {' or '.join(str(p) for p in paths)}")
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+
+
+# ---------------------------------------------------------------- engine
+
+
+class Engine:
+    """Forward, backward, update and shards of one model under DeepSpeed."""
+
+    def __init__(
+        self, model: nn.Module, optim: OptimSpec, train: TrainSpec, device: torch.device
+    ) -> None:
+        """Hand the model to DeepSpeed, which broadcasts rank 0's weights.
+
+        Raises:
+            UserError: the batch cannot be split evenly, or nothing is left to train.
+        """
+        self.stage, self.clip = int(train.zero), optim.clip
+        self.model, self.device = model.to(device), device
+        settings = deepspeed_config(optim, train, dist.world_size())
+        policy = cast("Trainable", model).parameter_policy()
+        optimizer = build_optimizer(model, policy, optim)
+        deepspeed = _deepspeed()
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._engine.checkpoint_engine = _shard_files()
+        if self.stage == 3:
+            _hold_own_parameters(model, deepspeed.zero.register_external_parameter)
+            _clear_padding(model, deepspeed.utils)
+
+    def forward(self, batch: Batch, step: int, total: int) -> tuple[Tensor, dict[str, Term]]:
+        """Loss () of this rank and the terms, detached and summed over ranks."""
+        return cast("tuple[Tensor, dict[str, Term]]", self._engine(batch, step, total))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch; the last one of a step reduces over ranks."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the gradient's norm before clipping (all ranks alike)."""
+        set_learning_rate(self._engine.optimizer.param_groups, lr)
+        if self.stage:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            return norm if norm >= 0 else float("nan")  # DeepSpeed reports -1 for NaN and infinity
+        total = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        self._engine.step()
+        return float(total)
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's shards into `folder`; every rank calls it."""
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if dist.rank() == 0:
+            # Helper scripts of DeepSpeed that load pickles without a check; no part of the data.
+            for script in folder.parent.glob("zero_to_*.py"):
+                script.unlink()
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote: weights, optimiser state, counters; every rank calls it.
+
+        Raises:
+            UserError: a file could run code.
+        """
+        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+
+    def close(self) -> None:
+        """Release hooks and buffers."""
+        self._engine.destroy()
+
+
+def _hold_own_parameters(model: nn.Module, register: Any) -> None:
+    """ZeRO-3: keep parameters that sit directly in composite modules gathered during a forward.
+
+    DeepSpeed gathers a module's parameters around that module's own call and finds the matching
+    moment in the backward through tensors among its outputs. Layers of torch.nn fit; modules that
+    return records, or are used through other methods, do not, so their own (small) parameters
+    belong to the root's call instead.
+    """
+    for module in model.modules():
+        layer = type(module).__module__.startswith("torch.nn.modules")
+        container = isinstance(module, nn.ParameterList | nn.ParameterDict)
+        if layer and not container:
+            continue
+        for parameter in module.parameters(recurse=False):
+            register(model, parameter)
+
+
+@torch.no_grad()
+def _clear_padding(model: nn.Module, tools: Any) -> None:
+    """ZeRO-3: zeros behind the last element of each parameter, where DeepSpeed leaves stale memory.
+
+    Otherwise checkpoints of equal runs would differ, and carry bytes of unknown origin.
+    """
+    parameter: Any
+    for parameter in model.parameters():
+        kept = piece(parameter)
+        size: int = parameter.ds_numel
+        real = max(0, size - dist.rank() * kept.numel())
+        if real < kept.numel():
+            kept[real:] = 0
+            if parameter.requires_grad:
+                master = tools.safe_get_local_fp32_param(parameter).clone()
+                master[real:] = 0
+                tools.safe_set_local_fp32_param(parameter, master)
+
+
+def _shard_files() -> Any:
+    """DeepSpeed's file layer with loads that can build nothing but tensors and plain values."""
+    from deepspeed.runtime.checkpoint_engine import (
+        TorchCheckpointEngine,
+    )
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import (
+        fragment_address,
+    )
+
+    allowed = [LossScaler, ZeroStageEnum, fragment_address]
+
+    class ShardFiles(TorchCheckpointEngine):  # type: ignore[misc]
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return load_plain(path, allowed, map_location)
+
+    files = ShardFiles()
+    files.zipfile_serialization = True
+    return files

@@ -1,0 +1,71 @@
+"""Parameter groups and the optimiser handed to DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mmssl.specs import OptimSpec
+from mmssl.types import UserError
+
+
+class Policy(Protocol):
+    """How one parameter learns."""
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor on the learning rate."""
+
+    @property
+    def decay(self) -> bool:
+        """Subject to weight decay; one-dimensional parameters never are."""
+
+    @property
+    def frozen(self) -> bool:
+        """Keeps its value."""
+
+
+def parameter_groups(
+    model: nn.Module, policy: Mapping[str, Policy], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of equal (lr_scale, weight decay), in the order in which the model lists them.
+
+    Frozen parameters lose `requires_grad` and belong to no group. Biases, norms and other
+    one-dimensional parameters are not decayed.
+
+    Raises:
+        UserError: nothing is left to train.
+        KeyError: the policy lacks a parameter.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rule = policy[name]
+        if rule.frozen or not parameter.requires_grad:
+            parameter.requires_grad_(False)
+            continue
+        decay = weight_decay if rule.decay and parameter.dim() > 1 else 0.0
+        groups.setdefault((rule.lr_scale, decay), []).append(parameter)
+    if not groups:
+        raise UserError("`towers`: every parameter is frozen; nothing is left to train")
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, policy: Mapping[str, Policy], spec: OptimSpec
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or Adam over the model's groups."""
+    kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
+    groups = parameter_groups(model, policy, spec.weight_decay)
+    return kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
+    """Give every group `lr` times its own scale."""
+    for group in groups:
+        group["lr"] = lr * float(group["lr_scale"])

@@ -1,0 +1,245 @@
+"""`mmssl train` and `mmssl resume`: from a configuration to a run folder.
+
+RUN/config.yaml tokenizer.model      what is needed to go on
+RUN/log.jsonl tensorboard/           numbers of every logged step
+RUN/skipped.jsonl                    samples the loader left out
+RUN/checkpoints/ best/               see `checkpoint`
+RUN/summary.json                     duration and rates, when training has ended
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mmssl import config, dist
+from mmssl.build import build_model
+from mmssl.data.loader import train_loader
+from mmssl.data.text import Tokenizer
+from mmssl.rng import seed_of
+from mmssl.specs import RunSpec
+from mmssl.train import checkpoint
+from mmssl.train.checkpoint import Job, Loader, Progress
+from mmssl.train.commit import on_rank0, replace_file, write_text
+from mmssl.train.engine import Engine, micro_batch, session
+from mmssl.train.loop import train
+from mmssl.train.meters import Meters
+from mmssl.train.randomness import seed_all
+from mmssl.train.validate import Evaluate, Validator
+from mmssl.train.weights import Average, shapes
+from mmssl.types import UserError
+
+_OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
+
+
+def main(file: str, overrides: Sequence[str] = ()) -> None:
+    """Train a configuration in its run folder; goes on where the same run was interrupted.
+
+    Raises:
+        UserError: bad configuration or data, or the folder belongs to another run.
+    """
+    spec = config.load(file, overrides)
+    folder = run_folder(spec)
+    with session(spec.train.threads) as device:
+        on_rank0(lambda: open_folder(spec, folder))
+        _run(spec, folder, device)
+
+
+def resume(run_dir: str, overrides: Sequence[str] = ()) -> None:
+    """Go on with a run from its newest complete checkpoint; everything is found in its folder.
+
+    Raises:
+        UserError: no run or no complete checkpoint there, or it does not fit the overrides.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no config.yaml here; a run folder is what `mmssl train` wrote")
+    spec = config.load(folder / "config.yaml", overrides)
+    with session(spec.train.threads) as device:
+        _run(spec, folder, device, again=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is put together from, besides its configuration."""
+
+    make_model: Callable[[], nn.Module]
+    loader: Loader
+    evaluate: Evaluate
+
+
+def fit(
+    spec: RunSpec, parts: Parts, folder: Path, device: torch.device, again: bool = False
+) -> Progress:
+    """Train in an opened folder, from its newest complete checkpoint if there is one.
+
+    Args:
+        spec: `optim`, `train` and `validation` are read; the parts know the rest.
+        parts: model factory, loader and evaluation.
+        folder: run folder, which holds config.yaml.
+        device: of `engine.session`, in which this runs.
+        again: there must be a checkpoint, and a run that was stopped early goes on.
+
+    Raises:
+        UserError: see `loop.train`, `checkpoint.restore` and `validate.judge`.
+    """
+    found = on_rank0(lambda: checkpoint.newest(folder))
+    if again and found is None:
+        raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
+    job = _job(spec, parts, folder, device)
+    if found:
+        checkpoint.restore(job, found)
+        if again:
+            job.progress.stopped, job.progress.waited = "", 0
+    on_rank0(lambda: write_text(folder / "config.yaml", job.config))
+    progress = job.progress
+    meters = Meters(folder, spec.train, device, progress.step, progress.elapsed_s)
+    validator = None
+    if spec.validation.every:
+        validator = Validator(spec.validation, parts.make_model, parts.evaluate)
+    meters.message(_headline(spec, job))
+    try:
+        train(spec, job, meters, validator)
+        _summarise(job, meters)
+    finally:
+        meters.close()
+        job.engine.close()
+    return job.progress
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def run_folder(spec: RunSpec) -> Path:
+    """Where the run lives: `out`, or runs/<name>."""
+    return Path(spec.out or f"runs/{spec.name}")
+
+
+def open_folder(spec: RunSpec, folder: Path) -> None:
+    """Create a run folder, or accept the one of the very same run.
+
+    Raises:
+        UserError: the folder holds another run, or files as of a run; a data key is wrong.
+    """
+    text, path = config.dump(spec), folder / "config.yaml"
+    elsewhere = f"choose another folder with out=..., or remove {folder}"
+    if path.is_file() and path.read_text() != text:
+        raise UserError(
+            f"{folder}: holds a run with another configuration; go on with it by "
+            f"`mmssl resume {folder}`, {elsewhere}"
+        )
+    copy, source = folder / checkpoint.TOKENIZER, Path(spec.data.tokenizer)
+    known = path.is_file()
+    _check_data(spec, known and copy.is_file())
+    foreign = [name for name in _OURS if (folder / name).exists()]
+    if _has_text(spec) and copy.is_file() and not known:
+        foreign += [copy.name] if copy.read_bytes() != source.read_bytes() else []
+    if foreign and not known:
+        raise UserError(f"{folder}: has {foreign[0]} of another origin; {elsewhere}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    if _has_text(spec) and not copy.is_file():
+        replace_file(copy, source.read_bytes())
+
+
+def _check_data(spec: RunSpec, has_tokenizer: bool) -> None:
+    if not spec.data.train:
+        raise UserError("data.train is empty: name a folder of shards (data_tools.make_shards)")
+    folders = [spec.data.train] if isinstance(spec.data.train, str) else list(spec.data.train)
+    keys = [("data.train", name) for name in folders]
+    if spec.validation.every:
+        keys.append(("data.val", spec.data.val))
+    for key, name in keys:
+        if not name or not Path(name).is_dir():
+            raise UserError(
+                f"{key}={name}: no such folder; make shards with python -m data_tools.make_shards"
+            )
+    has_tokenizer = has_tokenizer or Path(spec.data.tokenizer).is_file()
+    if _has_text(spec) and not has_tokenizer:
+        raise UserError(
+            f"data.tokenizer={spec.data.tokenizer}: no such file; train one with "
+            "python -m data_tools.train_tokenizer"
+        )
+
+
+def _has_text(spec: RunSpec) -> bool:
+    return any(view.modality == "text" for view in spec.views.values())
+
+
+# ---------------------------------------------------------------- assembly
+
+
+def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> None:
+    tokenizer = Tokenizer.load(folder / "tokenizer.model") if _has_text(spec) else None
+    rank, world = dist.rank(), dist.world_size()
+    loader = train_loader(
+        spec.data,
+        spec.views,
+        micro_batch(spec.train, world),
+        spec.train.seed,
+        rank,
+        world,
+        tokenizer,
+        folder / ("skipped.jsonl" if world == 1 else f"skipped-{rank:05d}.jsonl"),
+    )
+
+    def make_model() -> nn.Module:
+        return build_model(
+            spec, tokenizer.vocab_size if tokenizer else 0, tokenizer.special if tokenizer else None
+        )
+
+    def evaluate(model: nn.Module, clips: int) -> dict[str, float]:
+        from mmssl.eval import suites
+
+        return suites.quick(cast("Any", model), spec, tokenizer, clips)
+
+    try:
+        fit(spec, Parts(make_model, loader, evaluate), folder, device, again)
+    finally:
+        loader.close()
+
+
+def _job(spec: RunSpec, parts: Parts, folder: Path, device: torch.device) -> Job:
+    # The run owns the global generators: weights start alike on all ranks, dropout differs.
+    seed_all(seed_of(spec.train.seed, "weights"))
+    model = parts.make_model().train()
+    engine = Engine(model, spec.optim, spec.train, device)
+    average = Average(model) if spec.optim.ema != 0 else None
+    seed_all(seed_of(spec.train.seed, "rank", dist.rank()))
+    text, digest = config.dump(spec), config.digest(spec)
+    return Job(folder, text, digest, engine, parts.loader, average, Progress())
+
+
+def _headline(spec: RunSpec, job: Job) -> str:
+    size = sum(math.prod(shape) for shape in shapes(job.engine.model).values())
+    train_spec, progress = spec.train, job.progress
+    start = f", from step {progress.step}" if progress.step else ""
+    return (
+        f"{spec.name}: {size / 1e6:.1f} M numbers, {dist.world_size()} x {job.engine.device.type}, "
+        f"ZeRO {train_spec.zero}, {train_spec.precision}, {train_spec.steps} steps of "
+        f"{train_spec.batch} clips{start} -> {job.folder}"
+    )
+
+
+def _summarise(job: Job, meters: Meters) -> None:
+    progress, rates = job.progress, meters.summary()
+    facts = {
+        "minutes": progress.elapsed_s / 60,
+        "steps": progress.step,
+        "stopped": progress.stopped,
+        "best": progress.best,
+        "best_step": progress.best_step,
+        **rates,
+    }
+    path = job.folder / "summary.json"
+    if rates["samples_per_s"] or not path.exists():
+        on_rank0(lambda: write_text(path, json.dumps(facts, indent=1)))
+    reason = f"stopped at step {progress.step}: {progress.stopped}" if progress.stopped else "done"
+    meters.message(f"{reason}, {progress.elapsed_s / 60:.1f} minutes -> {job.folder}")

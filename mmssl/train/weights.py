@@ -1,0 +1,103 @@
+"""Whole weights and averaged weights, wherever ZeRO keeps the pieces.
+
+At ZeRO-3 each rank keeps a flat piece of every parameter (`ds_tensor`): rank r holds the elements
+[r * n, (r + 1) * n) of the flattened parameter, padded at the end. Element-wise work such as the
+moving average is done on the pieces; only saving and evaluation put them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmssl import dist
+
+
+def piece(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter this rank keeps: all of it, or a flat piece at ZeRO-3."""
+    kept: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return kept.data
+
+
+def assemble(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """The whole tensor from all ranks' pieces (laid out as `piece`); a collective at ZeRO-3."""
+    shape: torch.Size | None = getattr(parameter, "ds_shape", None)
+    if shape is None:
+        return part
+    return dist.gather_no_grad(part.reshape(-1))[: shape.numel()].view(shape)
+
+
+def cut(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This rank's piece of a whole tensor: the inverse of `assemble`.
+
+    Raises:
+        ValueError: the whole has another number of elements than the parameter.
+    """
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    if whole.numel() != size:
+        raise ValueError(f"expected {size} elements, got {tuple(whole.shape)}")
+    if not hasattr(parameter, "ds_tensor"):
+        return whole.view(parameter.shape)
+    length = piece(parameter).numel()
+    flat = whole.new_zeros(length * dist.world_size())
+    flat[:size] = whole.reshape(-1)
+    return flat.narrow(0, dist.rank() * length, length).clone()
+
+
+def whole_state(
+    model: nn.Module, average: Mapping[str, Tensor] | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """The full state dict on the CPU, copied; a collective at ZeRO-3.
+
+    Args:
+        model: parameters may be partitioned.
+        average: pieces by parameter name that stand in for the trained ones (`Average.pieces`).
+        keep: False on ranks that only take part; they get an empty dict.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            part = (average or {}).get(names[id(value)])
+            value = assemble(value, piece(value) if part is None else part)
+        if keep:
+            state[key] = value.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of everything in the state dict, partitioned or not."""
+    items = model.state_dict(keep_vars=True).items()
+    return {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in items}
+
+
+class Average:
+    """Exponential moving average of the trained weights (Polyak and Juditsky 1992), in fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Start at the model's present weights."""
+        self.pieces = {
+            name: piece(p).to(torch.float32, copy=True)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Move by a <- decay * a + (1 - decay) * w, on this rank's pieces."""
+        for name, parameter in model.named_parameters():
+            if name in self.pieces:
+                self.pieces[name].lerp_(piece(parameter).float(), 1 - decay)
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+        """Take the averaged weights from a full state dict.
+
+        Raises:
+            KeyError: a trained parameter is missing.
+        """
+        for name, parameter in model.named_parameters():
+            if name in self.pieces:
+                self.pieces[name].copy_(cut(parameter, whole[name]))

@@ -1,0 +1,132 @@
+"""Train 6 steps = train 3, die, resume in a new process, train 3: equal bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("toy_run.py")
+STAGES = {stage: {"zero": stage} for stage in range(4)}
+
+
+def launch(calls: list[dict[str, Any]], processes: int = 1) -> str:
+    """Run `toy_run.py` and return what it printed."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(SCRIPT), json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def same(a: Any, b: Any, where: str) -> None:
+    """Recursive equality, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif hasattr(a, "__dict__"):
+        same(vars(a), vars(b), where)
+    else:
+        assert a == b, where
+
+
+def compare(whole: Path, resumed: Path) -> None:
+    """Every file of the last checkpoints, and the logged losses."""
+    a, b = (folder / "checkpoints" / "step-00000006" for folder in (whole, resumed))
+    names = sorted(
+        p.relative_to(a).as_posix() for p in a.rglob("*") if p.suffix in (".pt", ".safetensors")
+    )
+    assert "ema.safetensors" in names
+    assert any(name.startswith("deepspeed/") for name in names)
+    for name in names:
+        if name.endswith(".pt"):
+            x, y = (torch.load(f / name, weights_only=False) for f in (a, b))
+            if "optimizer_state_dict" not in x:  # differ in the run's settings only
+                x.pop("ds_config", None), y.pop("ds_config", None)
+        else:
+            x, y = load_file(a / name), load_file(b / name)
+        same(x, y, name)
+    assert losses(whole) == losses(resumed)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_is_bit_equal_at_every_zero_stage(tmp_path: Path, processes: int) -> None:
+    extras = {"validation": {"every": 2, "metric": "weight"}}
+    first, second = [], []
+    for stage, train in STAGES.items():
+        part = {
+            **extras,
+            "folder": str(tmp_path / f"part{stage}"),
+            "train": {**train, "save_every": 3},
+        }
+        first.append({**extras, "folder": str(tmp_path / f"whole{stage}"), "train": train})
+        first.append({**part, "fail_at": 3})
+        second.append(part)
+    launch(first, processes)
+    for stage in STAGES:
+        steps = sorted(p.name for p in (tmp_path / f"part{stage}" / "checkpoints").glob("step-*"))
+        assert steps == ["step-00000003"]
+    printed = launch(second, processes)
+    assert printed.count("from step 3") == len(STAGES)
+    for stage in STAGES:
+        compare(tmp_path / f"whole{stage}", tmp_path / f"part{stage}")
+
+
+@pytest.mark.slow
+def test_the_whole_model_resumes_bit_equal(tmp_path: Path) -> None:
+    common = {"whole_model": True, "validation": {}}
+    first, second = [], []
+    for stage in (0, 3):
+        train = {"zero": stage, "checkpoint_activations": stage == 3}
+        part = {**common, "folder": str(tmp_path / f"part{stage}")}
+        part["train"] = {**train, "save_every": 3}
+        first.append({**common, "folder": str(tmp_path / f"whole{stage}"), "train": train})
+        first.append({**part, "fail_at": 3})
+        second.append(part)
+    launch(first)
+    launch(second)
+    for stage in (0, 3):
+        compare(tmp_path / f"whole{stage}", tmp_path / f"part{stage}")
+    # Neither partitions nor recomputed activations change what is learned.
+    plain, other = (losses(tmp_path / f"whole{stage}") for stage in (0, 3))
+    assert other == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resume_is_bit_equal_with_accumulation_and_bf16(tmp_path: Path) -> None:
+    train = {"zero": 1, "accumulate": 2, "precision": "bf16"}
+    part = {"folder": str(tmp_path / "part"), "train": {**train, "save_every": 3}}
+    launch([{"folder": str(tmp_path / "whole"), "train": train}, {**part, "fail_at": 7}])
+    launch([part])
+    compare(tmp_path / "whole", tmp_path / "part")

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import google_crc32c
+import pytest
+
+from mmssl.train import commit as module
+from mmssl.train.commit import commit, crc32c, on_rank0, problem, read_manifest, write_text
+from mmssl.types import UserError
+
+
+def write(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner" / "a.bin").write_bytes(bytes(range(256)) * 40)
+    (folder / "b.txt").write_text("hello")
+
+
+def test_a_committed_folder_is_described_by_its_manifest(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    commit(target, write, {"step": 1})
+    manifest = read_manifest(target)
+    assert manifest["format_version"] == 1
+    assert manifest["step"] == 1
+    expected = google_crc32c.value(b"hello")
+    assert manifest["files"]["b.txt"] == {"size": 5, "crc32c": f"{expected:08x}"}
+    assert sorted(manifest["files"]) == ["b.txt", "inner/a.bin"]
+    assert problem(target) == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_crc32c_of_the_standard_check_string(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"123456789")
+    assert crc32c(tmp_path / "f") == "e3069283"
+
+
+def test_a_failure_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise RuntimeError("the disk went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        commit(target, fail, {})
+    assert not target.exists()
+    commit(target, write, {})  # the leftover is no obstacle
+    assert problem(target) == ""
+
+
+def test_a_complete_folder_is_never_rewritten_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    commit(target, write, {"try": 1})
+    with pytest.raises(FileExistsError, match="complete already"):
+        commit(target, write, {"try": 2})
+    assert read_manifest(target)["try"] == 1
+    commit(target, write, {"try": 3}, replace=True)
+    assert read_manifest(target)["try"] == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "b.txt").unlink(), r"b\.txt: missing"),
+        (lambda f: (f / "b.txt").write_text("hell"), "4 bytes instead of 5"),
+        (lambda f: (f / "b.txt").write_text("hellO"), "content differs"),
+        (lambda f: (f / "manifest.json").unlink(), "No such file"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: "),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"a": 3}}'), "not a manifest"),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                json.dumps({"files": {"../x": {"size": 1, "crc32c": ""}}})
+            ),
+            "not a manifest",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text('{"format_version": 9, "files": {}}'),
+            "format_version 9 is unknown",
+        ),
+    ],
+)
+def test_damage_is_found_and_then_replaced(tmp_path: Path, damage: object, message: str) -> None:
+    target = tmp_path / "step-1"
+    commit(target, write, {})
+    damage(target)  # type: ignore[operator]
+    import re
+
+    assert re.search(message, problem(target))
+    commit(target, write, {})
+    assert problem(target) == ""
+
+
+def test_sizes_alone_can_be_checked_without_reading(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    commit(target, write, {})
+    (target / "b.txt").write_text("hellO")
+    assert problem(target, content=False) == ""
+
+
+def test_write_text_replaces_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "latest"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+def test_errors_of_rank_0_reach_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+
+    def broadcast(value: object) -> object:
+        sent.append(value)
+        return value
+
+    monkeypatch.setattr(module.dist, "broadcast_object", broadcast)
+
+    def refuse() -> None:
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        on_rank0(refuse)
+    assert len(sent) == 1  # told to the others before it was raised here
+    assert on_rank0(lambda: 7) == 7
+
+
+def test_another_rank_hears_the_error_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.dist, "rank", lambda: 1)
+    monkeypatch.setattr(
+        module.dist, "broadcast_object", lambda value: (None, UserError("from rank 0"))
+    )
+    with pytest.raises(UserError, match="from rank 0"):
+        on_rank0(lambda: pytest.fail("runs on rank 0 only"))

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmssl.train.health import Monitor, effective_rank, spread
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    eye = torch.eye(16).repeat(4, 1)
+    for k in (2, 5, 16):
+        x_BD = eye[:, :k] @ torch.randn(k, 32, generator=torch.Generator().manual_seed(k))
+        q_BD = torch.linalg.qr(x_BD.T @ x_BD).Q[:, :k]  # orthogonal directions
+        signs_BD = torch.randn(4096, k, generator=torch.Generator().manual_seed(k)).sign()
+        assert effective_rank(signs_BD @ q_BD.T) == pytest.approx(k, rel=0.01)
+
+
+def test_effective_rank_of_two_unequal_directions_is_the_exponential_of_their_entropy() -> None:
+    # Variances 3 : 1 give shares 3/4 and 1/4.
+    x_BD = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    x_BD = x_BD * torch.tensor([3.0, 1.0]).sqrt()
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert effective_rank(x_BD) == pytest.approx(math.exp(entropy))
+    assert effective_rank(x_BD + 100) == pytest.approx(math.exp(entropy), rel=1e-4)
+
+
+def test_a_point_and_a_line_are_recognised() -> None:
+    assert effective_rank(torch.full((16, 8), 3.0)) == 0.0
+    line_BD = torch.arange(16.0)[:, None] * torch.ones(8)
+    assert effective_rank(line_BD) == pytest.approx(1.0)
+
+
+def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
+    x_BD = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert spread(x_BD) == pytest.approx(1.0, abs=0.01)
+    assert spread(x_BD * torch.rand(4096, 1).clamp(min=0.1)) == pytest.approx(1.0, abs=0.01)
+    assert spread(torch.ones(16, 64) * torch.arange(1, 17)[:, None]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_monitor_warns_once_when_a_collapse_has_lasted() -> None:
+    monitor, good = Monitor(), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    bad = torch.ones(32, 8)
+    series = [good, bad, bad, good, bad, bad, bad, bad, good, bad, bad, bad]
+    counts = [len(monitor.measure({"av": x})[1]) for x in series]
+    assert counts == [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+
+
+def test_monitor_leaves_small_and_broken_batches_out() -> None:
+    monitor = Monitor()
+    values, warnings = monitor.measure({"a": torch.ones(7, 4), "b": torch.full((9, 4), math.nan)})
+    assert values == {}
+    assert warnings == []
+    values, _ = monitor.measure({"a": torch.ones(8, 4)})
+    assert values.keys() == {"rank/a", "std/a"}
