@@ -1,0 +1,1 @@
+"""Demonstrations on a user's own files."""

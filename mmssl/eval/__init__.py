@@ -1,0 +1,1 @@
+"""Evaluation: frozen encoders, fixed protocols, trivial baselines beside every number."""

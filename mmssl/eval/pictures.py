@@ -1,0 +1,155 @@
+"""Small pictures for reports and demos: heat maps over frames, spectrograms, curves.
+
+Letters in shapes: H rows, W columns, C colours, F bands, T time steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+SOUNDING, SILENT, PEAK = (54, 224, 122), (255, 92, 92), (255, 255, 255)
+
+# dark violet over red and orange to pale yellow, evenly spaced
+_HEAT = np.array(
+    [
+        (0, 0, 4),
+        (40, 11, 84),
+        (101, 21, 110),
+        (159, 42, 99),
+        (212, 72, 66),
+        (245, 125, 21),
+        (250, 193, 39),
+        (252, 255, 164),
+    ],
+    dtype=np.float64,
+)
+
+
+def heat(values: ArrayLike) -> Bytes:
+    """Colours (..., 3) of values in [0, 1]."""
+    x = np.clip(np.asarray(values, dtype=np.float64), 0, 1)
+    stops = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(x, stops, _HEAT[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
+
+
+def scaled(values: ArrayLike, low: float | None = None, high: float | None = None) -> Floats:
+    """Values between `low` and `high` (default: their own extremes) to [0, 1]; constants to 0."""
+    x = np.asarray(values, dtype=np.float64)
+    bottom = float(x.min()) if low is None else low
+    top = float(x.max()) if high is None else high
+    if top <= bottom:
+        return np.zeros(x.shape)
+    return np.asarray(np.clip((x - bottom) / (top - bottom), 0, 1))
+
+
+def overlay(
+    frame_HWC: Bytes, map_HW: ArrayLike, size: tuple[int, int], strength: float = 0.8
+) -> Bytes:
+    """A frame under its heat map, both resized to `size` (width, height).
+
+    Args:
+        frame_HWC: RGB picture.
+        map_HW: values in [0, 1]; the higher, the less is seen of the frame.
+        size: of the result, pixels.
+        strength: opacity of the map where it is 1.
+    """
+    frame = Image.fromarray(frame_HWC).resize(size, Image.Resampling.BICUBIC)
+    cells = Image.fromarray(np.asarray(map_HW, dtype=np.float32))
+    level_HW = np.clip(np.asarray(cells.resize(size, Image.Resampling.BICUBIC)), 0, 1)
+    alpha_HW1 = (strength * level_HW**1.5)[..., None]
+    # the frame is dimmed a little, so that the map stands out on bright pictures, too
+    mixed = 0.85 * np.asarray(frame) * (1 - alpha_HW1) + heat(level_HW) * alpha_HW1
+    return np.asarray(np.rint(mixed).astype(np.uint8))
+
+
+def mark_box(
+    picture_HWC: Bytes, box: ArrayLike, colour: tuple[int, int, int], width: int = 2
+) -> Bytes:
+    """Outline of a box given as shares of the picture (x0, y0, x1, y1)."""
+    image = Image.fromarray(picture_HWC)
+    edges = np.asarray(box, dtype=np.float64).reshape(2, 2) * (image.width, image.height)
+    ImageDraw.Draw(image).rectangle(
+        [*edges[0], *np.maximum(edges[1], edges[0])], None, colour, width
+    )
+    return np.asarray(image)
+
+
+def mark_peak(picture_HWC: Bytes, map_HW: ArrayLike) -> Bytes:
+    """A cross on the centre of the highest cell."""
+    cells = np.asarray(map_HW)
+    row, column = np.divmod(int(cells.argmax()), cells.shape[1])
+    image = Image.fromarray(picture_HWC)
+    x = (column + 0.5) / cells.shape[1] * image.width
+    y = (row + 0.5) / cells.shape[0] * image.height
+    arm, draw = max(4, image.width // 40), ImageDraw.Draw(image)
+    for colour, width in (((0, 0, 0), 4), (PEAK, 2)):
+        draw.line([x - arm, y, x + arm, y], colour, width)
+        draw.line([x, y - arm, x, y + arm], colour, width)
+    return np.asarray(image)
+
+
+def spectrum(levels_FT: ArrayLike, size: tuple[int, int]) -> Bytes:
+    """Spectrogram with values in [0, 1] as a picture (width, height), low bands at the bottom."""
+    image = Image.fromarray(heat(np.asarray(levels_FT)[::-1]))
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+
+
+def resized(picture_HWC: Bytes, size: tuple[int, int]) -> Bytes:
+    """The picture at another size (width, height)."""
+    return np.asarray(Image.fromarray(picture_HWC).resize(size, Image.Resampling.BICUBIC))
+
+
+def data_uri(picture_HWC: Bytes, quality: int = 0) -> str:
+    """The picture as `data:` address: PNG, or JPEG where a quality (1-95) is given."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(picture_HWC)
+    if quality:
+        image.save(buffer, "JPEG", quality=quality)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    kind = "jpeg" if quality else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def curve(
+    xs: Sequence[float], ys: Sequence[float], title: str, size: tuple[int, int] = (300, 150)
+) -> str:
+    """A line as inline SVG with its extremes and its last value; not-a-number is left out."""
+    width, height = size
+    x, y = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
+    there = np.isfinite(y)
+    name = f'<text class="t" x="8" y="16">{escape(title)}</text>'
+    head = f'<svg class="curve" viewBox="0 0 {width} {height}" role="img">{name}'
+    if there.sum() < 2:
+        return f"{head}</svg>"
+    low, high = float(y[there].min()), float(y[there].max())
+    left, right, up, down = 46, width - 10, 30, height - 22
+    px = left + scaled(x) * (right - left)
+    py = down - scaled(np.where(there, y, low), low, high) * (down - up)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px[there], py[there], strict=True))
+    last = y[there][-1]
+    return (
+        f'{head}<path class="g" d="M{left} {up}H{right}M{left} {down}H{right}"/>'
+        f'<polyline class="l" points="{points}"/>'
+        f'<text x="{left - 5}" y="{up + 4}" class="e">{_short(high)}</text>'
+        f'<text x="{left - 5}" y="{down + 4}" class="e">{_short(low)}</text>'
+        f'<text x="{left}" y="{height - 6}">{x[0]:.0f}</text>'
+        f'<text x="{right}" y="{height - 6}" class="e">step {x[-1]:.0f}</text>'
+        f'<text x="{right}" y="16" class="e">last {_short(last)}</text></svg>'
+    )
+
+
+def _short(value: float) -> str:
+    """At most seven characters."""
+    text = f"{value:.3g}"
+    return text if len(text) < 7 else f"{value:.1e}"

@@ -1,0 +1,277 @@
+"""Retrieval metrics on embedding matrices, with ties counted against the encoder.
+
+Letters in shapes: Q queries, N items of the database, D width, C queries of a chunk.
+
+Ties are resolved pessimistically: everything that scores as high as the best relevant item stands
+before it. An encoder that maps everything to one point therefore scores 0, not 100 %. The expected
+rank under random tie-breaking is stored beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mmssl.eval.bootstrap import interval
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Metrics = dict[str, Any]
+
+CUTS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Per query: where the first relevant item stands (1 = top).
+
+    pessimistic_Q: rank with ties counted before the target. expected_Q: mean rank if ties were
+    shuffled. precision_Q: average precision, ties pessimistic. relevant_Q, pool_Q: relevant items
+    and all items that the query is compared with.
+    """
+
+    pessimistic_Q: Ints
+    expected_Q: Floats
+    precision_Q: Floats
+    relevant_Q: Ints
+    pool_Q: Ints
+
+    def hits(self, k: int) -> Bools:
+        """(Q,) a relevant item is among the first k."""
+        return self.pessimistic_Q <= k
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is known about the N items that both modalities describe (row i of both is one clip).
+
+    sources_N: items of one source are drawn together by the bootstrap. classes_N: right answer of
+    `class_at_1`. texts_N: id of the caption, 0 where missing; equal ids share a label. groups_N:
+    items that only timing can tell apart (same class and size).
+    """
+
+    sources_N: NDArray[np.generic]
+    classes_N: NDArray[np.generic] | None = None
+    texts_N: Ints | None = None
+    groups_N: NDArray[np.generic] | None = None
+
+
+def normalize(x_ND: ArrayLike) -> Floats:
+    """Unit rows in float64; a row of zeros stays zero."""
+    x = np.asarray(x_ND, dtype=np.float64)
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+
+
+def similarity(query_CD: Floats, base_ND: Floats) -> NDArray[np.float32]:
+    """Cosine similarity (C, N) of unit rows.
+
+    Products are summed in float64 and rounded to float32, so that scores that are equal in exact
+    arithmetic stay equal whatever the order of the items.
+    """
+    return np.asarray(query_CD @ base_ND.T, dtype=np.float32)
+
+
+def ranks(
+    query_QD: ArrayLike,
+    base_ND: ArrayLike,
+    query_labels_Q: ArrayLike,
+    base_labels_N: ArrayLike,
+    query_groups_Q: ArrayLike | None = None,
+    base_groups_N: ArrayLike | None = None,
+    chunk: int = 1024,
+) -> Ranks:
+    """Rank the database for every query; an item is relevant where the labels are equal.
+
+    Args:
+        query_QD: embeddings of the queries.
+        base_ND: embeddings of the database.
+        query_labels_Q: labels of the queries.
+        base_labels_N: labels of the database.
+        query_groups_Q: with `base_groups_N`: each query meets the items of its own group only.
+        base_groups_N: groups of the database.
+        chunk: queries per block of similarities.
+
+    Raises:
+        ValueError: a query has no relevant item, or the embeddings are not finite.
+    """
+    columns = (np.asarray(query_labels_Q), np.asarray(base_labels_N))
+    groups = None
+    if query_groups_Q is not None and base_groups_N is not None:
+        groups = (np.asarray(query_groups_Q), np.asarray(base_groups_N))
+    parts = []
+    for rows, scores_CN in _chunks(query_QD, base_ND, chunk):
+        pool_CN = np.ones(scores_CN.shape, bool) if groups is None else _equal(groups, rows)
+        parts.append(_rank_chunk(scores_CN, _equal(columns, rows) & pool_CN, pool_CN))
+    return Ranks(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _equal(columns: tuple[NDArray[np.generic], NDArray[np.generic]], rows: slice) -> Bools:
+    return np.asarray(columns[0][rows, None] == columns[1][None])
+
+
+def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int, chunk: int = 1024) -> Ints:
+    """(Q, k) items with the highest scores, best first; equal scores in database order."""
+    parts = [
+        np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        for _, scores in _chunks(query_QD, base_ND, chunk)
+    ]
+    return np.concatenate(parts)
+
+
+def _chunks(
+    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    query, base = normalize(query_QD), normalize(base_ND)
+    if not (np.isfinite(query).all() and np.isfinite(base).all()):
+        raise ValueError("embeddings hold values that are not finite")
+    for begin in range(0, len(query), chunk):
+        rows = slice(begin, begin + chunk)
+        yield rows, similarity(query[rows], base)
+
+
+def _rank_chunk(
+    scores_CN: NDArray[np.float32], relevant_CN: Bools, pool_CN: Bools
+) -> tuple[Ints, Floats, Floats, Ints, Ints]:
+    """The fields of `Ranks` for some queries."""
+    if not relevant_CN.any(axis=1).all():
+        raise ValueError("a query has no relevant item in the database")
+    best_C1 = np.where(relevant_CN, scores_CN, -np.inf).max(axis=1, keepdims=True)
+    other_CN = pool_CN & ~relevant_CN
+    above_C = (other_CN & (scores_CN > best_C1)).sum(axis=1)
+    tied_C = (other_CN & (scores_CN == best_C1)).sum(axis=1)
+    partners_C = (relevant_CN & (scores_CN == best_C1)).sum(axis=1)
+    # of k others and m relevant items in random order, k / (m + 1) others come first
+    expected_C = 1 + above_C + tied_C / (partners_C + 1)
+    precision_C = _average_precision(scores_CN, relevant_CN, pool_CN)
+    sizes = (relevant_CN.sum(axis=1), pool_CN.sum(axis=1))
+    return 1 + above_C + tied_C, expected_C, precision_C, *sizes
+
+
+def _average_precision(
+    scores_CN: NDArray[np.float32], relevant_CN: Bools, pool_CN: Bools
+) -> Floats:
+    """Mean over the relevant items of the precision at their rank (no cut)."""
+    ordered = np.where(pool_CN, -scores_CN, np.inf)
+    order = np.lexsort((relevant_CN, ordered), axis=-1)
+    hits_CN = np.take_along_axis(relevant_CN, order, axis=1)
+    precision_CN = np.cumsum(hits_CN, axis=1) / np.arange(1, hits_CN.shape[1] + 1)
+    return np.asarray((precision_CN * hits_CN).sum(axis=1) / hits_CN.sum(axis=1))
+
+
+def direction(
+    query_ND: ArrayLike,
+    base_ND: ArrayLike,
+    items: Items,
+    resamples: int = 1000,
+    seed: int = 0,
+    chunk: int = 1024,
+    record: Callable[[str, ArrayLike], None] | None = None,
+) -> Metrics:
+    """All metrics of one direction; row i of queries and database describe the same clip.
+
+    `r_at_k`, `median_rank`, `mean_rank`, `expected_rank` and `ndcg_at_10` ask for the clip's own
+    partner (one relevant item, where MRR = mAP). `class_at_1` and `class_map` accept any item of
+    the class, `equal_text` any item with the same caption, `same_group` ranks among the items of
+    the same class and size. `chance` holds what random scores would reach; `ci` 95 % intervals over
+    the sources. `record` is called with
+    the name and the values (N,) of the headline metrics of every query.
+    """
+    n = len(items.sources_N)
+    own = ranks(query_ND, base_ND, np.arange(n), np.arange(n), chunk=chunk)
+    result: Metrics = {**summary(own), "n": n}
+    result["chance"] = {f"r_at_{k}": min(k / n, 1.0) for k in CUTS} | {"median_rank": (n + 1) / 2}
+    columns = {f"r_at_{k}": own.hits(k) for k in CUTS}
+    if items.classes_N is not None:
+        same = ranks(query_ND, base_ND, items.classes_N, items.classes_N, chunk=chunk)
+        columns["class_at_1"] = same.hits(1)
+        result["class_at_1"] = float(same.hits(1).mean())
+        result["class_map"] = float(same.precision_Q.mean())
+        result["chance"]["class_at_1"] = float((same.relevant_Q / same.pool_Q).mean())
+    if items.texts_N is not None:
+        result["equal_text"] = equal_text(query_ND, base_ND, items.texts_N, chunk)
+    if items.groups_N is not None:
+        result["same_group"] = same_group(query_ND, base_ND, items, resamples, seed, chunk)
+    if resamples:
+        result["ci"] = _intervals(columns, own, items, resamples, seed)
+    if record is not None:
+        for name in ("class_at_1", "r_at_1", "r_at_10"):
+            if name in columns:
+                record(name, columns[name])
+        record("rank", own.pessimistic_Q)
+    return result
+
+
+def summary(own: Ranks) -> Metrics:
+    """Hit rates, median and mean rank, mAP (= MRR) and nDCG@10 of one-to-one retrieval."""
+    rank_Q = own.pessimistic_Q
+    gain_Q = np.where(rank_Q <= 10, 1 / np.log2(rank_Q + 1), 0.0)
+    return {
+        **{f"r_at_{k}": float(own.hits(k).mean()) for k in CUTS},
+        "median_rank": float(np.median(rank_Q)),
+        "mean_rank": float(rank_Q.mean()),
+        "expected_rank": float(own.expected_Q.mean()),
+        "map": float(own.precision_Q.mean()),
+        "ndcg_at_10": float(gain_Q.mean()),
+    }
+
+
+def equal_text(
+    query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints, chunk: int = 1024
+) -> Metrics:
+    """Hit rates where all items with the query's caption count (a missing one equals none)."""
+    alone = np.arange(len(texts_N)) + np.asarray(texts_N).max(initial=0) + 1
+    labels = np.where(texts_N == 0, alone, texts_N)
+    shared = ranks(query_ND, base_ND, labels, labels, chunk=chunk)
+    return {
+        **{f"r_at_{k}": float(shared.hits(k).mean()) for k in CUTS},
+        "median_rank": float(np.median(shared.pessimistic_Q)),
+        "duplicates": int((shared.relevant_Q > 1).sum()),
+    }
+
+
+def same_group(
+    query_ND: ArrayLike,
+    base_ND: ArrayLike,
+    items: Items,
+    resamples: int = 1000,
+    seed: int = 0,
+    chunk: int = 1024,
+) -> Metrics:
+    """R@1 among the items of the query's own group; groups of one item are left out.
+
+    `chance` is the mean over the queries of 1 / group size, `times_chance` the ratio.
+    """
+    groups = np.asarray(items.groups_N)
+    _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    kept = np.flatnonzero(sizes[member] > 1)
+    if len(kept) == 0:
+        return {"r_at_1": None, "chance": None, "times_chance": None, "n": 0}
+    query, base, groups = np.asarray(query_ND)[kept], np.asarray(base_ND)[kept], groups[kept]
+    found = ranks(query, base, kept, kept, groups, groups, chunk)
+    hit, chance = float(found.hits(1).mean()), float((1 / found.pool_Q).mean())
+    result: Metrics = {
+        "r_at_1": hit,
+        "chance": chance,
+        "times_chance": hit / chance,
+        "n": len(kept),
+    }
+    if resamples:
+        sources = np.asarray(items.sources_N)[kept]
+        result["ci"] = {"r_at_1": list(interval(found.hits(1), sources, "mean", resamples, seed))}
+    return result
+
+
+def _intervals(
+    columns: dict[str, Bools], own: Ranks, items: Items, resamples: int, seed: int
+) -> dict[str, list[float]]:
+    bounds = {
+        name: list(interval(values, items.sources_N, "mean", resamples, seed))
+        for name, values in columns.items()
+    }
+    median = interval(own.pessimistic_Q, items.sources_N, "median", resamples, seed)
+    return bounds | {"median_rank": list(median)}
