@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmssl import config
-from mmssl.types import Batch, UserError, ViewBatch
+from mmssl.types import Batch, Term, UserError, ViewBatch
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,7 @@ def check(file: str, overrides: Sequence[str] = ()) -> None:
     print("ok: every parameter is used, every term is finite")
 
 
-def _problems(model: Model, loss: torch.Tensor, terms: dict[str, object]) -> list[str]:
-    import torch
-
+def _problems(model: Model, loss: torch.Tensor, terms: dict[str, Term]) -> list[str]:
     out = [
         f"{n} has no dimension: give it shape (1,)"
         for n, t in model.state_dict().items()
@@ -77,8 +75,9 @@ def _problems(model: Model, loss: torch.Tensor, terms: dict[str, object]) -> lis
     ]
     if bad:
         out.append(f"gradient is not finite in {', '.join(bad[:8])}")
-    if not bool(torch.isfinite(loss)):
-        out.append(f"loss is {float(loss)}; terms are {list(terms)}")
+    wild = [f"{n} is {float(t.sum)}" for n, t in terms.items() if not bool(t.sum.isfinite().all())]
+    if wild or not bool(loss.isfinite()):
+        out.append(f"terms are not finite: {', '.join(wild) or 'their weights'}")
     return out
 
 

@@ -155,6 +155,7 @@ class StemSpec(Spec):
     fold: int = Field(1, gt=0)  # video: frames that enter the stack together
     temporal_kernel: int = Field(1, gt=0)
     temporal_stride: int = Field(1, gt=0)
+    merge: int = Field(1, gt=0)  # video: merge x merge cells become one token of the backbone
 
 
 class EmbeddingSpec(Spec):
@@ -338,8 +339,8 @@ class JointScoreSpec(Spec):
 class MapSpec(Spec):
     """Similarity of every video cell with every audio step, reduced over cells, then over steps.
 
-    `aligned`: an audio step is compared only with the cells of the same instant. `cells`: video
-    cells as they enter the backbone (`stem`), which know their own place only, or leave it.
+    `aligned`: an audio step is compared only with the cells of the same instant. `cells`: the video
+    cells that leave the backbone, or those of the `stem`, which know their own place only.
     """
 
     kind: Literal["map"]

@@ -16,6 +16,7 @@ from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import padding_mask
+from mmssl.frontends.stems import SpatialMerge
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
 from mmssl.specs import Number
@@ -71,9 +72,10 @@ class Tower(nn.Module):
         drop: Number = 0.0,
         pre: nn.Module | None = None,
         post: DenseGelu | None = None,
+        merge: SpatialMerge | None = None,
     ) -> None:
         super().__init__()
-        self.modality = modality
+        self.modality, self.merge = modality, merge
         self.signal, self.stem, self.positions, self.extra = signal, stem, positions, extra
         self.own_trunk = None if shared else trunk
         self._trunk = (trunk,)  # a tuple hides the shared trunk from this module's parameters
@@ -86,13 +88,14 @@ class Tower(nn.Module):
         """Token grid of one item whose data has this shape."""
         axes = tuple(shape) if self.signal is None else self.signal.grid(tuple(shape))  # type: ignore[operator]
         grid: tuple[int, ...] = self.stem.grid(axes)  # type: ignore[operator]
-        return grid
+        return grid if self.merge is None else self.merge.grid(grid)
 
     @property
     def cell(self) -> tuple[int, ...]:
         """Inputs of the stem per token along each axis (frames, bands, pixels)."""
-        strides: tuple[int, ...] = self.stem.strides  # type: ignore[assignment]
-        return strides
+        time, *space = self.stem.strides  # type: ignore[misc]
+        factor = 1 if self.merge is None else self.merge.factor
+        return (time, *(factor * step for step in space))
 
     def inputs(self, view: ViewBatch) -> Tensor:
         """The stem's input: (P, C, *axes) signal, or (P, N) ids; zero behind an item's end."""
@@ -107,9 +110,9 @@ class Tower(nn.Module):
         position: share of the run that is done, for scheduled numbers. A pass that does not read
         one of the global tokens simply leaves it; registers are thrown away.
         """
-        stem, grid = self._tokenise(view, mask)
-        pad = stem_pad = self.padding(view, grid)
-        x, index, kept_pad = self._dropped(stem, pad, view, position)
+        stem, stem_grid, x, grid = self._tokenise(view, mask)
+        pad = self.padding(view, grid)
+        x, index, kept_pad = self._dropped(x, pad, view, position)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
         x, _ = self._trunk[0](x, front_pad, modality=self.modality)
         if self.post is not None:
@@ -120,29 +123,35 @@ class Tower(nn.Module):
         return Tokens(
             x_PND=tokens,
             pad_PN=_filled(pad, tokens),
-            stem_PND=stem,
-            stem_pad_PN=_filled(stem_pad, stem),
+            stem_PMD=stem,
+            stem_pad_PM=_filled(self.padding(view, stem_grid), stem),
             grid=grid,
+            stem_grid=stem_grid,
             extra=named,
             rate_hz=self.token_rate(view),
             view=view,
         )
 
-    def _tokenise(self, view: ViewBatch, mask: Mask | None) -> tuple[Tensor, tuple[int, ...]]:
+    def _tokenise(
+        self, view: ViewBatch, mask: Mask | None
+    ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
+        """The stem's cells and the tokens that enter the backbone, each with its grid."""
         signal = self.inputs(view)
         if mask is not None and mask.ids_PN is not None:
             signal = mask.ids_PN
         elif mask is not None:
             grid = self.grid_of(view.data.shape[1:])
             signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
-        x, grid = (
+        cells, stem_grid = (
             self.stem(signal) if self.signal is None else self.stem(signal, self._frames(view))
         )
+        x, grid = (cells, stem_grid) if self.merge is None else self.merge(cells, stem_grid)
         if self.pre is not None:
             x = self.pre(x)
         if mask is not None and mask.embedding_D is not None:
             x = torch.where(mask.hidden_PN[..., None], mask.embedding_D.to(x.dtype), x)
-        return (x if self.positions is None else self.positions(x, grid)), grid
+        x = x if self.positions is None else self.positions(x, grid)
+        return cells, stem_grid, x, grid
 
     def _frames(self, view: ViewBatch) -> Tensor | None:
         """(P,) valid inputs of the stem along time, None when every item is full."""
@@ -256,7 +265,7 @@ class ConvTower(nn.Module):
             pad = padding_mask(steps.clamp(min=1), grid)
         rate = _rate(view, self.signal, self._time_field().stride)
         filled = _filled(pad, x)
-        return Tokens(x, filled, x, filled, grid, {}, rate, view)
+        return Tokens(x, filled, x, filled, grid, grid, {}, rate, view)
 
 
 class JointTower(nn.Module):

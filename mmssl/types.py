@@ -160,9 +160,10 @@ class Tokens:
     """What a tower returns for the P items of one view.
 
     x_PND: token outputs after the final norm; pad_PN: True where a token is padding or was dropped.
-    stem_PND: the tokens as they entered the backbone, with positions; stem_pad_PN: their padding.
+    stem_PMD: the stem's cells, which know their own place only; stem_pad_PM: their padding.
     grid: token grid, (T, F) for spectrograms, (T,) for waveforms and text, (T, H, W) for video;
-      N is its product, tokens are in row-major order of the grid.
+      N is its product, tokens are in row-major order of the grid. stem_grid: the same for the M
+      cells of the stem, finer than `grid` where the tower merges cells.
     extra: the global tokens by name, each (P, D).
     rate_hz: tokens per second along the time axis (0 for text); start_s_P: time of the first
     cell's start.
@@ -170,9 +171,10 @@ class Tokens:
 
     x_PND: Tensor
     pad_PN: Tensor
-    stem_PND: Tensor
-    stem_pad_PN: Tensor
+    stem_PMD: Tensor
+    stem_pad_PM: Tensor
     grid: tuple[int, ...]
+    stem_grid: tuple[int, ...]
     extra: dict[str, Tensor]
     rate_hz: float
     view: ViewBatch

@@ -12,6 +12,7 @@ from mmssl.backbones import NETWORKS
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.frontends.stems import SpatialMerge
 from mmssl.frontends.video import CHANNELS
 from mmssl.specs import (
     ConvSpec,
@@ -104,17 +105,19 @@ def make_tower(
             f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
         )
     stem = _stem(name, spec, encoder.width, vocab_size)
+    merge = _merge(name, spec, encoder.width)
     return Tower(
         spec.modality,
         signal,
         stem,
-        _positions(name, spec, run, signal, stem, encoder.width),
+        _positions(name, spec, run, (signal, stem, merge), encoder.width),
         ExtraTokens(encoder.width, spec.globals, spec.registers),
         encoder,
         shared=own is None,
         drop=spec.drop_tokens,
         pre=DenseGelu(encoder.width, encoder.width) if spec.pre else None,
         post=DenseGelu(encoder.width, spec.post) if spec.post else None,
+        merge=merge,
     )
 
 
@@ -148,7 +151,7 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
         stem = STEMS["patches"](cut.patch, width, channels(spec))
         return stem
     if isinstance(cut, StemSpec):
-        options = cut.model_dump(exclude={"kind"})
+        options = cut.model_dump(exclude={"kind", "merge"})
         time = {key: options.pop(key) for key in ("fold", "temporal_kernel", "temporal_stride")}
         if spec.modality == "video":
             stem = STEMS["video_conv"](width, **options, **time, in_channels=channels(spec))
@@ -172,26 +175,36 @@ def _word_table(path: str) -> torch.Tensor:
     return tensors["weight"]
 
 
+def _merge(name: str, spec: TowerSpec, width: int) -> SpatialMerge | None:
+    if not isinstance(spec.cut, StemSpec) or spec.cut.merge == 1:
+        return None
+    if spec.modality != "video":
+        raise UserError(f"towers.{name}.cut.merge: for video only, the tower reads {spec.modality}")
+    return SpatialMerge(width, spec.cut.merge)
+
+
+Chain = tuple[nn.Module | None, nn.Module, SpatialMerge | None]  # signal, stem, merge
+
+
 def _positions(
-    name: str, spec: TowerSpec, run: RunSpec, signal: nn.Module | None, stem: nn.Module, width: int
+    name: str, spec: TowerSpec, run: RunSpec, chain: Chain, width: int
 ) -> nn.Module | None:
     if spec.positions.kind == "none":
         return None
-    grid = spec.positions.grid or _native_grid(name, run, signal, stem)
+    grid = spec.positions.grid or _native_grid(name, run, chain)
     options = spec.positions.model_dump(exclude={"kind", "grid"})
     return FactorisedPositions(grid, width, **options)
 
 
-def _native_grid(
-    name: str, run: RunSpec, signal: nn.Module | None, stem: nn.Module
-) -> Sequence[int]:
+def _native_grid(name: str, run: RunSpec, chain: Chain) -> Sequence[int]:
     """Token grid of the first view that the tower reads."""
+    signal, stem, merge = chain
     for view_name, view in run.views.items():
         if (view.tower or view.modality) == name:
             shape = data_shape(view_name, view)
             axes = shape if signal is None else signal.grid(shape)  # type: ignore[operator]
             grid: Sequence[int] = stem.grid(axes)  # type: ignore[operator]
-            return grid
+            return grid if merge is None else merge.grid(grid)
     raise UserError(f"towers.{name}: no view reads this tower; give positions.grid or add a view")
 
 

@@ -297,3 +297,34 @@ class VideoConvStem(nn.Module):
             return cells
         padded = F.pad(cells, (0, 0, 0, 0, 0, 0, self.pad, self.pad))
         return padded.unfold(1, self.kernel, self.step).transpose(-1, -2).flatten(-2)
+
+
+class SpatialMerge(nn.Module):
+    """Linear map of factor x factor neighbouring cells of a (t, h, w) grid to one token."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.proj = nn.Linear(width * factor * factor, width)
+
+    def grid(self, shape: Sequence[int]) -> Grid:
+        """Grid of the tokens.
+
+        Raises:
+            UserError: the cells do not fill whole tokens.
+        """
+        time, *space = shape
+        if len(space) != 2 or any(n % self.factor for n in space):
+            raise UserError(
+                f"stem.merge: a grid {tuple(shape)} of cells has no whole tokens of {self.factor} x "
+                f"{self.factor}; change the view's size or `merge`"
+            )
+        return (time, *(n // self.factor for n in space))
+
+    def forward(self, x_PMD: Tensor, shape: Sequence[int]) -> tuple[Tensor, Grid]:
+        """(P, M, D) cells of a grid to (P, N, D) tokens and their grid."""
+        time, high, wide = grid = self.grid(shape)
+        f, width = self.factor, x_PMD.shape[-1]
+        blocks = x_PMD.reshape(-1, time, high, f, wide, f, width).transpose(3, 4)
+        tokens: Tensor = self.proj(blocks.reshape(-1, time * high * wide, f * f * width))
+        return tokens, grid

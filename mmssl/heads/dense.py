@@ -71,10 +71,10 @@ class MapScore(nn.Module):
         modality = tokens.view.modality
         if modality == "video":
             steps = tokens.grid[0]
-            values = tokens.stem_PND if self.from_stem else tokens.x_PND
+            values = tokens.stem_PMD if self.from_stem else tokens.x_PND
             cells: Tensor = self.maps_of[modality](values)
             x = cells.reshape(cells.shape[0], steps, -1, cells.shape[-1])
-            pad = tokens.stem_pad_PN if self.from_stem else tokens.pad_PN
+            pad = tokens.stem_pad_PM if self.from_stem else tokens.pad_PN
             valid = ~pad.reshape(cells.shape[0], steps, -1)
         else:
             x, pad = time_steps(tokens, "mean")
@@ -98,7 +98,7 @@ class MapScore(nn.Module):
             steps,
             valid,
             seen[:, 0] & heard[:, 0],
-            tokens.grid,
+            tokens.stem_grid if self.from_stem else tokens.grid,
             spread(times, tokens.view)[:, 0],
         )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.frontends.stems import VideoConvStem
+from mmssl.frontends.stems import SpatialMerge, VideoConvStem
 from mmssl.types import UserError
 
 ARGS = {"width": 6, "channels": [4, 8], "strides": [2, 2]}
@@ -40,3 +40,18 @@ def test_frames_behind_the_end_change_nothing():
 def test_too_few_frames_are_refused():
     with pytest.raises(UserError, match="fold"):
         VideoConvStem(**ARGS, fold=4).grid((3, 8, 8))
+
+
+def test_merged_tokens_read_their_own_cells_only():
+    torch.manual_seed(2)
+    merge = SpatialMerge(3, 2)
+    cells = torch.randn(1, 2 * 4 * 6, 3, requires_grad=True)
+    tokens, grid = merge(cells, (2, 4, 6))
+    assert grid == merge.grid((2, 4, 6)) == (2, 2, 3)
+    tokens.reshape(2, 2, 3, 3)[1, 1, 2].sum().backward()
+    touched = cells.grad.abs().sum(-1).reshape(2, 4, 6) > 0
+    expected = torch.zeros(2, 4, 6, dtype=torch.bool)
+    expected[1, 2:, 4:] = True
+    assert torch.equal(touched, expected)
+    with pytest.raises(UserError, match="no whole tokens"):
+        merge.grid((2, 5, 6))

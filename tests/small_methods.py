@@ -1,0 +1,125 @@
+"""The published methods from their own YAML files, at a size that fits a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmssl import config
+from mmssl.build import build_model
+from mmssl.check import SPECIAL, VOCABULARY, fake_batch
+from mmssl.model import Model
+from mmssl.specs import RunSpec, TransformerSpec
+from mmssl.types import Batch, Tokens, ViewBatch
+
+SAMPLES, FRAMES, SIDE = 6400, 8, 32
+
+
+def small(name: str, *overrides: str) -> RunSpec:
+    """A method at width 16, one layer, no dropout, on short and small views.
+
+    Everything else is as in the file; `overrides` come last.
+    """
+    spec = config.load(name)
+    return config.load(name, [*shrinking(spec), *overrides])
+
+
+def shrinking(spec: RunSpec) -> list[str]:
+    """The overrides that make a run small."""
+    return [*_towers(spec), *_views(spec), *_heads(spec)]
+
+
+def _transformer(key: str) -> list[str]:
+    values = {"width": 16, "layers": 1, "heads": 0, "head_size": 8, "hidden": 32, "dropout": 0}
+    return [f"{key}.{name}={value}" for name, value in values.items()]
+
+
+def _towers(spec: RunSpec) -> Iterator[str]:
+    if spec.shared is not None:
+        yield from _transformer("shared")
+    for name in spec.joints:
+        yield from _transformer(f"joints.{name}.backbone")
+    for name, tower in spec.towers.items():
+        if isinstance(tower.backbone, TransformerSpec):
+            yield from _transformer(f"towers.{name}.backbone")
+        if tower.post:
+            yield f"towers.{name}.post=16"
+        yield f"towers.{name}.positions.dropout=0"
+
+
+def _views(spec: RunSpec) -> Iterator[str]:
+    for name, view in spec.views.items():
+        if view.modality == "audio":
+            yield f"views.{name}.crop_s={min(view.crop_s, SAMPLES / view.hz)}"
+        elif view.modality == "video":
+            yield f"views.{name}.crop_s={min(view.crop_s, FRAMES / view.fps)}"
+            yield f"views.{name}.size={SIDE}"
+        else:
+            yield f"views.{name}.length=8"
+
+
+def _heads(spec: RunSpec) -> Iterator[str]:
+    for name, task in spec.tasks.items():
+        if task.kind != "pairs":
+            continue
+        for space, s in task.heads.spaces.items():
+            yield f"tasks.{name}.heads.spaces.{space}.dim={8 * s.steps if s.pool == 'steps' else 16}"
+        for pair, p in task.pairs.items():
+            if p.score.kind == "map":
+                yield f"tasks.{name}.pairs.{pair}.score.dim=8"
+
+
+def small_model(spec: RunSpec, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
+    """The run's model with seeded weights."""
+    torch.manual_seed(seed)
+    return build_model(spec, VOCABULARY, SPECIAL).to(dtype)
+
+
+def make_tokens(
+    x_PND: Tensor,
+    grid: tuple[int, ...],
+    pad_PN: Tensor | None = None,
+    extra: dict[str, Tensor] | None = None,
+    rate_hz: float = 0.0,
+    view: ViewBatch | None = None,
+) -> Tokens:
+    """Tokens as a tower would return them; the stem's are the same."""
+    pad = torch.zeros(x_PND.shape[:2], dtype=torch.bool) if pad_PN is None else pad_PN
+    return Tokens(
+        x_PND=x_PND,
+        pad_PN=pad,
+        stem_PMD=x_PND,
+        stem_pad_PM=pad,
+        grid=grid,
+        stem_grid=grid,
+        extra=extra or {},
+        rate_hz=rate_hz,
+        view=view,
+    )
+
+
+def equal_rows(batch: Batch) -> Batch:
+    """The batch with every item's content replaced by that of the first, of other sources still."""
+    views = {
+        name: replace(
+            view,
+            data=view.data[:1].expand_as(view.data).clone(),
+            seeds_P=view.seeds_P[:1].expand_as(view.seeds_P).clone(),
+        )
+        for name, view in batch.views.items()
+    }
+    return replace(batch, views=views)
+
+
+def full_batch(spec: RunSpec, rows: int = 6, seed: int = 0) -> Batch:
+    """A batch in which nothing is missing."""
+    return fake_batch(spec, rows, seed, missing=False)
+
+
+def values(model: Model, batch: Batch, position: float = 0.0) -> dict[str, float]:
+    """{term: sum / count} in the model's present mode."""
+    _, terms = model(batch, round(100 * position), 100)
+    return {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}

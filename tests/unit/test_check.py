@@ -1,0 +1,172 @@
+"""`show` and `check`: the table of a run, and every problem named before a run is started."""
+
+import re
+
+import pytest
+import torch
+from small_methods import small, shrinking
+from tiny_run import TREE, tiny_model, tiny_spec
+from torch import nn
+
+from mmssl import check, config
+from mmssl.types import UserError
+from mmssl.yamlfile import write_yaml
+
+METHODS = config.names(("methods",))
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    """Writes the tiny run with some of its entries replaced."""
+
+    def write(**changes):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(write_yaml(TREE | changes))
+        return str(path)
+
+    return write
+
+
+# ---------------------------------------------------------------- show
+
+
+def test_show_prints_what_is_read_and_what_is_learned(capsys, tiny_file):
+    check.show(tiny_file())
+    lines = capsys.readouterr().out.splitlines()
+    model = tiny_model()
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    digest = config.digest(tiny_spec())
+    assert lines[0] == f"tiny  (config {digest}, {count:.2f} M parameters)"
+    rows = {tuple(re.split(r"\s{2,}", line)) for line in lines}
+    assert ("video", "clip", "4 x 16 x 16 x 3", "video", "2 x 2 x 2", "16") in rows
+    assert ("audio", "clip", "16000", "audio", "25 x 1", "16") in rows
+    assert ("align.dense", "pairs", "video ~ audio", "info_nce on the map", "1.0 x 1.0") in rows
+    assert ("align.vt", "pairs", "video ~ text", "sigmoid on dot in avt", "1.0 x 1.0") in rows
+    assert ("match", "classify", "video ~ audio", "match by joint", "1.0") in rows
+    assert ("masked_video", "masked", "video", "patches, tubes 0.5", "1.0") in rows
+
+
+def test_show_honours_overrides(capsys, tiny_file):
+    check.show(tiny_file(), ["views.video.size=32", "tasks.match.weight=0.2"])
+    out = capsys.readouterr().out
+    assert "4 x 32 x 32 x 3" in out
+    assert "2 x 4 x 4" in out
+    assert re.search(r"match by joint\s+0.2", out)
+
+
+def test_a_label_task_is_shown_with_its_field(capsys, tiny_file):
+    label = {"kind": "label", "view": "audio", "field": "shape", "classes": ["circle", "square"]}
+    tasks = {"shape": {"kind": "classify", "target": label, "pool": "mean"}}
+    check.show(tiny_file(tasks=tasks))
+    assert "label shape" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_passes_at_a_small_size(name, capsys):
+    check.check(name, shrinking(config.load(name)))
+    out = capsys.readouterr().out
+    assert out.endswith("ok: every parameter is used, every term is finite\n")
+    for task in config.load(name).tasks:
+        assert task in out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_shows_its_views(name, capsys):
+    spec = config.load(name)
+    check.show(name, shrinking(spec))
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{view}  ", out, re.MULTILINE) for view in spec.views)
+
+
+def test_a_tower_that_no_task_reads_is_refused_by_its_parameters(tiny_file):
+    tasks = {"masked_audio": TREE["tasks"]["masked_audio"]}
+    with pytest.raises(UserError, match=r"unused parameters .*towers\.video\.stem"):
+        check.check(tiny_file(tasks=tasks, joints={}))
+
+
+def test_a_tower_that_no_view_reads_is_refused_by_its_name(tiny_file):
+    towers = {**TREE["towers"], "ears": TREE["towers"]["audio"]}
+    with pytest.raises(UserError, match=r"towers\.ears: no view reads this tower"):
+        check.check(tiny_file(towers=towers))
+
+
+def test_a_joint_tower_that_no_task_reads_is_refused(tiny_file):
+    tasks = {k: v for k, v in TREE["tasks"].items() if k != "match"}
+    with pytest.raises(UserError, match=r"unused parameters joints\.av"):
+        check.check(tiny_file(tasks=tasks))
+
+
+class Odd(nn.Module):
+    """Holds something of shape ()."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        value = torch.zeros(())
+        if parameter:
+            self.gain = nn.Parameter(value)
+        else:
+            self.register_buffer("gain", value)
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+def test_tensors_without_a_dimension_are_refused(parameter, tiny_file, monkeypatch):
+    model = tiny_model()
+    model.tasks["match"].odd = Odd(parameter)
+    monkeypatch.setattr(check, "_model", lambda spec: model)
+    with pytest.raises(UserError, match=r"tasks\.match\.odd\.gain has no dimension.*shape \(1,\)"):
+        check.check(tiny_file())
+
+
+def test_a_term_that_is_not_finite_is_named_and_no_other(tiny_file, monkeypatch):
+    model = tiny_model()
+    with torch.no_grad():
+        model.tasks["masked_text"].head[-1].bias[7] = float("nan")
+    monkeypatch.setattr(check, "_model", lambda spec: model)
+    with pytest.raises(UserError) as caught:
+        check.check(tiny_file())
+    terms = str(caught.value).split("terms are not finite: ")[1]
+    assert terms == "masked_text is nan"
+    assert "gradient is not finite in" in str(caught.value)
+
+
+def test_problems_are_told_all_at_once(tiny_file, monkeypatch):
+    model = tiny_model()
+    model.tasks["match"].odd = Odd(True)
+    with torch.no_grad():
+        model.tasks["masked_text"].head[-1].bias[7] = float("inf")
+    monkeypatch.setattr(check, "_model", lambda spec: model)
+    with pytest.raises(UserError, match=r"no dimension.*; unused parameters.*; terms are not"):
+        check.check(tiny_file())
+
+
+# ---------------------------------------------------------------- the made-up batch
+
+
+def test_the_first_rows_lack_one_modality_each():
+    batch = check.fake_batch(tiny_spec(), rows=5)
+    lacking = {name: (~v.present_B).nonzero().flatten().tolist() for name, v in batch.views.items()}
+    assert lacking == {"text": [0], "audio": [1], "video": [2]}
+    assert batch.text_B.tolist() == [0, 2, 3, 4, 5]
+    full = check.fake_batch(tiny_spec(), rows=5, missing=False)
+    assert all(v.present_B.all() for v in full.views.values())
+
+
+def test_the_batch_has_the_shape_of_the_views():
+    spec = small("avt/vatt_mbs")
+    batch = check.fake_batch(spec, rows=2, missing=False)
+    assert batch.views["text"].data.shape == (10, 8)  # five candidates of a row
+    assert batch.views["text"].slots_P.tolist() == [0, 1, 2, 3, 4] * 2
+    assert batch.views["video"].data.shape == (2, 8, 32, 32, 3)
+    assert batch.views["audio"].data.shape == (2, 6400)
+    again = check.fake_batch(spec, rows=2, missing=False)
+    assert torch.equal(batch.views["audio"].data, again.views["audio"].data)
+
+
+def test_labels_of_the_run_are_made_up_too():
+    label = {"kind": "label", "view": "audio", "field": "shape", "classes": ["circle", "square"]}
+    tasks = {"shape": {"kind": "classify", "target": label}}
+    batch = check.fake_batch(tiny_spec(tasks=tasks), rows=3)
+    assert batch.meta == [{"shape": "circle"}, {"shape": "square"}, {"shape": "circle"}]
