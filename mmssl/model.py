@@ -146,7 +146,8 @@ class Model(nn.Module):
 
     def space_for(self, a: str, b: str) -> str | None:
         """The space in which two modalities are compared: a trained pair's, else any common one."""
-        known = [key for task in self._pairs() for key in task.space_keys()]
+        with _evaluating(self):  # some spaces are reached in evaluation only
+            known = [key for task in self._pairs() for key in task.space_keys()]
         modality = {view: spec.modality for view, spec in self.spec.views.items()}
         for task in self._pairs():
             for pair in task.vector_pairs():

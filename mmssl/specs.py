@@ -280,9 +280,10 @@ class JointSpec(Trainable):
 class SpaceSpec(Spec):
     """A common space and what it is made from.
 
-    pool: a global token's name, `mean` or `max` over all tokens, or `steps`: the strongest cell of
-    each time step, every step projected by itself and concatenated, so that a dot product adds up
-    what happens at the same time. One for all, or one per modality.
+    pool: a global token's name, `mean` or `max` over all tokens, `peaks`: the mean over time of the
+    strongest cell of each step, or `steps`: the same without the mean, every step projected by
+    itself and concatenated, so that a dot product adds up what happens at the same time. One for
+    all, or one per modality.
     """
 
     dim: int = Field(512, gt=0)
@@ -564,7 +565,6 @@ class RunSpec(Spec):
     name: str
     paper: str = ""
     out: str = ""  # run folder; empty = runs/<name>
-    plugins: list[str] = []
     shared: TrunkSpec | None = None
     towers: dict[str, TowerSpec] = Field(min_length=1)
     joints: dict[str, JointSpec] = {}

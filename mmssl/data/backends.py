@@ -116,7 +116,8 @@ def _decoded(job: Picked, wanted: set[int] | None) -> Iterator[Any]:
 def _runs(job: Picked) -> list[tuple[int, int]]:
     """Stretches of packets that must be decoded: from a key frame to the last frame that needs it.
 
-    A key frame that is shown after a wanted frame only leads it: that one needs an earlier key frame.
+    A key frame that is shown after a wanted frame only leads it: that one needs an earlier key
+    frame.
     """
     packets = job.track.packets
     runs: list[tuple[int, int]] = []

@@ -66,7 +66,7 @@ class SampleEncoder:
                 reader.frame_times_s,
             )
             clips = [reader.clip(need) for need in cuts.needs] or [reader.clip()]
-            meta = {} if self.training else _evaluation_meta(reader)
+            meta = self._labels(reader) if self.training else _evaluation_meta(reader)
         return Item(
             key=sample.key,
             source=record.source,
@@ -75,6 +75,11 @@ class SampleEncoder:
             views=self._cut(cuts, clips),
             meta=meta,
         )
+
+    def _labels(self, reader: ClipReader) -> dict[str, Any]:
+        """The metadata that a training run asks for; the rest stays behind, it may be long."""
+        known = reader.record.meta
+        return {name: known[name] for name in self.data.labels if name in known}
 
     def _cut(self, cuts: Plan, clips: list[Clip]) -> dict[str, list[View]]:
         views: dict[str, list[View]] = {}

@@ -316,7 +316,7 @@ class SpatialMerge(nn.Module):
         time, *space = shape
         if len(space) != 2 or any(n % self.factor for n in space):
             raise UserError(
-                f"stem.merge: a grid {tuple(shape)} of cells has no whole tokens of {self.factor} x "
+                f"stem.merge: a grid {tuple(shape)} has no whole tokens of {self.factor} x "
                 f"{self.factor}; change the view's size or `merge`"
             )
         return (time, *(n // self.factor for n in space))

@@ -18,7 +18,9 @@ from mmssl.types import Tokens, UserError
 
 
 def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
-    """(P, D) by a global token's name, `mean` or `max`; (P, steps, D) by `steps`.
+    """(P, D) by a global token's name, `mean`, `max` or `peaks`; (P, steps, D) by `steps`.
+
+    `peaks` is the mean over time of the strongest cell of each step.
 
     Raises:
         UserError: neither a pooling nor one of the tower's global tokens.
@@ -31,10 +33,10 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
         return (tokens.x_PND * keep).sum(1) / keep.sum(1).clamp(min=1)
     if how == "max":
         return tokens.x_PND.masked_fill(pad, torch.finfo(tokens.x_PND.dtype).min).amax(dim=1)
-    if how == "steps":
+    if how in ("steps", "peaks"):
         x, empty = time_steps(tokens, "max")
-        return to_bins(x, ~empty, steps)[0]
-    known = ", ".join([*tokens.extra, "mean", "max", "steps"])
+        return to_bins(x, ~empty, steps if how == "steps" else 1)[0].squeeze(1)
+    known = ", ".join([*tokens.extra, "mean", "max", "peaks", "steps"])
     raise UserError(f"pool: {how!r} is not known; use one of {known}")
 
 

@@ -23,6 +23,7 @@ from mmssl import config, dist
 from mmssl.build import build_model
 from mmssl.data.loader import train_loader
 from mmssl.data.text import Tokenizer
+from mmssl.model import Model
 from mmssl.rng import seed_of
 from mmssl.specs import RunSpec
 from mmssl.train import checkpoint
@@ -32,6 +33,7 @@ from mmssl.train.engine import Engine, micro_batch, session
 from mmssl.train.loop import train
 from mmssl.train.meters import Meters
 from mmssl.train.randomness import seed_all
+from mmssl.train.start import load_start_weights
 from mmssl.train.validate import Evaluate, Validator
 from mmssl.train.weights import Average, shapes
 from mmssl.types import UserError
@@ -73,6 +75,7 @@ class Parts:
     make_model: Callable[[], nn.Module]
     loader: Loader
     evaluate: Evaluate
+    load_start: Callable[[nn.Module], None] | None = None  # weights of a new run's `init` entries
 
 
 def fit(
@@ -93,7 +96,7 @@ def fit(
     found = on_rank0(lambda: checkpoint.newest(folder))
     if again and found is None:
         raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
-    job = _job(spec, parts, folder, device)
+    job = _job(spec, parts, folder, device, fresh=found is None)
     if found:
         checkpoint.restore(job, found)
         if again:
@@ -195,21 +198,26 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
             spec, tokenizer.vocab_size if tokenizer else 0, tokenizer.special if tokenizer else None
         )
 
+    def load_start(model: nn.Module) -> None:
+        load_start_weights(cast("Model", model), spec)
+
     def evaluate(model: nn.Module, clips: int) -> dict[str, float]:
         from mmssl.eval import suites
 
         return suites.quick(cast("Any", model), spec, tokenizer, clips)
 
     try:
-        fit(spec, Parts(make_model, loader, evaluate), folder, device, again)
+        fit(spec, Parts(make_model, loader, evaluate, load_start), folder, device, again)
     finally:
         loader.close()
 
 
-def _job(spec: RunSpec, parts: Parts, folder: Path, device: torch.device) -> Job:
+def _job(spec: RunSpec, parts: Parts, folder: Path, device: torch.device, fresh: bool) -> Job:
     # The run owns the global generators: weights start alike on all ranks, dropout differs.
     seed_all(seed_of(spec.train.seed, "weights"))
     model = parts.make_model().train()
+    if fresh and parts.load_start is not None:
+        parts.load_start(model)
     engine = Engine(model, spec.optim, spec.train, device)
     average = Average(model) if spec.optim.ema != 0 else None
     seed_all(seed_of(spec.train.seed, "rank", dist.rank()))

@@ -27,7 +27,6 @@ import numpy as np
 from mmssl.eval import results
 from mmssl.eval.bootstrap import interval
 
-RUN = "configs/runs/sprites.yaml"
 VARIANTS = {"pulsing": (), "steady": ("--no-pulse",)}
 ROWS = (
     ("retrieval.audio->video.class_at_1", "class at rank 1, audio→video", ">= 0.75"),
@@ -51,7 +50,8 @@ class Job:
     fold: int
     data: Path
     folder: Path
-    counts: tuple[int, int]  # clips of the training and of the validation split
+    counts: tuple[int, int, int]  # clips of training and validation, crops per test sound
+    config: str
     overrides: tuple[str, ...]
     workers: int
 
@@ -82,7 +82,7 @@ def once(folder: Path, name: str, *steps: Sequence[str | Path]) -> None:
 def compute(job: Job) -> None:
     """Corpus, shards, training and evaluation of one fold, each step once."""
     corpus, shards = job.folder / "corpus", job.folder / "shards"
-    train, val = job.counts
+    train, val, crops = job.counts
     synth = [
         "data_tools.synth",
         "--out",
@@ -93,14 +93,15 @@ def compute(job: Job) -> None:
         str(job.workers),
     ]
     synth += ["--sounds", job.data / "esc10", "--sprites", job.data / "sprites"]
-    synth += ["--train", str(train), "--val", str(val), *VARIANTS[job.variant]]
+    synth += ["--train", str(train), "--val", str(val), "--crops", str(crops)]
+    synth += VARIANTS[job.variant]
     make = ["data_tools.make_shards", corpus, shards, "--workers", str(job.workers)]
     words = ["data_tools.train_tokenizer", shards / "train", shards / "tokenizer.model"]
     once(job.folder, "shards", synth, make, words)
     shutil.rmtree(corpus, ignore_errors=True)
     data = [f"data.{split}={shards / split}" for split in ("train", "val", "test")]
     data.append(f"data.tokenizer={shards / 'tokenizer.model'}")
-    fit = ["mmssl.cli", "train", RUN, f"out={job.run}", *data, *job.overrides]
+    fit = ["mmssl.cli", "train", job.config, f"out={job.run}", *data, *job.overrides]
     once(job.folder, "trained", fit)
     once(job.folder, "evaluated", ["mmssl.cli", "eval", "bouncing", job.run])
 
@@ -171,8 +172,8 @@ def markdown(found: dict[str, Any]) -> str:
         "# Sounding Sprites",
         "",
         "Real ESC-10 sounds under drawings; the test fold and the third drawing of each class are",
-        "unseen. 400 test clips per kind and fold (5 crops per sound). Retrieval on one-object clips,",
-        "pointing on two-object clips; chance of the class is 0.10. Brackets: 95 % bootstrap",
+        "unseen. 400 test clips per kind and fold (5 crops per sound). Retrieval on one-object",
+        "clips, pointing on two-object clips; chance of the class is 0.10. Brackets: 95 % bootstrap",
         "interval over source sounds. `steady`: no pulsing, so that appearance must be learned.",
         "",
     ]
@@ -213,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--config", default="configs/runs/sprites.yaml")
+    parser.add_argument("--crops", type=int, default=5, help="test clips per sound and kind")
     parser.add_argument("--train", type=int, default=1500, help="training clips per fold")
     parser.add_argument("--val", type=int, default=100, help="validation clips per fold")
     parser.add_argument("--workers", type=int, default=2)
@@ -229,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             fold,
             args.data,
             args.work / variant / f"fold{fold}",
-            (args.train, args.val),
+            (args.train, args.val, args.crops),
+            args.config,
             tuple(overrides),
             args.workers,
         )

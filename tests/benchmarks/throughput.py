@@ -48,7 +48,7 @@ BASE = (
     "towers.video.cut.strides=[4, 2, 2]",
     "towers.video.cut.kernels=[8, 4, 4]",
 )
-ROWS = {"tiny": 32, "base": 4}
+ROWS = {"tiny": 32, "base": 2}
 VOCABULARY, SPECIAL = 400, {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
 
 

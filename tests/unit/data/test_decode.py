@@ -1,6 +1,10 @@
 """Decoding on one clock: alignment, selection, resampling, decoders that agree, refused files."""
 
+import io
 import itertools
+import sys
+import types
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 import torch
 from media_files import click_wave, flash_frames, moving_frames, tone, write_media
 
-from mmssl.data import backends, media
+from mmssl.data import backends, decode, media
 from mmssl.data.decode import ClipReader
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.media import Limits
@@ -145,7 +149,7 @@ def test_chosen_frames_are_the_nearest_ones():
 def test_b_frames_change_nothing(codec, options):
     """Skipped disposable packets and open groups of pictures give the frames of a full decode."""
     data = write_media(moving_frames(40), None, video_codec=codec, options={"g": "8", **options})
-    with av.open(__import__("io").BytesIO(data)) as container:
+    with av.open(io.BytesIO(data)) as container:
         every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     for wanted in itertools.chain(range(40), [slice(3, 40, 4)]):
         indices = [wanted] if isinstance(wanted, int) else list(range(40))[wanted]
@@ -180,7 +184,7 @@ def test_rotation_is_applied():
     turned = read(Need(frame_times_s=(0.0,)), video=data, has={"video"}).frames[0]
     plain = read(Need(frame_times_s=(0.0,)), video=upright, has={"video"}).frames[0]
     assert turned.shape == (48, 32, 3)
-    with av.open(__import__("io").BytesIO(data)) as container:
+    with av.open(io.BytesIO(data)) as container:
         degrees = next(container.decode(video=0)).rotation
     assert torch.equal(turned, torch.rot90(plain, degrees // 90, (0, 1)))
 
@@ -224,7 +228,7 @@ def test_torchcodec_gives_the_same_bits():
 
 
 def test_missing_torchcodec_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     data = write_media(moving_frames(5), None)
     with pytest.raises(UserError, match=r"torchcodec.*pyav"):
         read(needs_of(5), "torchcodec", video=data, has={"video"})
@@ -371,3 +375,119 @@ def test_truncated_and_mutated_files_never_escape():
             outcomes.add(error.reason)
     assert "decoded" in outcomes
     assert len(outcomes) > 1
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_memory_does_not_grow(decoder):
+    """Three hundred further clips add less than 3 MB (decord's audio readers lose 0.7 MB each)."""
+    psutil = pytest.importorskip("psutil")
+    data = write_media(moving_frames(10, 96, 128), tone(1.0, 16000))
+    need = Need(16000, 0.0, 1.0, tuple(k / FPS for k in range(10)))
+    used = []
+    for _ in range(2):
+        for _ in range(300):
+            read(need, decoder, video=data)
+        used.append(psutil.Process().memory_info().rss)
+    assert used[1] - used[0] < 3e6
+
+
+# --- files that a muxer does not write
+
+
+class Stub:
+    """A container whose packets are given."""
+
+    def __init__(self, packets, codec=object()):
+        disposition = av.stream.Disposition(0)
+        context = codec and types.SimpleNamespace(thread_count=0, width=0, height=0, pix_fmt=None)
+        if context is not None:
+            context.name = "h264"
+        self.stream = types.SimpleNamespace(
+            index=0,
+            type="video",
+            time_base=Fraction(1, 10),
+            codec_context=context,
+            disposition=disposition,
+            average_rate=10,
+            start_time=0,
+        )
+        self.streams = types.SimpleNamespace(video=[self.stream], audio=[])
+        self.packets, self.duration = packets, None
+        self.format = types.SimpleNamespace(name="stub")
+
+    def demux(self, streams):
+        return iter(self.packets)
+
+
+def packet(pts, size=10, discard=False):
+    return types.SimpleNamespace(
+        pts=pts, size=size, is_discard=discard, stream_index=0, duration=1, is_keyframe=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("packets", "message"),
+    [
+        ([], "the video stream is empty"),
+        ([packet(0, discard=True)], "the video stream is empty"),
+        ([packet(None)], r"without time stamps; re-encode .make_shards --reencode"),
+    ],
+)
+def test_unusable_timelines(packets, message):
+    with pytest.raises(DamagedSampleError, match=message) as caught:
+        media.read_tracks(Stub(packets), True, True, Limits())
+    assert caught.value.reason == "header"
+
+
+def test_unusable_headers():
+    with pytest.raises(DamagedSampleError, match="cannot decode its video stream"):
+        media.read_header(Stub([], codec=None))
+    with pytest.raises(DamagedSampleError, match="no frame size"):
+        media.check_limits(media.read_header(Stub([])), Limits())
+    with pytest.raises(DamagedSampleError, match="neither a video nor an audio"):
+        media.check_limits(media.Header("stub", 1.0), Limits())
+
+
+def test_discarded_packets_do_not_start_the_clock():
+    """Frames before an edit list's start are decoded, but not shown."""
+    track = media.read_tracks(
+        Stub([packet(-2, discard=True), packet(0), packet(1)]), True, False, Limits()
+    )["video"]
+    assert (track.start_s, track.end_s, len(track.packets)) == (0.0, 0.2, 3)
+
+
+def test_frames_that_never_come_out_are_replaced_by_the_nearest():
+    """A packet may show nothing; the nearest picture that exists stands in."""
+    data = write_media(moving_frames(12), None, options={"g": "3"})
+    with ClipReader(record(video=data, has={"video"})) as reader:
+        track = reader._video
+        ghost = len(track.packets)
+        track.packets.insert(5, track.packets[5])
+        track.shown[:] = sorted(
+            [(pts + (1 if i == 5 else 0), i + (i > 5)) for pts, i in track.shown]
+        )
+        clip = reader.clip(Need(frame_times_s=(0.5,)))
+    assert len(clip.frames) == 1
+    assert clip.frame_times_s[0] == pytest.approx(0.5, abs=0.01)
+    assert ghost == 12
+
+
+def test_streams_that_decode_to_nothing():
+    data = write_media(moving_frames(3), tone(0.3, 16000))
+    with ClipReader(record(video=data)) as reader:
+        reader._video.packets[:] = [p for p in reader._video.packets if not p.is_keyframe]
+        reader._video.shown[:] = [(p.pts, i) for i, p in enumerate(reader._video.packets)]
+        with pytest.raises(DamagedSampleError, match="video stream decodes to nothing"):
+            reader.clip(Need(frame_times_s=(0.1,)))
+        reader._audio.packets.clear()
+        with pytest.raises(DamagedSampleError, match="audio stream decodes to nothing"):
+            decode._first_sample_s(reader._audio)
+
+
+def test_decord_must_count_the_same_frames():
+    data = write_media(moving_frames(6), None)
+    with ClipReader(record(video=data, has={"video"}), decoder="decord") as reader:
+        reader._video.shown.append(reader._video.shown[-1])
+        reader._video.packets.append(reader._video.packets[-1])
+        with pytest.raises(DamagedSampleError, match="decord counts 6 frames, the file has 7"):
+            reader._frames(Need(frame_times_s=(0.0,)))
