@@ -573,4 +573,4 @@ class RunSpec(Spec):
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
     data: DataSpec = DataSpec()
-    validation: ValidateSpec = ValidateSpec()
+    validation: ValidateSpec = Field(ValidateSpec(), alias="validate")

@@ -64,7 +64,11 @@ TREE: dict[str, Any] = {
                     "space": "avt",
                     "objective": {"kind": "info_nce", "equal_text": True},
                 },
-                "vt": {"between": ["video", "text"], "space": "avt", "objective": {"kind": "sigmoid"}},
+                "vt": {
+                    "between": ["video", "text"],
+                    "space": "avt",
+                    "objective": {"kind": "sigmoid"},
+                },
                 "dense": {
                     "between": ["video", "audio"],
                     "score": {"kind": "map", "dim": 8, "aligned": True},
@@ -104,13 +108,17 @@ def tiny_spec(**changes: Any) -> RunSpec:
     return RunSpec.model_validate(TREE | changes)
 
 
-def tiny_model(spec: RunSpec | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
+def tiny_model(
+    spec: RunSpec | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Model:
     """A model with seeded weights."""
     torch.manual_seed(seed)
     return build_model(spec or tiny_spec(), VOCABULARY, SPECIAL).to(dtype)
 
 
-def tiny_batch(rows: int = 6, seed: int = 0, missing: bool = True, spec: RunSpec | None = None) -> Batch:
+def tiny_batch(
+    rows: int = 6, seed: int = 0, missing: bool = True, spec: RunSpec | None = None
+) -> Batch:
     """A batch in which row 0 lacks text, row 1 audio, row 2 video."""
     return fake_batch(spec or tiny_spec(), rows, seed, missing)
 
@@ -151,7 +159,12 @@ def _take(view: ViewBatch, index: torch.Tensor) -> ViewBatch:
 def absent_rows(batch: Batch, count: int) -> Batch:
     """The batch with `count` rows behind it in which every modality is absent."""
     views = {
-        name: replace(v, present_BL=torch.cat([v.present_BL, v.present_BL.new_zeros(count, v.present_BL.shape[1])]))
+        name: replace(
+            v,
+            present_BL=torch.cat(
+                [v.present_BL, v.present_BL.new_zeros(count, v.present_BL.shape[1])]
+            ),
+        )
         for name, v in batch.views.items()
     }
     more = torch.arange(count)
@@ -170,4 +183,6 @@ def gradients(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch
     model.zero_grad(set_to_none=True)
     loss, _ = model.train()(batch, 0, 10)
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }

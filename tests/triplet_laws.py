@@ -30,7 +30,9 @@ def constant_embeddings_give_chance(name: str, form: str, captions: int) -> None
     model, batch = small_model(spec, dtype=torch.float64), equal_rows(full_batch(spec, 16))
     for mode in (model.train, model.eval):
         got = values(mode(), batch)
-        assert got == pytest.approx({f"align.{p}": CHANCE[form](16) for p in ("va", "vt")}, abs=1e-9)
+        assert got == pytest.approx(
+            {f"align.{p}": CHANCE[form](16) for p in ("va", "vt")}, abs=1e-9
+        )
 
 
 def order_is_free(name: str) -> None:

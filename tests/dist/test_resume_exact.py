@@ -82,7 +82,7 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_bit_equal_at_every_zero_stage(tmp_path: Path, processes: int) -> None:
-    extras = {"validation": {"every": 2, "metric": "weight"}}
+    extras = {"validate": {"every": 2, "metric": "weight"}}
     first, second = [], []
     for stage, train in STAGES.items():
         part = {
@@ -105,7 +105,7 @@ def test_resume_is_bit_equal_at_every_zero_stage(tmp_path: Path, processes: int)
 
 @pytest.mark.slow
 def test_the_whole_model_resumes_bit_equal(tmp_path: Path) -> None:
-    common = {"whole_model": True, "validation": {}}
+    common = {"whole_model": True, "validate": {}}
     first, second = [], []
     for stage in (0, 3):
         train = {"zero": stage, "checkpoint_activations": stage == 3}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from small_methods import small, shrinking
+from small_methods import shrinking, small
 from tiny_run import TREE, tiny_model, tiny_spec
 from torch import nn
 

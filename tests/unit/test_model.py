@@ -24,7 +24,11 @@ def test_every_parameter_has_a_finite_gradient_and_every_term_reaches_the_trunk(
     assert all(g.isfinite().all() for g in grads.values())
     for name in model.tasks:
         alone = tiny_spec(tasks={name: TREE["tasks"][name]})
-        trunk = {n: g for n, g in gradients(tiny_model(alone), batch)[1].items() if n.startswith("trunk.")}
+        trunk = {
+            n: g
+            for n, g in gradients(tiny_model(alone), batch)[1].items()
+            if n.startswith("trunk.")
+        }
         assert max(float(g.abs().max()) for g in trunk.values()) > 0, name
 
 
@@ -141,7 +145,9 @@ def test_masked_stats_add_up_to_the_loss():
     stats = model.masked_stats(batch)["masked_audio"]
     _, terms = model.eval()(batch, 0, 10)
     term = terms["masked_audio"]
-    assert float(stats["error_sum"] / stats["count"]) == pytest.approx(float(term.sum / term.count), rel=1e-5)
+    assert float(stats["error_sum"] / stats["count"]) == pytest.approx(
+        float(term.sum / term.count), rel=1e-5
+    )
     assert float(stats["cells"]) * len(stats["target_sum"]) == float(stats["count"])
 
 
@@ -167,9 +173,14 @@ def test_policy_scales_freezes_and_spares_vectors_from_decay():
     assert policy["towers.audio.stem.proj.weight"].lr_scale == pytest.approx(0.1)
     assert policy["towers.video.stem.proj.weight"].frozen
     assert not model.get_parameter("towers.video.stem.proj.weight").requires_grad
-    blocks = [policy[f"trunk.blocks.{i}.attention.qkv.weight"].lr_scale for i in range(2)] if (
-        "trunk.blocks.0.attention.qkv.weight" in policy
-    ) else [next(p.lr_scale for n, p in policy.items() if n.startswith(f"trunk.blocks.{i}.")) for i in range(2)]
+    blocks = (
+        [policy[f"trunk.blocks.{i}.attention.qkv.weight"].lr_scale for i in range(2)]
+        if ("trunk.blocks.0.attention.qkv.weight" in policy)
+        else [
+            next(p.lr_scale for n, p in policy.items() if n.startswith(f"trunk.blocks.{i}."))
+            for i in range(2)
+        ]
+    )
     assert blocks == [0.25, 0.5]
     assert not policy["towers.audio.stem.proj.bias"].decay
     assert not any(p.decay for n, p in policy.items() if ".extra." in n or ".positions." in n)
@@ -179,17 +190,37 @@ def test_policy_scales_freezes_and_spares_vectors_from_decay():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"views": {**TREE["views"], "video": {"modality": "video", "tower": "films"}}}, "no tower 'films'"),
-        ({"views": {**TREE["views"], "audio": {"modality": "audio", "hz": 8000, "crop_s": 1}}}, "sample_rate is 16000"),
+        (
+            {"views": {**TREE["views"], "video": {"modality": "video", "tower": "films"}}},
+            "no tower 'films'",
+        ),
+        (
+            {"views": {**TREE["views"], "audio": {"modality": "audio", "hz": 8000, "crop_s": 1}}},
+            "sample_rate is 16000",
+        ),
         ({"shared": None}, "no `shared` transformer"),
         ({"tasks": {"m": {**TREE["tasks"]["masked_audio"], "view": "sound"}}}, "no view 'sound'"),
         ({"tasks": {"m": {**TREE["tasks"]["masked_text"], "view": "audio"}}}, "needs a text view"),
         (
-            {"tasks": {"p": {"kind": "pairs", "pairs": {"x": {"between": ["audio", "video"], "score": {"kind": "map"}}}}}},
+            {
+                "tasks": {
+                    "p": {
+                        "kind": "pairs",
+                        "pairs": {"x": {"between": ["audio", "video"], "score": {"kind": "map"}}},
+                    }
+                }
+            },
             "in this order",
         ),
         (
-            {"tasks": {"p": {"kind": "pairs", "pairs": {"x": {"between": ["audio", "video"], "space": "zz"}}}}},
+            {
+                "tasks": {
+                    "p": {
+                        "kind": "pairs",
+                        "pairs": {"x": {"between": ["audio", "video"], "space": "zz"}},
+                    }
+                }
+            },
             "no space 'zz'",
         ),
         ({"joints": {}}, "is no joint tower"),

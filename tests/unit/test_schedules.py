@@ -126,9 +126,7 @@ def test_hard_negatives_follow_the_position(monkeypatch):
 
     shares = []
     mix = module.mix_hard
-    monkeypatch.setattr(
-        module, "mix_hard", lambda *args: shares.append(args[3]) or mix(*args)
-    )
+    monkeypatch.setattr(module, "mix_hard", lambda *args: shares.append(args[3]) or mix(*args))
     target = {"kind": "match", "between": ["video", "audio"], "hard": {**RAMP, "end": 0.5}}
     spec = with_task("match", target=target, score={"kind": "distance"})
     model, batch = tiny_model(spec), tiny_batch()

@@ -260,9 +260,7 @@ def test_a_shared_trunk_has_one_name():
 def test_a_trunk_has_norms_for_the_modalities_that_run_through_it_only():
     towers = {"audio": TREE["towers"]["audio"]}
     views, tasks = {"audio": TREE["views"]["audio"]}, TREE["tasks"]
-    one = tiny_spec(
-        towers=towers, views=views, joints={}, tasks={"m": {**tasks["masked_audio"]}}
-    )
+    one = tiny_spec(towers=towers, views=views, joints={}, tasks={"m": {**tasks["masked_audio"]}})
     names = [n for n, _ in tiny_model(one).named_parameters() if ".norm" in n and "trunk" in n]
     assert names
     assert {n.split("parts.")[1].split(".")[0] for n in names} == {"audio"}
@@ -283,7 +281,9 @@ def test_a_joint_tower_reads_its_valid_tokens_only():
 
 def test_a_joint_tower_tells_its_parts_apart_by_name_not_by_order():
     joint = tiny_model().eval().joints["av"]
-    parts = {n: (torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)) for n in ("video", "audio")}
+    parts = {
+        n: (torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)) for n in ("video", "audio")
+    }
     want = joint(parts)["agg"]
     torch.testing.assert_close(joint(dict(reversed(parts.items())))["agg"], want)
     swapped = joint({"video": parts["audio"], "audio": parts["video"]})["agg"]

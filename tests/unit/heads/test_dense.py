@@ -162,7 +162,9 @@ def test_convolutional_video_has_finite_times():
 
 def test_a_map_pair_must_name_video_first():
     pairs = {"x": {"between": ["audio", "video"], "score": {"kind": "map"}}}
-    with pytest.raises(ValueError, match=r"tasks\.p\.pairs\.x\.between: .*\[video view, audio view\]"):
+    with pytest.raises(
+        ValueError, match=r"tasks\.p\.pairs\.x\.between: .*\[video view, audio view\]"
+    ):
         tiny_model(tiny_spec(tasks={**TREE["tasks"], "p": {"kind": "pairs", "pairs": pairs}}))
 
 

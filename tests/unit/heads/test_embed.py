@@ -18,7 +18,9 @@ def tokens_of(values, grid, pad=None, extra=None):
 
 
 def test_mean_and_max_leave_padding_out():
-    tokens = tokens_of([[1.0, 5.0, 100.0], [-4.0, 3.0, 2.0]], (3,), [[False, False, True]] + [[False] * 3])
+    tokens = tokens_of(
+        [[1.0, 5.0, 100.0], [-4.0, 3.0, 2.0]], (3,), [[False, False, True]] + [[False] * 3]
+    )
     assert pool(tokens, "mean")[:, 0].tolist() == pytest.approx([3.0, 1 / 3])
     assert pool(tokens, "max")[:, 0].tolist() == [5.0, 3.0]
 
@@ -132,7 +134,9 @@ def test_spaces_know_their_members():
 def test_a_space_dimension_must_divide_into_its_steps():
     tree = {**TREE["tasks"]["align"]}
     tree["heads"] = {"spaces": {"av": {"dim": 9, "pool": "steps", "steps": 2}, "avt": {"dim": 8}}}
-    with pytest.raises(UserError, match=r"tasks\.align\.heads\.spaces\.av: .*dim \(9\).* steps \(2\)"):
+    with pytest.raises(
+        UserError, match=r"tasks\.align\.heads\.spaces\.av: .*dim \(9\).* steps \(2\)"
+    ):
         tiny_model(tiny_spec(tasks={**TREE["tasks"], "align": tree}))
 
 

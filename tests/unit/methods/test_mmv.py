@@ -8,8 +8,8 @@ import torch
 import triplet_laws as laws
 from small_methods import full_batch, small, small_model, values
 from tiny_run import gradients
-from toy_triplets import causes, quantised, recall_at_1, toy_model, train, triplets
 from torch.nn import functional as F
+from toy_triplets import causes, quantised, recall_at_1, toy_model, train, triplets
 
 from mmssl import config
 from mmssl.build import build_model
@@ -117,7 +117,9 @@ def test_text_teaches_the_video_and_never_the_audio():
     spec = small(NAME, "tasks.align.pairs.va.weight=0")
     model = small_model(spec)
     _, grads = gradients(model, full_batch(spec, 4))
-    reached = {n.split(".")[1] for n, g in grads.items() if n.startswith("towers") and g.abs().max() > 0}
+    reached = {
+        n.split(".")[1] for n, g in grads.items() if n.startswith("towers") and g.abs().max() > 0
+    }
     assert reached == {"video", "text"}
 
 

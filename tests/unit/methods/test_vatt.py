@@ -58,10 +58,14 @@ def test_token_counts_and_position_tables(name):
 def test_video_towers_are_within_one_percent_of_the_table(size, table):
     s = SIZES[size]
     key = "towers.video.backbone"
-    model = published(MBS, f"{key}.layers={s.layers}", f"{key}.width={s.width}", f"{key}.hidden={s.hidden}")
+    model = published(
+        MBS, f"{key}.layers={s.layers}", f"{key}.width={s.width}", f"{key}.hidden={s.hidden}"
+    )
     total = count(model.towers["video"])
     assert abs(total / table - 1) < 0.01
-    inputs = linear_params(4 * 16 * 16 * 3, s.width) + position_params((8, 14, 14), s.width, norm=True)
+    inputs = linear_params(4 * 16 * 16 * 3, s.width) + position_params(
+        (8, 14, 14), s.width, norm=True
+    )
     assert total == inputs + s.width + closed_form_params(s)
 
 
@@ -89,7 +93,11 @@ def test_the_agnostic_model_equals_its_closed_form():
 @BOTH
 def test_heads_are_the_released_ones(name):
     heads = published(name).tasks["align"].embedder.heads
-    widths = {"video": 1024, "audio": 1024 if name == MA else 768, "text": 1024 if name == MA else 512}
+    widths = {
+        "video": 1024,
+        "audio": 1024 if name == MA else 768,
+        "text": 1024 if name == MA else 512,
+    }
     norm = 2 * 512
     want = widths["video"] * 512 + norm + 512 * 512 + norm  # no biases but the norms'
     want += widths["audio"] * 512 + 512 + widths["text"] * 256 + 256
@@ -151,7 +159,11 @@ def test_the_global_token_does_not_see_the_order_of_the_kept_tokens(name):
         order = torch.randperm(want.x_PND.shape[1], generator=torch.Generator().manual_seed(0))
         index = order.expand(2, -1)
         tower = model.towers[view]
-        tower.dropper.forward = lambda x, u, drop, pad, order=order, index=index: (x[:, order], index, pad)
+        tower.dropper.forward = lambda x, u, drop, pad, order=order, index=index: (
+            x[:, order],
+            index,
+            pad,
+        )
         got = model.passes(batch).tokens(view)
         torch.testing.assert_close(got.extra["agg"], want.extra["agg"], atol=1e-5, rtol=0)
 
@@ -193,7 +205,11 @@ def test_each_term_reaches_the_trunk_through_both_of_its_modalities():
         other = "vt" if pair == "va" else "va"
         model = small_model(small(MA, f"tasks.align.pairs.{other}.weight=0"))
         _, grads = gradients(model, full_batch(model.spec, 4))
-        reached = {n.split(".")[1] for n, x in grads.items() if n.startswith("towers.") and x.abs().max() > 0}
+        reached = {
+            n.split(".")[1]
+            for n, x in grads.items()
+            if n.startswith("towers.") and x.abs().max() > 0
+        }
         assert reached == views
         assert all(float(x.abs().max()) > 0 for n, x in grads.items() if n.startswith("trunk."))
 

@@ -38,9 +38,7 @@ class Drawn:
         original = task._term
 
         def term(passes, a, b, truth, rows):
-            self.pairs += [
-                (i, self._row(b[0][i]), truth) for i in rows.nonzero()[:, 0].tolist()
-            ]
+            self.pairs += [(i, self._row(b[0][i]), truth) for i in rows.nonzero()[:, 0].tolist()]
             return original(passes, a, b, truth, rows)
 
         monkeypatch.setattr(task, "_term", term)
@@ -110,7 +108,10 @@ def test_partners_depend_on_the_rows_and_not_on_their_layout(drawn):
 def test_a_coin_decides_which_rows_keep_their_partner(drawn):
     model = tiny_model(match_spec(draw="coin"))
     batch = tiny_batch(400, missing=False)
-    small = {"video": batch.views["video"].data[:, :2], "audio": batch.views["audio"].data[:, :1600]}
+    small = {
+        "video": batch.views["video"].data[:, :2],
+        "audio": batch.views["audio"].data[:, :1600],
+    }
     for name, data in small.items():
         full = torch.full((400,), data.shape[1])
         batch.views[name] = replace(batch.views[name], data=data, lengths_P=full)
@@ -150,7 +151,9 @@ def test_a_shifted_view_may_be_absent(drawn):
     columns = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P")
     present = late.present_BL.clone()
     present[2] = False
-    batch.views["late"] = replace(late, present_BL=present, **{c: getattr(late, c)[keep] for c in columns})
+    batch.views["late"] = replace(
+        late, present_BL=present, **{c: getattr(late, c)[keep] for c in columns}
+    )
     assert int(drawn(model, batch).term.count) == 17
 
 
@@ -216,7 +219,10 @@ def test_embedding_widths_make_an_mlp_of_each_view():
     ("spec", "message"),
     [
         (lambda: match_spec("joint", joints={}), "is no joint tower"),
-        (lambda: match_spec(between=["video", "text"], score="joint"), r"no joint tower of \['video', 'text'\]"),
+        (
+            lambda: match_spec(between=["video", "text"], score="joint"),
+            r"no joint tower of \['video', 'text'\]",
+        ),
         (lambda: match_spec(shifted="late"), "no view 'late'"),
     ],
 )

@@ -55,7 +55,10 @@ CASES = {
     "audio_random": ("masked_audio", {}, {"mask": {"rule": "random", "ratio": 0.6}}),
     "audio_spans": (
         "masked_audio",
-        {"frontend": {"kind": "waveform"}, "cut": {**OVERLAP, "strides": [16, 10], "kernels": [40, 25]}},
+        {
+            "frontend": {"kind": "waveform"},
+            "cut": {**OVERLAP, "strides": [16, 10], "kernels": [40, 25]},
+        },
         {"mask": {"rule": "spans", "start_prob": 0.1, "length": 4}},
     ),
     "audio_patches": (
@@ -195,8 +198,10 @@ def test_the_term_is_the_error_at_hidden_places(loss):
     task = model.tasks["masked_audio"]
     prediction, truth, hidden = task._predict(model.passes(batch), batch)
     error = (prediction - truth)[hidden].detach()
-    each = error.square() if loss == "mse" else torch.where(
-        error.abs() < 1, error.square() / 2, error.abs() - 0.5
+    each = (
+        error.square()
+        if loss == "mse"
+        else torch.where(error.abs() < 1, error.square() / 2, error.abs() - 0.5)
     )
     _, terms = model(batch, 0, 10)
     got = terms["masked_audio"]
@@ -357,7 +362,9 @@ def test_kept_items_keep_their_places():
 
 
 def test_stats_hold_what_the_mean_and_the_unigram_baseline_need():
-    spec = tiny_spec(tasks={n: t for n, t in TREE["tasks"].items() if n.startswith("masked")}, joints={})
+    spec = tiny_spec(
+        tasks={n: t for n, t in TREE["tasks"].items() if n.startswith("masked")}, joints={}
+    )
     model, batch = tiny_model(spec), tiny_batch(missing=False)
     stats = model.masked_stats(batch)
     task = model.eval().tasks["masked_video"]

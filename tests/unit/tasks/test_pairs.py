@@ -305,7 +305,9 @@ AT = "tasks.align.pairs.at={between: [audio, text], space: vat, objective: {kind
 
 def test_fac_trains_audio_against_text_with_a_norm_of_its_own_only():
     spec = small("avt/mmv_fac", AT)
-    with pytest.raises(UserError, match="evaluation only; to train audio against text set audio_norm"):
+    with pytest.raises(
+        UserError, match="evaluation only; to train audio against text set audio_norm"
+    ):
         small_model(spec).train()(full_batch(spec, 4), 0, 10)
     spec = small("avt/mmv_fac", AT, "tasks.align.heads.audio_norm=true")
     model = small_model(spec)

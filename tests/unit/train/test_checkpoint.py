@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer.model").write_bytes(b"pieces")
     with session() as device:
         validation = {"every": 2, "metric": "-weight"}
-        run(device, str(folder), train={"save_every": 2}, validation=validation)
+        run(device, str(folder), train={"save_every": 2}, validate=validation)
     return folder
 
 

@@ -94,7 +94,7 @@ def test_missing_data_is_named_by_its_key(
 def test_validation_needs_its_data(tmp_path: Path) -> None:
     spec = shards_spec(tmp_path, val="missing")
     run.open_folder(spec, tmp_path / "without")
-    spec = toy_spec(data=spec.data.model_dump(), views=VIEW, validation={"every": 5})
+    spec = toy_spec(data=spec.data.model_dump(), views=VIEW, validate={"every": 5})
     with pytest.raises(UserError, match=r"data\.val=missing: no such folder"):
         run.open_folder(spec, tmp_path / "with")
 

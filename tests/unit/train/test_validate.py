@@ -59,7 +59,7 @@ def test_training_stops_early_keeps_the_best_and_says_why(
     changes = {"every": 1, "metric": "-weight", "patience": 2, "clips": 5}
     optim = {"weight_decay": 0.0, "lr": 0.1, "warmup": 0, "ema": 0.0}
     with session() as device:
-        run(device, str(tmp_path), validation=changes, optim=optim, train={"steps": 40})
+        run(device, str(tmp_path), validate=changes, optim=optim, train={"steps": 40})
     last = find(tmp_path, "last")
     progress = read_manifest(last)["progress"]
     assert progress["stopped"] == "no better -weight in 2 evaluations"
@@ -74,6 +74,6 @@ def test_evaluating_changes_nothing_in_the_training(tmp_path: Path) -> None:
 
     with session() as device:
         for name, every in (("with", 1), ("without", 0)):
-            run(device, str(tmp_path / name), validation={"every": every})
+            run(device, str(tmp_path / name), validate={"every": every})
     a, b = (load_weights(tmp_path / name, ema) for name in ("with", "without") for ema in [True])
     assert all(bool((a[key] == b[key]).all()) for key in a)
