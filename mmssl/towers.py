@@ -112,7 +112,8 @@ class Tower(nn.Module):
         """
         stem, stem_grid, x, grid = self._tokenise(view, mask)
         pad = self.padding(view, grid)
-        x, index, kept_pad = self._dropped(x, pad, view, position)
+        drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
+        x, index, kept_pad = self._dropped(x, pad, view, drop)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
         x, _ = self._trunk[0](x, front_pad, modality=self.modality)
         if self.post is not None:
@@ -170,9 +171,8 @@ class Tower(nn.Module):
         return padding_mask(steps.clamp(min=1), grid)
 
     def _dropped(
-        self, x: Tensor, pad: Tensor | None, view: ViewBatch, position: float
+        self, x: Tensor, pad: Tensor | None, view: ViewBatch, drop: float
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        drop = resolve(self.drop, position)
         uniform = None
         if self.training and drop > 0:
             uniform = row_uniform(view.seeds_P, x.shape[1], "drop")

@@ -56,7 +56,7 @@ class TolerantReader:
 
     def __getitem__(self, index: int) -> Any:
         try:
-            sample = self._inner[index]
+            return self._inner[index]
         except (
             Exception
         ) as error:  # a damaged header or index may show as any error: marked, then counted
@@ -67,7 +67,10 @@ class TolerantReader:
                 __sources__=(),
                 **{ERROR: f"{type(error).__name__}: {error}"},
             )
-        return sample
+        finally:
+            # Every header ever read would stay in memory as long as its tar is open.
+            for tar in getattr(self._inner, "itar_files_cache", {}).values():
+                tar.members.clear()
 
 
 class ShardFolder(CrudeWebdataset):  # type: ignore[misc]

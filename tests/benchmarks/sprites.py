@@ -173,8 +173,9 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Real ESC-10 sounds under drawings; the test fold and the third drawing of each class are",
         "unseen. 400 test clips per kind and fold (5 crops per sound). Retrieval on one-object",
-        "clips, pointing on two-object clips; chance of the class is 0.10. Brackets: 95 % bootstrap",
-        "interval over source sounds. `steady`: no pulsing, so that appearance must be learned.",
+        "clips, pointing on two-object clips; chance of the class is 0.10. Brackets: 95 %",
+        "bootstrap interval over source sounds. `steady`: no pulsing, so that appearance must be",
+        "learned.",
         "",
     ]
     for variant, part in found.items():

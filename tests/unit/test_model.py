@@ -234,3 +234,13 @@ def test_wrong_names_are_refused_with_their_key(changes, message):
 def test_text_towers_need_a_tokenizer():
     with pytest.raises(UserError, match=r"data\.tokenizer"):
         build_model(tiny_spec(), 0)
+
+
+def test_a_masked_pass_drops_no_tokens():
+    """A hidden token that was dropped would be predicted from nothing."""
+    towers = {**TREE["towers"], "audio": {**TREE["towers"]["audio"], "drop_tokens": 0.5}}
+    tasks = {"masked_audio": TREE["tasks"]["masked_audio"]}
+    dropping = tiny_model(tiny_spec(towers=towers, tasks=tasks))
+    keeping = tiny_model(tiny_spec(tasks=tasks))
+    keeping.load_state_dict(dropping.state_dict())
+    assert torch.equal(gradients(dropping, tiny_batch())[0], gradients(keeping, tiny_batch())[0])

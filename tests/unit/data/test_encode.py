@@ -88,7 +88,7 @@ def test_wrong_views_are_refused_at_once(tokenizer):
     bad = {"a": ViewSpec(modality="audio", augment=[AugmentSpec(kind="flip")])}
     with pytest.raises(UserError, match=r"views\.a\.augment\[0\]"):
         encoder(tokenizer, bad)
-    with pytest.raises(UserError, match="needs `data.tokenizer`"):
+    with pytest.raises(UserError, match=r"needs `data\.tokenizer`"):
         encoder(None)
 
 

@@ -62,6 +62,16 @@ def test_reader_marks_what_it_cannot_read():
     assert marked["__restore_key__"] == ("Webdataset", 1)
 
 
+def test_reading_keeps_no_headers(shards):
+    folder = energon.ShardFolder(shards, energon.worker_config(0, 1, 0, 0), training=False)
+    reader = folder.reader()
+    for index in [*range(len(folder)), *range(len(folder))]:
+        assert "json" in reader[index]
+    open_tars = reader._inner.itar_files_cache.values()
+    assert len(open_tars) == 4
+    assert sum(len(tar.members) for tar in open_tars) == 0
+
+
 def test_quiet_swallows_prints_and_restores_them(capsys):
     with energon.quiet():
         print("noise")

@@ -32,7 +32,7 @@ def test_a_global_token_comes_by_its_name_first():
 
 
 def test_an_unknown_pooling_lists_the_known_ones():
-    with pytest.raises(UserError, match="'cls' is not known; use one of agg, mean, max, steps"):
+    with pytest.raises(UserError, match="'cls' is not known; use one of agg, mean, max, peaks, steps"):
         pool(tokens_of([[1.0]], (1,), extra={"agg": torch.zeros(1, 1)}), "cls")
 
 
@@ -41,6 +41,13 @@ def test_steps_take_the_strongest_cell_of_each_instant_and_then_average_in_time(
     tokens = tokens_of([[1.0, 9.0, 3.0, 2.0, 5.0, 5.0, -1.0, -7.0]], (4, 2))
     assert pool(tokens, "steps", 2)[0, :, 0].tolist() == [(9 + 3) / 2, (5 - 1) / 2]
     assert pool(tokens, "steps", 4)[0, :, 0].tolist() == [9.0, 3.0, 5.0, -1.0]
+
+
+def test_peaks_are_the_mean_over_time_of_the_strongest_cells():
+    tokens = tokens_of([[1.0, 9.0, 3.0, 2.0, 5.0, 5.0, -1.0, -7.0]], (4, 2))
+    assert pool(tokens, "peaks")[0].tolist() == [(9 + 3 + 5 - 1) / 4]
+    late = tokens_of([[1.0, 9.0, 3.0, 2.0]], (2, 2), [[True, False, True, True]])
+    assert pool(late, "peaks")[0].tolist() == [9.0]
 
 
 def test_steps_split_an_instant_by_its_overlap_and_leave_padding_out():
