@@ -176,6 +176,7 @@ def _video_stream(
         "g": "20",
         "bf": "0",
         "threads": "1",  # the encoder's bytes depend on the number of threads
+        "x264-params": "cpu-independent=1",  # else equal frames now and then give other bytes
         "flags": "+bitexact",
     }
     stream = container.add_stream("libx264", rate=fps, options=options)

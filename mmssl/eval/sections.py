@@ -83,7 +83,7 @@ def targets(found: Results) -> str:
     reached = sum(bool(target.met(found)) for target in known)
     return (
         f"<section><h2>Targets</h2><p class='dim'>{reached} of {len(known)} reached. "
-        "The black line marks the target; brackets hold the 95 % bootstrap interval.</p>"
+        "The upright line marks the target; brackets hold the 95 % bootstrap interval.</p>"
         '<div class="wide"><table><tr><th>measure</th><th class="n">value</th><th></th>'
         '<th class="n">target</th><th></th><th class="n">random weights</th></tr>'
         f"{rows}</table></div></section>"

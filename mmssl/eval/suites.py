@@ -199,7 +199,7 @@ def quick(model: Encoder, spec: RunSpec, tokenizer: Any, clips: int) -> dict[str
     from mmssl.data.loader import eval_batches
 
     if not spec.data.val:
-        raise UserError("validation: the run names no `data.val`; set it or `validation.every: 0`")
+        raise UserError("validate: the run names no `data.val`; set it or `validate.every: 0`")
     size = min(32, max(2, clips))
     batches = eval_batches(spec.data.val, spec.data, spec.views, size, tokenizer, clips)
     rows, encoded = collect({_TRAINED: model}, batches)

@@ -1,0 +1,73 @@
+"""Writes the golden files anew: `python tests/golden/regenerate.py`.
+
+configs/: every method and run as it resolves, with all defaults. losses.json: the terms of the tiny
+run of tests/tiny_run.py over three seeded steps. Read the difference (`git diff tests/golden`)
+before committing it: a change here changes what users get.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STEPS = 3
+
+
+def resolved() -> dict[str, str]:
+    """{methods/avt/flagship: canonical YAML} of every built-in method and run."""
+    from mmssl import config
+
+    root = config.builtin_root()
+    files = sorted(p for kind in config.LAUNCHABLE for p in (root / kind).rglob("*.yaml"))
+    return {
+        file.relative_to(root).with_suffix("").as_posix(): config.dump(config.load(file))
+        for file in files
+    }
+
+
+def losses() -> list[dict[str, float]]:
+    """Mean of every term at each of three steps of plain descent; a step ends with its loss.
+
+    Not Adam: it makes whole steps of rounding errors where a gradient is zero.
+    """
+    import torch
+    from tiny_run import tiny_batch, tiny_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = tiny_model(seed=0).train()
+    optimiser = torch.optim.SGD(model.parameters(), 1e-2)
+    steps = []
+    for step in range(STEPS):
+        loss, terms = model(tiny_batch(seed=step), step, STEPS)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        means = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
+        steps.append({**means, "loss": float(loss.detach())})
+    torch.set_num_threads(threads)
+    return steps
+
+
+def main() -> None:
+    """Write configs/ and losses.json beside this file."""
+    folder = HERE / "configs"
+    texts = resolved()
+    for old in folder.rglob("*.yaml"):
+        if old.relative_to(folder).with_suffix("").as_posix() not in texts:
+            old.unlink()
+    for name, text in texts.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    rounded = [{k: float(f"{v:.8g}") for k, v in step.items()} for step in losses()]
+    (HERE / "losses.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    print(f"{len(texts)} configurations and the losses of {STEPS} steps -> {HERE}")
+
+
+if __name__ == "__main__":
+    root = HERE.parents[1]
+    sys.path[:0] = [str(root), str(root / "tests")]
+    main()
