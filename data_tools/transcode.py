@@ -133,8 +133,8 @@ class _Pictures:
             "g": str(encoding.gop),
             "bf": "0",
             "threads": "1",
-            # Without it, macroblock-tree rate control gave other bytes in 1 of 1500 encodings of the
-            # same frames: it uses approximate reciprocals of the processor.
+            # Without it, macroblock-tree rate control gave other bytes in 1 of 1500 encodings of
+            # the same frames: it uses approximate reciprocals of the processor.
             "x264-params": "cpu-independent=1",
             "flags": "+bitexact",
         }

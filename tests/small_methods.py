@@ -66,7 +66,8 @@ def _heads(spec: RunSpec) -> Iterator[str]:
         if task.kind != "pairs":
             continue
         for space, s in task.heads.spaces.items():
-            yield f"tasks.{name}.heads.spaces.{space}.dim={8 * s.steps if s.pool == 'steps' else 16}"
+            dim = 8 * s.steps if s.pool == "steps" else 16
+            yield f"tasks.{name}.heads.spaces.{space}.dim={dim}"
         for pair, p in task.pairs.items():
             if p.score.kind == "map":
                 yield f"tasks.{name}.pairs.{pair}.score.dim=8"

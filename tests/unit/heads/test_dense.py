@@ -153,7 +153,8 @@ def test_convolutional_video_has_finite_times():
         "av/ave_net",
         "views.video.crop_s=0.12",
         "tasks.avc=null",
-        "tasks.map={kind: pairs, pairs: {va: {between: [video, audio], score: {kind: map, dim: 8}}}}",
+        "tasks.map={kind: pairs, pairs: {va: {between: [video, audio], "
+        "score: {kind: map, dim: 8}}}}",
     )
     model = small_model(spec).eval()
     times = model.dense(full_batch(spec, 2)).times_s

@@ -19,7 +19,7 @@ def tokens_of(values, grid, pad=None, extra=None):
 
 def test_mean_and_max_leave_padding_out():
     tokens = tokens_of(
-        [[1.0, 5.0, 100.0], [-4.0, 3.0, 2.0]], (3,), [[False, False, True]] + [[False] * 3]
+        [[1.0, 5.0, 100.0], [-4.0, 3.0, 2.0]], (3,), [[False, False, True], [False] * 3]
     )
     assert pool(tokens, "mean")[:, 0].tolist() == pytest.approx([3.0, 1 / 3])
     assert pool(tokens, "max")[:, 0].tolist() == [5.0, 3.0]

@@ -120,7 +120,8 @@ SMALL_NETWORKS = [
     f"towers.{view}.{key}"
     for view, patch in (("video", [1, 8, 8]), ("audio", [2, 32]))
     for key in (
-        "backbone={kind: transformer, stride: null, width: 32, layers: 1, head_size: 16, hidden: 64}",
+        "backbone={kind: transformer, stride: null, width: 32, layers: 1, "
+        "head_size: 16, hidden: 64}",
         f"cut={{kind: patches, patch: {patch}}}",
     )
 ]

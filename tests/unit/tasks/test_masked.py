@@ -1,4 +1,4 @@
-"""`masked`: hidden input reaches nothing that is visible, targets are exact, choices are the rows' own."""
+"""`masked`: hidden input reaches nothing visible, targets are exact, choices are the rows' own."""
 
 import math
 from dataclasses import replace
