@@ -32,19 +32,20 @@ def shrinking(spec: RunSpec) -> list[str]:
     return [*_towers(spec), *_views(spec), *_heads(spec)]
 
 
-def _transformer(key: str) -> list[str]:
+def _transformer(key: str, spec: TransformerSpec) -> list[str]:
     values = {"width": 16, "layers": 1, "heads": 0, "head_size": 8, "hidden": 32, "dropout": 0}
+    values["own_ffn"] = min(spec.own_ffn, 1)
     return [f"{key}.{name}={value}" for name, value in values.items()]
 
 
 def _towers(spec: RunSpec) -> Iterator[str]:
     if spec.shared is not None:
-        yield from _transformer("shared")
-    for name in spec.joints:
-        yield from _transformer(f"joints.{name}.backbone")
+        yield from _transformer("shared", spec.shared)
+    for name, joint in spec.joints.items():
+        yield from _transformer(f"joints.{name}.backbone", joint.backbone)
     for name, tower in spec.towers.items():
         if isinstance(tower.backbone, TransformerSpec):
-            yield from _transformer(f"towers.{name}.backbone")
+            yield from _transformer(f"towers.{name}.backbone", tower.backbone)
         if tower.post:
             yield f"towers.{name}.post=16"
         yield f"towers.{name}.positions.dropout=0"

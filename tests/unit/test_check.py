@@ -12,7 +12,7 @@ from mmssl import check, config
 from mmssl.types import UserError
 from mmssl.yamlfile import write_yaml
 
-METHODS = config.names(("methods",))
+BUILT_IN = config.names()
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_a_label_task_is_shown_with_its_field(capsys, tiny_file):
 # ---------------------------------------------------------------- check
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_passes_at_a_small_size(name, capsys):
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_method_and_run_passes_at_a_small_size(name, capsys):
     check.check(name, shrinking(config.load(name)))
     out = capsys.readouterr().out
     assert out.endswith("ok: every parameter is used, every term is finite\n")
@@ -73,8 +73,8 @@ def test_every_method_passes_at_a_small_size(name, capsys):
         assert task in out
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_shows_its_views(name, capsys):
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_method_and_run_shows_its_views(name, capsys):
     spec = config.load(name)
     check.show(name, shrinking(spec))
     out = capsys.readouterr().out
