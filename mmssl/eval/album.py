@@ -6,6 +6,8 @@ Letters in shapes: T frames or bins, H rows, W columns, C colours, F bands, S sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,12 +131,17 @@ class Album:
 
 def spectrogram(wave_S: Tensor, hz: float) -> Floats:
     """(F, T) log-mel spectrogram scaled to [0, 1] over its upper 60 dB, low bands first."""
-    from torchaudio.transforms import MelSpectrogram
-
-    hop = max(1, int(hz / 50))
-    mel = MelSpectrogram(int(hz), n_fft=4 * hop, hop_length=hop, n_mels=_BANDS, power=2.0)
     with torch.inference_mode():
-        power_FT = mel(wave_S)
+        power_FT = _mel(int(hz))(wave_S)
     level_FT = 10 * torch.log10(power_FT.clamp(min=1e-10))
     scaled = (level_FT - level_FT.max() + 60).clamp(min=0) / 60
     return np.asarray(scaled.double().numpy())
+
+
+@lru_cache(maxsize=4)
+def _mel(hz: int) -> Any:
+    """The transform at a sampling rate; its filters take longer to make than to use."""
+    from torchaudio.transforms import MelSpectrogram
+
+    hop = max(1, hz // 50)
+    return MelSpectrogram(hz, n_fft=4 * hop, hop_length=hop, n_mels=_BANDS, power=2.0)

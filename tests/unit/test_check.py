@@ -9,6 +9,8 @@ from tiny_run import TREE, tiny_model, tiny_spec
 from torch import nn
 
 from mmssl import check, config
+from mmssl.frontends import SpectrumParams
+from mmssl.frontends.spectra import LogMel
 from mmssl.types import UserError
 from mmssl.yamlfile import write_yaml
 
@@ -79,6 +81,16 @@ def test_every_method_and_run_shows_its_views(name, capsys):
     check.show(name, shrinking(spec))
     out = capsys.readouterr().out
     assert all(re.search(rf"^{view}  ", out, re.MULTILINE) for view in spec.views)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_mel_band_of_a_built_in_run_hears_something(name):
+    """Too many bands for the transform's frequencies leave some that never change."""
+    for tower in config.load(name).towers.values():
+        if tower.frontend.kind == "log_mel":
+            params = SpectrumParams(**tower.frontend.model_dump(exclude={"kind"}))
+            bank = LogMel(params)._transform().mel_scale.fb
+            assert float(bank.sum(0).min()) > 0
 
 
 def test_a_tower_that_no_task_reads_is_refused_by_its_parameters(tiny_file):

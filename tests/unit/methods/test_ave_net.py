@@ -164,8 +164,8 @@ def trained(sign: float):
         model.tasks["avc"].score.score.weight.mul_(sign)
         model.tasks["avc"].score.score.bias.mul_(sign)
     optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-    for step in range(200):
-        loss, _ = model.train()(toy_batch(64, 100 + step)[0], step, 200)
+    for step in range(150):
+        loss, _ = model.train()(toy_batch(64, 100 + step)[0], step, 150)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

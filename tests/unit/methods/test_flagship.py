@@ -13,6 +13,7 @@ from mmssl.train.start import load_start_weights
 from mmssl.types import UserError
 
 NAME = "avt/flagship"
+SHORT = ["views.video.crop_s=1", "views.video.size=64", "views.audio.crop_s=1"]
 
 
 def without(*entries: str) -> list[str]:
@@ -52,14 +53,15 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def whole():
-    return small_model(config.load(NAME), seed=3)
+    """All towers and tasks at their published widths and depths, on short views."""
+    return small_model(config.load(NAME, SHORT), seed=3)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_builds_trains_and_loads_the_matching_weights(part, whole):
     masked = [n for n in config.load(NAME, PARTS[part]).tasks if n.startswith("masked")]
     everyone = [f"tasks.{name}.rows=1" for name in masked]  # in a batch of four
-    spec = config.load(NAME, [*PARTS[part], *everyone])
+    spec = config.load(NAME, [*SHORT, *PARTS[part], *everyone])
     model = small_model(spec)
     theirs, ours = whole.state_dict(), model.state_dict()
     assert set(ours) <= set(theirs)
@@ -84,7 +86,7 @@ def test_a_part_can_start_from_a_checkpoint_of_the_whole(whole, tmp_path):
     path = str(tmp_path / "flagship.safetensors")
     save_file(whole.state_dict(), path)
     init = [f"towers.audio.init={path}", f"shared.init={path}"]
-    spec = config.load(NAME, [*PARTS["audio"], *init])
+    spec = config.load(NAME, [*SHORT, *PARTS["audio"], *init])
     model = small_model(spec)
     loaded = load_start_weights(model, spec)
     rest = {n for n in model.state_dict() if n not in loaded}
@@ -94,13 +96,14 @@ def test_a_part_can_start_from_a_checkpoint_of_the_whole(whole, tmp_path):
 
 
 def test_a_part_passes_the_check(capsys):
-    check.check(NAME, PARTS["audio"])
+    check.check(NAME, [*SHORT, *PARTS["audio"]])
     assert "every parameter is used" in capsys.readouterr().out
 
 
 def test_a_part_that_leaves_weights_idle_is_refused_by_the_check():
     """The map reads the video before the backbone: alone, it would leave that unused."""
     alone = [
+        *SHORT,
         *only_towers("audio", "video"),
         *only_tasks("align"),
         *only_pairs("dense"),

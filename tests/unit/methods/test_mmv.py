@@ -134,7 +134,7 @@ def batch_of(seed, rows):
 @pytest.fixture(scope="module")
 def trained():
     model = toy_model(NAME)
-    train(model, lambda step: batch_of(1000 + step, 96), 150)
+    train(model, lambda step: batch_of(1000 + step, 96), 130)
     return model.eval()
 
 
@@ -164,7 +164,7 @@ def test_disjoint_spaces_cannot_compare_audio_and_text():
     model = toy_model(
         NAME, *(f"tasks.align.heads.{s}" for s in spaces), "tasks.align.pairs.vt.space=vt"
     )
-    train(model, lambda step: batch_of(1000 + step, 64), 60)
+    train(model, lambda step: batch_of(1000 + step, 64), 40)
     model.eval()
     assert model.space_for("audio", "text") is None
     z = {key: vectors for key, (vectors, _) in model.embed(batch_of(5, 256)).items()}
