@@ -156,7 +156,7 @@ def test_downstream_reads_the_largest_value_of_each_channel(model):
 
 # ---------------------------------------------------------------- the toy set
 
-TIMBRES, HARMONICS, SAMPLES = 10, 12, 4800
+TIMBRES, HARMONICS, SAMPLES, STEPS = 10, 12, 4800, 300
 SMALL_NETWORK = (
     "towers.audio.backbone={kind: transformer, drop_path: null, width: 32, layers: 1,"
     " head_size: 16, hidden: 64}",
@@ -180,11 +180,13 @@ def toy_batch(rows: int, seed: int) -> tuple[Batch, Tensor]:
 
 def _tones(strength: Tensor, g: torch.Generator) -> Tensor:
     rows = len(strength)
-    base = 100 * 4 ** torch.rand(rows, 1, 1, generator=g)
-    phase = 2 * math.pi * torch.rand(rows, HARMONICS, 1, generator=g)
-    hertz = base * torch.arange(1, HARMONICS + 1)[:, None]
+    base = 100 * 4 ** torch.rand(rows, 1, generator=g)
+    phase = 2 * math.pi * torch.rand(rows, HARMONICS, generator=g)
     time = torch.arange(SAMPLES) / 16000
-    wave = (strength[..., None] * torch.sin(2 * math.pi * hertz * time + phase)).sum(1)
+    wave = torch.zeros(rows, SAMPLES)
+    for n in range(HARMONICS):
+        angle = 2 * math.pi * (n + 1) * base * time + phase[:, n : n + 1]
+        wave += strength[:, n : n + 1] * torch.sin(angle)
     loudness = 0.1 + 0.5 * torch.rand(rows, 1, generator=g)
     return loudness * wave + 0.02 * torch.randn(rows, SAMPLES, generator=g)
 
@@ -214,9 +216,13 @@ def test_a_linear_probe_gains_twenty_points_over_the_same_random_encoder():
     """On a small transformer: EfficientNet-B0 takes minutes on a CPU for the same."""
     model = small_model(small(NAME, *SMALL_NETWORK))
     before = probed(model)
+    corpus, _ = toy_batch(640, 1000)
     optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-    for step in range(200):
-        loss, _ = model.train()(toy_batch(32, 1000 + step)[0], step, 200)
+    g = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        batch = take_rows(corpus, torch.randperm(640, generator=g)[:32].tolist())
+        optimiser.param_groups[0]["lr"] = 5e-3 * (1 - step / STEPS)
+        loss, _ = model.train()(batch, step, STEPS)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
