@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import resource
 import shutil
 import statistics
@@ -183,7 +184,7 @@ def _alternate(
 ) -> dict[str, list[Any]]:
     """Seconds per step (preloaded, with the loader) and share of waiting, by round."""
     kept = [next(loader) for _ in range(KEPT)]
-    waited = 0.0
+    waited: list[float] = []
 
     def step(batch: Batch) -> None:
         loss, _ = engine.forward(batch.to(engine.device), 0, 100)
@@ -194,33 +195,23 @@ def _alternate(
         step(kept[k % KEPT])
 
     def loaded(_: int) -> None:
-        nonlocal waited
         begin = time.perf_counter()
         batch = next(loader)
-        waited += time.perf_counter() - begin
+        waited.append(time.perf_counter() - begin)
         step(batch)
 
-    pairs, waits = [], []
+    pairs, shares = [], []
     for _ in range(rounds):
-        alone = _seconds_per_step(preloaded, steps)
-        for k in range(LEAD_IN):
-            loaded(k)
-        waited = 0.0
-        with_loader = timed_steps(loaded, steps)
-        pairs.append((alone, with_loader))
-        waits.append(waited / (with_loader * steps))
-    return {"rounds": pairs, "waits": waits}
+        pair = (_seconds_per_step(preloaded, steps), _seconds_per_step(loaded, steps))
+        pairs.append(pair)
+        shares.append(sum(waited[-steps:]) / (pair[1] * steps))
+    return {"rounds": pairs, "waits": shares}
 
 
 def _seconds_per_step(work: Callable[[int], object], steps: int) -> float:
     for k in range(LEAD_IN):
         work(k)
-    return timed_steps(work, steps)
-
-
-def timed_steps(work: Callable[[int], object], steps: int) -> float:
-    """Mean seconds of a call."""
-    numbers = iter(range(steps))
+    numbers = itertools.count()
     return timed(lambda: work(next(numbers)), steps)
 
 
