@@ -235,9 +235,9 @@ def markdown(found: dict[str, Any]) -> str:
         "clips; chance of the class is 0.10. The test shows the three drawings equally often:",
         "`all` is the headline, `seen` and `unseen` are the same measures among the clips whose",
         "sounding object is a drawing that training showed or did not (retrieval within the clips",
-        "of one drawing). Mean over folds; brackets: 95 % bootstrap interval over the source",
-        "sounds of all folds. `steady`: no pulsing with the loudness, so that appearance must be",
-        "learned.",
+        "of one drawing, a third of the clips: the own clip is found more easily among them).",
+        "Mean over folds; brackets: 95 % bootstrap interval over the source sounds of all folds.",
+        "`steady`: no pulsing with the loudness, so that appearance must be learned.",
         "",
     ]
     return "\n".join([*lines, *(line for name in found for line in _section(name, found[name]))])
