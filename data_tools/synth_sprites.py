@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from data_tools import synth_scenes as scenes
 from data_tools import synth_sources as sources
 from data_tools.synth_sources import Sound
 from mmssl.types import UserError
+
+T = TypeVar("T")
 
 SIDES = {"small": (34.0, 38.0), "medium": (40.0, 44.0), "large": (46.0, 50.0)}  # at the loudest
 WORDS = {
@@ -201,8 +204,8 @@ def _meta(job: SpriteJob, crop_s: float, paths: Sequence[scenes.Path]) -> plan.L
 # --- which clips
 
 
-def _pick(pool: Sequence[Sound], seed: int, turn: int, *path: str) -> Sound:
-    """Every sound of the pool once before any comes again, in an order that changes."""
+def _pick(pool: Sequence[T], seed: int, turn: int, *path: str) -> T:
+    """Every member of the pool once before any comes again, in an order that changes."""
     lap, place = divmod(turn, len(pool))
     return pool[int(plan.generator(seed, *path, lap).permutation(len(pool))[place])]
 
@@ -235,7 +238,11 @@ class _Cast:
             names = [heard.name, classes[(classes.index(heard.name) + shift) % len(classes)]]
         rng = plan.generator(self.seed, self.split, "cast", kind, nth)
         unheard = self.sounds[names[1]][int(rng.integers(len(self.sounds[names[1]])))]
-        shown = [self.drawings[n][int(rng.integers(len(self.drawings[n])))] for n in names]
+        # Each class comes once per turn in each role, so its drawings are shown equally often.
+        shown = [
+            _pick(self.drawings[name], self.seed, turn, self.split, "drawing", kind, role, name)
+            for role, name in zip(("sounding", "silent"), names, strict=True)
+        ]
         sizes = (first.size, second.size)
         return (heard, unheard)[:count], sizes[:count], tuple(shown[:count])
 
@@ -269,7 +276,7 @@ def generate_sprites(
         fps: Frames per second.
         pulsing: Whether size follows the loudness; else it is constant.
         test_drawings: "last" shows in the test only the drawings that training never shows, "all"
-            shows all drawings there.
+            shows all drawings there, equally often.
 
     Returns:
         ``out``, which then holds media and manifests as of ``generate_bouncing``.

@@ -175,20 +175,40 @@ def torchcodec_frames(job: Picked) -> Frames:
     """Frames by torchcodec, an optional extra.
 
     Raises:
-        UserError: torchcodec is not installed.
+        UserError: see `torchcodec_decoder`.
     """
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"data.decoder: torchcodec cannot be loaded ({error}); install mmssl[torchcodec] and "
-            "FFmpeg, or choose pyav"
-        ) from error
-    decoder = VideoDecoder(
+    decoder = torchcodec_decoder()(
         job.data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
     )
     frames: NDArray[np.uint8] = decoder.get_frames_at(list(job.order)).data.numpy()
     return frames, [job.track.shown[k][0] for k in job.order]
+
+
+def torchcodec_decoder() -> Any:
+    """The class torchcodec reads videos with.
+
+    Raises:
+        UserError: torchcodec or the FFmpeg libraries it stands on are missing, or do not fit.
+    """
+    remedy = (
+        "install mmssl[torchcodec] and FFmpeg with shared libraries (apt-get install ffmpeg), or "
+        "choose pyav; `mmssl doctor` tells more"
+    )
+    try:
+        import torchcodec
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"data.decoder: torchcodec cannot be loaded ({_first_line(error)}); {remedy}"
+        ) from error
+    # Newer releases import without FFmpeg, for their image decoders, and fail at the first video.
+    if getattr(torchcodec, "ffmpeg_major_version", 0) is None:
+        raise UserError(f"data.decoder: torchcodec finds no FFmpeg libraries to load; {remedy}")
+    return VideoDecoder
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 BACKENDS: dict[str, Callable[[Picked], Frames]] = {

@@ -128,13 +128,16 @@ def _has(package: str) -> bool:
 
 def torchcodec(folder: Path) -> str:
     """Frames of the film."""
+    film = _film(folder)
     try:
         from torchcodec.decoders import VideoDecoder
+
+        reader = VideoDecoder(str(film), dimension_order="NHWC")  # newer releases load FFmpeg here
     except (RuntimeError, OSError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
         raise TroubleError(*torchcodec_cause(str(error))) from error
-    frames = VideoDecoder(str(_film(folder)), dimension_order="NHWC")[:].numpy()
+    frames = reader[:].numpy()
     _require(frames_problem(frames), "set data.decoder=pyav")
     return f"torchcodec {version('torchcodec')}"
 
@@ -162,7 +165,7 @@ def torchcodec_cause(text: str) -> tuple[str, str]:
     if wanted:
         return (
             f"no FFmpeg shared libraries found (looked for {', '.join(wanted)})",
-            "install FFmpeg 4 to 8 with shared libraries, e.g. apt-get install ffmpeg",
+            "install FFmpeg 4 to 9 with shared libraries, e.g. apt-get install ffmpeg",
         )
     return f"cannot be loaded: {text.strip().splitlines()[0]}", PIP.format("-U torchcodec")
 
@@ -306,7 +309,7 @@ PROBES: dict[str, tuple[Callable[[Path], str], str]] = {
     "device": (device, "'torch>=2.11,<2.13'"),
     "pyav": (pyav, "'av>=17'"),
     "decord": (decord, "decord"),
-    "torchcodec": (torchcodec, "torchcodec"),
+    "torchcodec": (torchcodec, "'torchcodec>=0.11'"),
     "ffmpeg": (ffmpeg, ""),
     "deepspeed": (deepspeed, "'deepspeed>=0.19.8'"),
     "energon": (energon, "'megatron-energon>=7.4'"),

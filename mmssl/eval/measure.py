@@ -7,7 +7,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -35,11 +35,20 @@ _MISSING_SHOWN = 20
 class ItemTable:
     """Values of single clips, so that runs can be pooled over folds and compared in pairs.
 
-    values: metric -> clip key -> value; sources: clip key -> source recording.
+    values: metric -> clip key -> value; sources: clip key -> source recording; parts: the same by
+    part of the test set, where it was split.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, ItemTable] = field(default_factory=dict)
+
+    def tree(self) -> Metrics:
+        """Plain data for a file."""
+        tree: Metrics = {"sources": self.sources, "values": self.values}
+        if self.parts:
+            tree["parts"] = {name: part.values for name, part in self.parts.items()}
+        return tree
 
     def add(self, metric: str, rows: Rows, kept: Iterable[int], values: ArrayLike) -> None:
         """Note the value of each of the kept rows."""
@@ -66,6 +75,12 @@ class Protocol:
     seed: int = 0
     resamples: int = 1000
     items: ItemTable | None = None
+
+    def of_part(self, name: str) -> Protocol:
+        """The same for a part of the test set; its clips get a table of their own."""
+        if self.items is None:
+            return self
+        return replace(self, items=self.items.parts.setdefault(name, ItemTable()))
 
 
 # --- retrieval

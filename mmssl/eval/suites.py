@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mmssl.eval import localize, measure, report, results
+from mmssl.eval import localize, measure, parts, report, results
 from mmssl.eval.album import Album, Example, Shot
 from mmssl.eval.embed import DenseRows, Encoded, Encoder, Rows, Want, collect
 from mmssl.eval.measure import ItemTable, Protocol
@@ -43,6 +43,7 @@ class EvalSpec(Spec):
     seed: int = 0  # partners of the match score, swapped audio, bootstrap
     resamples: int = Field(1000, ge=0)  # of the bootstrap
     random: bool = True  # the same with random weights
+    split_by: str = ""  # field of the clips' meta: every metric also on the clips of each value
     out: str = ""  # folder of the results and the report; empty = the run folder
     report: bool = True  # write the HTML report
 
@@ -64,7 +65,7 @@ def main(suite: str, run_dir: str, overrides: Sequence[str] = ()) -> None:
     out, tail = Path(options.out or run_dir), "" if suite == "bouncing" else f"_{suite}"
     files = [out / f"results{tail}.json", out / f"items{tail}.json"]
     results.write(found, files[0])
-    results.write({"sources": items.sources, "values": items.values}, files[1])
+    results.write(items.tree(), files[1])
     if options.report:
         files.append(out / f"report{tail}.html")
         report.write(found, album, Path(run_dir), files[-1])
@@ -117,6 +118,12 @@ def evaluate(
     if options.random:
         alone = Protocol(options.seed, 0)
         found["random_encoder"] = numbers(rows, encoded[_RANDOM], models[_RANDOM], spec, alone)
+    if options.split_by:
+        found["split_by"], found["parts"] = options.split_by, {}
+        for value, kept in parts.split(rows, options.split_by).items():
+            few = parts.take(rows, encoded[_TRAINED], kept)
+            part = protocol.of_part(value)
+            found["parts"][value] = {"clips": len(kept), **numbers(*few, model, spec, part)}
     found["seconds"] = round(time.perf_counter() - begin, 1)
     return found, album
 

@@ -178,6 +178,7 @@ class Engine:
         policy = cast("Trainable", model).parameter_policy()
         optimizer = build_optimizer(model, policy, optim)
         deepspeed = _deepspeed()
+        self._linear = nn.functional.linear
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -224,8 +225,12 @@ class Engine:
         self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
 
     def close(self) -> None:
-        """Release hooks and buffers."""
+        """Release hooks and buffers; what follows in this process computes as if nothing had been.
+
+        ZeRO-3 puts a linear layer of its own, which rounds otherwise, in the place of torch's.
+        """
         self._engine.destroy()
+        nn.functional.linear = self._linear
 
 
 def _hold_own_parameters(model: nn.Module, register: Any) -> None:

@@ -259,7 +259,7 @@ def collectives() -> dict[str, Any]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    dist.init("gloo", timeout_s=60)
+    dist.init("gloo", timeout_s=600)
     results = {"cases": {case: run(case) for case in CASES}}
     results |= {"norm": normalise(), "collectives": collectives()}
     if dist.rank() == 0:

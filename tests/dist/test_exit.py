@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import TEST_LIMIT_S, run_script
 
-ROOT, SCRIPT = Path(__file__).parents[2], Path(__file__).with_name("toy_run.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SCRIPT = Path(__file__).with_name("toy_run.py")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_LIMIT_S)]
 
 
-def start(
-    folder: Path, launcher: list[str], **environment: str
-) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, processes: int, **env: str) -> subprocess.CompletedProcess[str]:
     calls = [{"folder": str(folder), "train": {"steps": 2, "zero": 2}}]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *launcher, str(SCRIPT), json.dumps(calls)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    return run_script([SCRIPT, json.dumps(calls)], processes, env)
 
 
-@pytest.mark.slow
 def test_two_process_runs_in_a_row_end_with_zero(tmp_path: Path) -> None:
-    codes = [start(tmp_path / str(i), TORCHRUN).returncode for i in range(2)]
+    codes = [start(tmp_path / str(i), 2).returncode for i in range(2)]
     assert codes == [0, 0]
 
 
-@pytest.mark.slow
 def test_training_needs_no_compiler_and_keeps_the_console_clean(tmp_path: Path) -> None:
     # An empty build folder: nothing compiled earlier can help.
     done = start(
-        tmp_path / "run", [], PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "build")
+        tmp_path / "run", 1, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "build")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "build").exists()

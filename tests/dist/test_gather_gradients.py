@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from launching import LIMIT_S, TEST_LIMIT_S
 from torch import Tensor, nn
 
 import mmssl
+
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 SCRIPT = Path(__file__).with_name("gather_ranks.py")
 MIL = ["mil_released", "mil_strict", "mil_symmetric"]
@@ -45,7 +48,7 @@ def launch(world: int, out: Path) -> dict[str, Any]:
         for rank in range(world)
     ]
     try:
-        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

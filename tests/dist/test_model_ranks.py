@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import TEST_LIMIT_S, checked
 from safetensors.torch import load_file
 
-ROOT, SCRIPT = Path(__file__).parents[2], Path(__file__).with_name("model_ranks.py")
+SCRIPT = Path(__file__).with_name("model_ranks.py")
 
 # Of 8 rows, row 0 lacks text, row 1 audio, row 2 video.
 LAYOUTS = {
@@ -21,14 +19,11 @@ LAYOUTS = {
 
 
 def launch(calls: list[dict[str, object]], processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(SCRIPT), json.dumps(calls)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+    checked([SCRIPT, json.dumps(calls)], processes)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     names = {name: f"layout{i}" for i, name in enumerate(LAYOUTS)}
     split = [

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import TEST_LIMIT_S, checked
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_LIMIT_S)]
+
 SCRIPT = Path(__file__).with_name("toy_run.py")
 STAGES = {stage: {"zero": stage} for stage in range(4)}
 
 
 def launch(calls: list[dict[str, Any]], processes: int = 1) -> str:
     """Run `toy_run.py` and return what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(SCRIPT), json.dumps(calls)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return checked([SCRIPT, json.dumps(calls)], processes)
 
 
 def same(a: Any, b: Any, where: str) -> None:
@@ -79,7 +65,6 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_bit_equal_at_every_zero_stage(tmp_path: Path, processes: int) -> None:
     extras = {"validate": {"every": 2, "metric": "weight"}}
@@ -103,7 +88,6 @@ def test_resume_is_bit_equal_at_every_zero_stage(tmp_path: Path, processes: int)
         compare(tmp_path / f"whole{stage}", tmp_path / f"part{stage}")
 
 
-@pytest.mark.slow
 def test_the_whole_model_resumes_bit_equal(tmp_path: Path) -> None:
     common = {"whole_model": True, "validate": {}}
     first, second = [], []
@@ -115,7 +99,7 @@ def test_the_whole_model_resumes_bit_equal(tmp_path: Path) -> None:
         first.append({**part, "fail_at": 3})
         second.append(part)
     launch(first)
-    launch(second)
+    launch(second[::-1])  # the runs of a process do not influence each other
     for stage in (0, 3):
         compare(tmp_path / f"whole{stage}", tmp_path / f"part{stage}")
     # Neither partitions nor recomputed activations change what is learned.
@@ -123,7 +107,6 @@ def test_the_whole_model_resumes_bit_equal(tmp_path: Path) -> None:
     assert other == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_resume_is_bit_equal_with_accumulation_and_bf16(tmp_path: Path) -> None:
     train = {"zero": 1, "accumulate": 2, "precision": "bf16"}
     part = {"folder": str(tmp_path / "part"), "train": {**train, "save_every": 3}}

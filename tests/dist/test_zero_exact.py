@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import TEST_LIMIT_S, checked
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 
 from toy_run import ToyLoader, ToyModel, toy_spec  # noqa: E402
@@ -31,20 +30,7 @@ PLAIN = {"eps": 1e-3, "weight_decay": 0.2}
 
 def launch(calls: list[dict[str, Any]], processes: int) -> str:
     """Run `toy_run.py` and return what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(HERE / "toy_run.py"), json.dumps(calls)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return checked([HERE / "toy_run.py", json.dumps(calls)], processes)
 
 
 def reference(model: ToyModel, accumulate: int = 1) -> dict[str, Tensor]:
@@ -59,6 +45,7 @@ def reference(model: ToyModel, accumulate: int = 1) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_loss_and_gradients_equal_plain_pytorch(tmp_path: Path, processes: int) -> None:
     cases = {f"zero{stage}": {"zero": stage} for stage in range(4)}
@@ -86,6 +73,7 @@ def test_loss_and_gradients_equal_plain_pytorch(tmp_path: Path, processes: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_weights_after_training_equal_a_plain_loop(tmp_path: Path) -> None:
     calls = [
         {
@@ -134,6 +122,7 @@ def plain_training() -> tuple[ToyModel, dict[str, Tensor], list[float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
 def test_two_processes_print_once_and_log_the_global_batch(tmp_path: Path) -> None:
     printed = [
         launch(

@@ -201,7 +201,7 @@ def run(
         trunk = {"shared": {**TINY["shared"], "dropout": dropout}}
         video = {**TINY["towers"]["video"], "drop_tokens": 0.25}
         towers = {"towers": {**TINY["towers"], "video": video}}
-        spec = RunSpec.model_validate({**spec.model_dump(), **TINY, **trunk, **towers})
+        spec = RunSpec.model_validate({**spec.model_dump(by_alias=True), **TINY, **trunk, **towers})
     if dist.rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(config.dump(spec))

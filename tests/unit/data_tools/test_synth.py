@@ -491,8 +491,11 @@ def test_without_pulsing_sizes_are_constant(folders, tmp_path):
 
 def test_all_drawings_may_be_asked_for_in_the_test(folders, tmp_path):
     make_sprites(folders, tmp_path, n={"train": 6}, crops=1, test_drawings="all")
-    shown = {x["meta"]["drawing"] for x in read_lines(tmp_path / "test.jsonl")}
-    assert shown == {"0", "1", "2"}
+    test = [x["meta"] for x in read_lines(tmp_path / "test.jsonl")]
+    shown = Counter((m["kind"], m["class"], m["drawing"]) for m in test)
+    silent = Counter((m["silent_class"], m["silent_drawing"]) for m in test[1::2])
+    assert shown == Counter({(k, c, d): 1 for k in synth_plan.KINDS for c in NAMES for d in "012"})
+    assert silent == Counter({(c, d): 1 for c in NAMES for d in "012"})
     assert {x["meta"]["drawing"] for x in read_lines(tmp_path / "train.jsonl")} <= {"0", "1"}
 
 

@@ -91,6 +91,21 @@ def test_bouncing_writes_complete_results_and_a_report(toy_run, capsys):
     assert "reached" in printed
 
 
+def test_every_metric_by_parts_of_the_test_set(toy_run):
+    folder, _, _ = toy_run
+    suites.main("bouncing", str(folder), ["resamples=20", "split_by=size", "report=false"])
+    found, items = (results.read(folder / f"{name}.json") for name in ("results", "items"))
+    assert results.check(found) == []
+    assert found["split_by"] == "size"
+    assert sum(part["clips"] for part in found["parts"].values()) == found["data"]["n"]
+    path = "localization.pointing_sounding"  # depends on no other clip
+    pooled = [items["parts"][value][path] for value in found["parts"]]
+    assert {k: v for part in pooled for k, v in part.items()} == items["values"][path]
+    for part in found["parts"].values():
+        assert part["retrieval"]["audio->video"]["n"] < found["retrieval"]["audio->video"]["n"]
+        assert "masked" not in part
+
+
 def test_the_report_stands_alone(toy_run):
     folder, _, _ = toy_run
     suites.main("bouncing", str(folder), ["resamples=20"])

@@ -97,6 +97,17 @@ def test_one_step_reports_the_norm_before_clipping_and_trains_with_the_given_rat
     assert moved["still"] == 0
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_follows_an_engine_computes_with_torchs_own_layers(stage: int) -> None:
+    linear = torch.nn.functional.linear
+    with session() as device:
+        spec = toy_spec(train={"zero": stage})
+        engine = Engine(ToyModel(), spec.optim, spec.train, device)
+        assert (torch.nn.functional.linear is linear) == (stage == 0)
+        engine.close()
+    assert torch.nn.functional.linear is linear
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_norm_that_is_not_finite_is_reported_as_such(stage: int) -> None:
     with session() as device:
