@@ -116,7 +116,7 @@ class FramesSpec(Spec):
 
     kind: Literal["frames"]
     values: Literal["signed", "unit"] = "signed"
-    channels: Literal["rgb", "motion", "rgb_motion"] = "rgb"  # motion: distance from background
+    channels: Literal["rgb", "motion", "rgb_motion", "foreground"] = "rgb"  # see `Frames`
     motion_gain: float = Field(8.0, gt=0)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmssl.frontends.patches import zero_behind
 from mmssl.types import UserError
 
-CHANNELS = {"rgb": 3, "motion": 1, "rgb_motion": 4}
+CHANNELS = {"rgb": 3, "motion": 1, "rgb_motion": 4, "foreground": 4}
 RANGES = {"signed": (2 / 255, -1.0), "unit": (1 / 255, 0.0)}
 NETWORK = (
     *((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3)),
@@ -21,10 +21,11 @@ class Frames(nn.Module):
 
     values: `signed` for [-1, 1], `unit` for [0, 1].
     channels: `rgb`; `motion`, one channel that shows what moves, tanh(motion_gain * d) with d the
-    largest difference of a colour from the clip's background, in [0, 1]; or `rgb_motion`, both. The
-    background is the median of nine frames spread over the clip. Motion is the same for all
-    colours and zero in a still clip: on small data it keeps a network from memorising backgrounds.
-    It mixes the frames of one place: masks must hide whole tubes.
+    largest difference of a colour from the clip's background, in [0, 1]; `rgb_motion`, both; or
+    `foreground`, both with the colours multiplied by the motion. The background is the median of
+    nine frames spread over the clip. Motion is the same for all colours; it and the foreground are
+    zero in a still clip: on small data they keep a network from memorising backgrounds. They mix
+    the frames of one place: masks must hide whole tubes.
 
     The result is a view over channels-last memory: folding time into the batch gives channels-last
     images.
@@ -69,6 +70,8 @@ class Frames(nn.Module):
             parts.append(frames_PTHWC.float().mul_(self.gain).add_(self.shift))
         if self.channels != "rgb":
             parts.append(motion(frames_PTHWC, lengths_P).mul_(self.motion_gain).tanh_())
+        if self.channels == "foreground":
+            parts[0].mul_(parts[1])
         signal = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return zero_behind(signal, lengths_P, axis=1).movedim(-1, 1)
 

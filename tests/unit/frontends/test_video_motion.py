@@ -32,6 +32,17 @@ def test_a_still_clip_has_no_motion_and_colours_keep_their_channels():
     torch.testing.assert_close(out[:, 3:], Frames(channels="motion")(frames))
 
 
+def test_the_foreground_is_the_colours_weighed_by_the_motion():
+    frames = torch.randint(0, 256, (2, 9, 4, 4, 3), dtype=torch.uint8)
+    rgb, moving = Frames()(frames), Frames(channels="motion")(frames)
+    out = Frames(channels="foreground")(frames)
+    torch.testing.assert_close(out, torch.cat([rgb * moving, moving], dim=1))
+    assert (
+        float(Frames(channels="foreground")(frames[:, :1].expand(-1, 9, -1, -1, -1)).abs().max())
+        == 0.0
+    )
+
+
 def test_frames_behind_the_end_do_not_count():
     frames = torch.randint(0, 256, (1, 12, 4, 4, 3), dtype=torch.uint8)
     alone = motion(frames[:, :7])

@@ -112,7 +112,7 @@ def test_nothing_depends_on_hidden_input(case):
         assert float(inner.float().mean()) > 0.9
 
 
-@pytest.mark.parametrize("channels", ["motion", "rgb_motion"])
+@pytest.mark.parametrize("channels", ["motion", "rgb_motion", "foreground"])
 def test_tubes_do_not_leak_through_the_motion_channel(channels):
     """Frames are bytes: the hidden ones are replaced instead of differentiated."""
     tower = {"frontend": {"kind": "frames", "channels": channels}}
@@ -128,7 +128,7 @@ def test_tubes_do_not_leak_through_the_motion_channel(channels):
     after, truth, again = task._predict(model.passes(batch), batch)
     assert torch.equal(hidden, again)
     assert torch.equal(before, after)
-    assert truth.shape[-1] == (4 if channels == "rgb_motion" else 1) * 2 * 8 * 8
+    assert truth.shape[-1] == (1 if channels == "motion" else 4) * 2 * 8 * 8
 
 
 @pytest.mark.parametrize("rule", ["random", "blocks"])
