@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import re
 import sys
 import tarfile
@@ -22,6 +21,7 @@ from typing import Any
 from data_tools.manifest import read_rows
 from mmssl.data.integrity import MANIFEST, DamagedSampleError, read_manifest, unseal
 from mmssl.data.text import MASK, Tokenizer
+from mmssl.files import whole_file
 from mmssl.types import UserError
 
 _MAX_SENTENCES = 1_000_000
@@ -106,10 +106,8 @@ def train_tokenizer(
         raise UserError(f"--vocab {vocab}: byte fallback needs at least 300 pieces")
     model = _train(captions, vocab)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_bytes(model)
-    os.replace(partial, out)
+    with whole_file(out) as partial:
+        partial.write_bytes(model)
     return Trained(out, Tokenizer(model, str(out)).vocab_size, vocab, len(captions))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl import __version__
+from mmssl.files import whole_file
 from mmssl.types import MODALITIES, UserError
 
 PROTOCOL = "1"  # changes with every change of a metric's definition
@@ -168,10 +169,8 @@ def read(path: Path) -> Results:
 def write(results: Results, path: Path) -> None:
     """Write a results file; it appears only when it is complete, and holds no NaN."""
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # --- facts
