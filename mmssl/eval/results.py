@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import permutations
@@ -131,17 +131,19 @@ def check(results: Mapping[str, Any]) -> list[str]:
             problems.append(f"{path}: missing")
         elif lookup(results, path) is None and path not in _MAY_BE_NULL:
             problems.append(f"{path}: null")
-    problems += [f"{path}: {value}" for path, value in _numbers(results) if not _sound(path, value)]
-    return problems
+    found = flat(results).items()
+    return problems + [f"{path}: {value}" for path, value in found if not _sound(path, value)]
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested mapping under dotted names."""
+    found: dict[str, float] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{path}.")
-        elif isinstance(value, float):
-            yield path, value
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = float(value)
+    return found
 
 
 def _sound(path: str, value: float) -> bool:
