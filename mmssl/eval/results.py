@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl import __version__
-from mmssl.files import whole_file
+from mmssl.files import sha256, whole_file
 from mmssl.types import MODALITIES, UserError
 
 PROTOCOL = "1"  # changes with every change of a metric's definition
@@ -220,7 +220,7 @@ def manifest_sha256(folder: Path) -> str:
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{path}: no manifest; make shards with python -m data_tools.make_shards")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path)
 
 
 def weights_sha256(state: Mapping[str, Any]) -> str:
