@@ -16,7 +16,7 @@ from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import padding_mask
-from mmssl.frontends.stems import SpatialMerge
+from mmssl.frontends.stems import CellMerge
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
 from mmssl.specs import Number
@@ -72,7 +72,7 @@ class Tower(nn.Module):
         drop: Number = 0.0,
         pre: nn.Module | None = None,
         post: DenseGelu | None = None,
-        merge: SpatialMerge | None = None,
+        merge: CellMerge | None = None,
     ) -> None:
         super().__init__()
         self.modality, self.merge = modality, merge
@@ -94,8 +94,9 @@ class Tower(nn.Module):
     def cell(self) -> tuple[int, ...]:
         """Inputs of the stem per token along each axis (frames, bands, pixels)."""
         time, *space = self.stem.strides  # type: ignore[misc]
-        factor = 1 if self.merge is None else self.merge.factor
-        return (time, *(factor * step for step in space))
+        if self.merge is None:
+            return (time, *space)
+        return (time * self.merge.time, *(self.merge.space * step for step in space))
 
     def inputs(self, view: ViewBatch) -> Tensor:
         """The stem's input: (P, C, *axes) signal, or (P, N) ids; zero behind an item's end."""
@@ -111,6 +112,7 @@ class Tower(nn.Module):
         one of the global tokens simply leaves it; registers are thrown away.
         """
         stem, stem_grid, x, grid = self._tokenise(view, mask)
+        stem_pad = self._cell_padding(view, stem_grid)
         pad = self.padding(view, grid)
         drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
         x, index, kept_pad = self._dropped(x, pad, view, drop)
@@ -125,11 +127,12 @@ class Tower(nn.Module):
             x_PND=tokens,
             pad_PN=_filled(pad, tokens),
             stem_PMD=stem,
-            stem_pad_PM=_filled(self.padding(view, stem_grid), stem),
+            stem_pad_PM=_filled(stem_pad, stem),
             grid=grid,
             stem_grid=stem_grid,
             extra=named,
             rate_hz=self.token_rate(view),
+            stem_rate_hz=self.token_rate(view) * (1 if self.merge is None else self.merge.time),
             view=view,
         )
 
@@ -150,7 +153,7 @@ class Tower(nn.Module):
         if self.pre is not None:
             x = self.pre(x)
         if mask is not None and mask.embedding_D is not None:
-            x = torch.where(mask.hidden_PN[..., None], mask.embedding_D.to(x.dtype), x)
+            x = x + mask.hidden_PN[..., None] * mask.embedding_D.to(x.dtype)
         x = x if self.positions is None else self.positions(x, grid)
         return cells, stem_grid, x, grid
 
@@ -163,12 +166,24 @@ class Tower(nn.Module):
         return out
 
     def padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
-        """(P, N) padding, or None when every item fills the grid."""
+        """(P, N) padding of the tokens, or None when every item fills the grid."""
+        steps = self._bins(view)
+        if steps is None:
+            return None
+        return padding_mask(steps if self.merge is None else self.merge.out_lengths(steps), grid)
+
+    def _cell_padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
+        """(P, M) padding of the stem's cells."""
+        steps = self._bins(view)
+        return None if steps is None else padding_mask(steps, grid)
+
+    def _bins(self, view: ViewBatch) -> Tensor | None:
+        """(P,) valid time bins of the stem, at least one; None when every item is full."""
         frames = self._frames(view)
         if frames is None:
             return None
-        steps = frames if self.signal is None else self.stem.out_lengths(frames)  # type: ignore[operator]
-        return padding_mask(steps.clamp(min=1), grid)
+        steps: Tensor = frames if self.signal is None else self.stem.out_lengths(frames)  # type: ignore[operator]
+        return steps.clamp(min=1)
 
     def _dropped(
         self, x: Tensor, pad: Tensor | None, view: ViewBatch, drop: float
@@ -184,7 +199,7 @@ class Tower(nn.Module):
         return _rate(view, self.signal, self.cell[0])
 
     def first_centre(self) -> float:
-        """Centre of the first token along time, in tokens."""
+        """Centre of the stem's first cell along time, in cells."""
         if not hasattr(self.stem, "fields"):
             return 0.0
         field = self.stem.fields()[0]  # type: ignore[operator]
@@ -265,7 +280,7 @@ class ConvTower(nn.Module):
             pad = padding_mask(steps.clamp(min=1), grid)
         rate = _rate(view, self.signal, self._time_field().stride)
         filled = _filled(pad, x)
-        return Tokens(x, filled, x, filled, grid, grid, {}, rate, view)
+        return Tokens(x, filled, x, filled, grid, grid, {}, rate, rate, view)
 
 
 class JointTower(nn.Module):

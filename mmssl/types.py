@@ -155,8 +155,7 @@ class Tokens:
       N is its product, tokens are in row-major order of the grid. stem_grid: the same for the M
       cells of the stem, finer than `grid` where the tower merges cells.
     extra: the global tokens by name, each (P, D).
-    rate_hz: tokens per second along the time axis (0 for text); start_s_P: time of the first
-    cell's start.
+    rate_hz, stem_rate_hz: tokens and cells of the stem per second (0 for text).
     """
 
     x_PND: Tensor
@@ -167,4 +166,5 @@ class Tokens:
     stem_grid: tuple[int, ...]
     extra: dict[str, Tensor]
     rate_hz: float
+    stem_rate_hz: float
     view: ViewBatch

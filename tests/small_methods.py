@@ -99,6 +99,7 @@ def make_tokens(
         stem_grid=grid,
         extra=extra or {},
         rate_hz=rate_hz,
+        stem_rate_hz=rate_hz,
         view=view,
     )
 

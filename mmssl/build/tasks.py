@@ -7,7 +7,7 @@ from math import prod
 
 from mmssl.build.towers import channels, need_view
 from mmssl.heads.dense import MapScore, PairScore, VectorScore
-from mmssl.heads.embed import Embedder, poolings
+from mmssl.heads.embed import STEPS, Embedder, poolings
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
 from mmssl.specs import (
@@ -81,9 +81,12 @@ class TaskBuilder:
     def _pair(self, where: str, task: PairsSpec, pair: PairSpec) -> PairSpec:
         """The pair with its space filled in and its order checked."""
         modalities = [self._modality(view, f"{where}.between") for view in pair.between]
-        if isinstance(pair.score, MapSpec) and modalities != ["video", "audio"]:
+        if isinstance(pair.score, MapSpec) and (
+            modalities[0] != "video" or modalities[1] == "video"
+        ):
             raise UserError(
-                f"{where}.between: a map score compares [video view, audio view], in this order"
+                f"{where}.between: a map score compares a video view with an audio or text view, "
+                "in this order"
             )
         slots = [self.spec.views[view].candidates for view in pair.between]
         if slots[0] > 1 or (slots[1] > 1 and pair.objective.kind != "mil_nce"):
@@ -141,16 +144,23 @@ class TaskBuilder:
         score = pair.score
         if isinstance(score, MapSpec):
             video, audio = pair.between
-            widths = {"video": self.widths[video], "audio": self.widths[audio]}
+            other = self.spec.views[audio].modality
+            widths = {"video": self.widths[video], str(other): self.widths[audio]}
             if score.cells == "stem":
                 widths["video"] = self._transformer_tower(where, video).trunk_width
-            table = ScoreMap(score.space, score.time, score.aligned, score.normalize)
-            return MapScore(widths, score.dim, table, score.cells == "stem")
+            table = ScoreMap(
+                score.space,
+                score.time,
+                score.aligned,
+                score.normalize,
+                sharpness=score.sharpness,
+            )
+            return MapScore(widths, score.dim, table, score.cells == "stem", score.query)
         if isinstance(score, DotSpec):
             return VectorScore(Dot(score.normalize))
         if isinstance(score, BilinearSpec):
             return VectorScore(Bilinear(task.heads.spaces[pair.space].dim, score.std))
-        return VectorScore(Distance())
+        return VectorScore(Distance(score.slope, score.threshold))
 
     def _transformer_tower(self, where: str, view: str) -> Tower:
         spec = self.spec.views[view]
@@ -195,8 +205,9 @@ class TaskBuilder:
         assert not isinstance(task.target, LabelSpec)
         views, score = task.target.between, task.score
         if isinstance(score, DistanceSpec | FusionSpec):
-            reader = PooledReader(views, dict(self.widths), task.pool, task.embed)
-            widths = [task.embed[-1] if task.embed else self.widths[v] for v in views]
+            reader = PooledReader(views, dict(self.widths), task.pool, task.embed, task.norm)
+            parts = STEPS if task.pool == "steps" else 1  # vectors of the steps are put in a row
+            widths = [parts * (task.embed[-1] if task.embed else self.widths[v]) for v in views]
             if isinstance(score, FusionSpec):
                 return VectorMatch(reader, FusionMLP(widths[0], widths[1], score.hidden))
             if widths[0] != widths[1]:
@@ -204,7 +215,7 @@ class TaskBuilder:
                     f"tasks.{name}.embed: a distance needs vectors of one width; "
                     "give embed: [width]"
                 )
-            return VectorMatch(reader, Distance())
+            return VectorMatch(reader, Distance(score.slope, score.threshold))
         joint = self.spec.joints.get(score.joint)
         if joint is None or set(joint.of) != set(views):
             raise UserError(

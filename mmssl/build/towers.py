@@ -12,7 +12,7 @@ from mmssl.backbones import NETWORKS
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
-from mmssl.frontends.stems import SpatialMerge
+from mmssl.frontends.stems import CellMerge
 from mmssl.frontends.video import CHANNELS
 from mmssl.specs import (
     ConvSpec,
@@ -151,7 +151,7 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
         stem = STEMS["patches"](cut.patch, width, channels(spec))
         return stem
     if isinstance(cut, StemSpec):
-        options = cut.model_dump(exclude={"kind", "merge"})
+        options = cut.model_dump(exclude={"kind", "merge", "merge_time"})
         time = {key: options.pop(key) for key in ("fold", "temporal_kernel", "temporal_stride")}
         if spec.modality == "video":
             stem = STEMS["video_conv"](width, **options, **time, in_channels=channels(spec))
@@ -175,15 +175,15 @@ def _word_table(path: str) -> torch.Tensor:
     return tensors["weight"]
 
 
-def _merge(name: str, spec: TowerSpec, width: int) -> SpatialMerge | None:
-    if not isinstance(spec.cut, StemSpec) or spec.cut.merge == 1:
+def _merge(name: str, spec: TowerSpec, width: int) -> CellMerge | None:
+    if not isinstance(spec.cut, StemSpec) or spec.cut.merge * spec.cut.merge_time == 1:
         return None
     if spec.modality != "video":
         raise UserError(f"towers.{name}.cut.merge: for video only, the tower reads {spec.modality}")
-    return SpatialMerge(width, spec.cut.merge)
+    return CellMerge(width, spec.cut.merge_time, spec.cut.merge)
 
 
-Chain = tuple[nn.Module | None, nn.Module, SpatialMerge | None]  # signal, stem, merge
+Chain = tuple[nn.Module | None, nn.Module, CellMerge | None]  # signal, stem, merge
 
 
 def _positions(

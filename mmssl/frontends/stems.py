@@ -299,13 +299,13 @@ class VideoConvStem(nn.Module):
         return padded.unfold(1, self.kernel, self.step).transpose(-1, -2).flatten(-2)
 
 
-class SpatialMerge(nn.Module):
-    """Linear map of factor x factor neighbouring cells of a (t, h, w) grid to one token."""
+class CellMerge(nn.Module):
+    """Linear map of time x space x space neighbouring cells of a (t, h, w) grid to one token."""
 
-    def __init__(self, width: int, factor: int) -> None:
+    def __init__(self, width: int, time: int, space: int) -> None:
         super().__init__()
-        self.factor = factor
-        self.proj = nn.Linear(width * factor * factor, width)
+        self.time, self.space = time, space
+        self.proj = nn.Linear(width * time * space * space, width)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         """Grid of the tokens.
@@ -313,18 +313,22 @@ class SpatialMerge(nn.Module):
         Raises:
             UserError: the cells do not fill whole tokens.
         """
-        time, *space = shape
-        if len(space) != 2 or any(n % self.factor for n in space):
+        factors = (self.time, self.space, self.space)
+        if len(shape) != 3 or any(n % f for n, f in zip(shape, factors, strict=True)):
             raise UserError(
-                f"stem.merge: a grid {tuple(shape)} has no whole tokens of {self.factor} x "
-                f"{self.factor}; change the view's size or `merge`"
+                f"stem.merge: a grid {tuple(shape)} has no whole tokens of "
+                f"{' x '.join(map(str, factors))}; change the view's size, fps or `merge`"
             )
-        return (time, *(n // self.factor for n in space))
+        return tuple(n // f for n, f in zip(shape, factors, strict=True))
+
+    def out_lengths(self, bins_P: Tensor) -> Tensor:
+        """Token steps of items with so many bins of cells; the last one may be partly filled."""
+        return (bins_P + self.time - 1).div(self.time, rounding_mode="floor")
 
     def forward(self, x_PMD: Tensor, shape: Sequence[int]) -> tuple[Tensor, Grid]:
         """(P, M, D) cells of a grid to (P, N, D) tokens and their grid."""
-        time, high, wide = grid = self.grid(shape)
-        f, width = self.factor, x_PMD.shape[-1]
-        blocks = x_PMD.reshape(-1, time, high, f, wide, f, width).transpose(3, 4)
-        tokens: Tensor = self.proj(blocks.reshape(-1, time * high * wide, f * f * width))
+        grid = self.grid(shape)
+        (t, h, w), (a, f), width = grid, (self.time, self.space), x_PMD.shape[-1]
+        blocks = x_PMD.reshape(-1, t, a, h, f, w, f, width).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        tokens: Tensor = self.proj(blocks.reshape(-1, t * h * w, a * f * f * width))
         return tokens, grid

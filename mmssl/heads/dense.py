@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mmssl.heads.embed import pool
+from mmssl.heads.project import Head
 from mmssl.heads.score import Bilinear, Distance, Dot, ScoreMap
-from mmssl.towers import Passes, spread, time_steps
+from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens
 
 Parts = tuple[Tensor, ...]
@@ -49,42 +51,61 @@ class VectorScore(nn.Module):
 
 
 class MapScore(nn.Module):
-    """`ScoreMap` with its own LayerNorm + linear projection of video cells and audio steps.
+    """`ScoreMap` with its own projections of video cells and of the query: LayerNorm, linear.
 
-    A spectrogram's bands are averaged into time steps. from_stem: video cells are read before the
-    backbone: attention would let a cell answer for an object in another one.
+    The query is audio or text. `steps`: it is compared step by step, a spectrogram's bands averaged
+    into time steps. Any other pooling makes one vector of the whole query, which every instant is
+    compared with; batch norm + linear project it, since pooled vectors of different clips begin
+    almost parallel. Cells whose length counts get no norm. from_stem: video cells are read before
+    the backbone: attention would let a cell answer for an object in another one.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], dim: int, score: ScoreMap, from_stem: bool = False
+        self,
+        widths: Mapping[str, int],
+        dim: int,
+        score: ScoreMap,
+        from_stem: bool = False,
+        query: str = "steps",
     ) -> None:
         super().__init__()
-        self.from_stem = from_stem
+        self.from_stem, self.query, self.score = from_stem, query, score
+        of_query = "norm_linear" if query == "steps" else "bn_linear"
+        of_cells = "norm_linear" if score.normalize == "both" else "linear"
         self.maps_of = nn.ModuleDict(
-            {m: nn.Sequential(nn.LayerNorm(w), nn.Linear(w, dim)) for m, w in widths.items()}
+            {m: Head(of_cells if m == "video" else of_query, w, dim) for m, w in widths.items()}
         )
-        self.score = score
 
     def embed(self, passes: Passes, view: str) -> tuple[Parts, Tensor]:
         """Side of one view: ((values, valid), filled (B, L)), one row per batch row."""
         tokens = passes.tokens(view)
-        modality = tokens.view.modality
-        if modality == "video":
-            steps = tokens.grid[0]
-            values = tokens.stem_PMD if self.from_stem else tokens.x_PND
-            cells: Tensor = self.maps_of[modality](values)
-            x = cells.reshape(cells.shape[0], steps, -1, cells.shape[-1])
-            pad = tokens.stem_pad_PM if self.from_stem else tokens.pad_PN
-            valid = ~pad.reshape(cells.shape[0], steps, -1)
-        else:
-            x, pad = time_steps(tokens, "mean")
-            x, valid = self.maps_of[modality](x), ~pad
+        x, valid = (self._cells if tokens.view.modality == "video" else self._query)(tokens)
         parts = spread(x, tokens.view)[:, 0], spread(valid.float(), tokens.view)[:, 0] > 0
         return parts, tokens.view.present_BL
 
-    def forward(self, video: Parts, audio: Parts) -> Tensor:
-        """(A, C, 1) scores of A videos with C audio clips."""
-        table: Tensor = self.score(video[0], audio[0], video[1], audio[1])
+    def _cells(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(P, T, S, D) projected cells and which of them are valid."""
+        values = tokens.stem_PMD if self.from_stem else tokens.x_PND
+        pad = tokens.stem_pad_PM if self.from_stem else tokens.pad_PN
+        shape = (len(values), self._grid(tokens)[0], -1)
+        cells: Tensor = self.maps_of["video"](values)
+        return cells.reshape(*shape, cells.shape[-1]), ~pad.reshape(shape)
+
+    def _query(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(P, U, D) projected steps, one if the query is pooled, and which of them are valid."""
+        head = self.maps_of[tokens.view.modality]
+        if self.query == "steps":
+            x, pad = time_steps(tokens, "mean")
+            return head(x), ~pad
+        there = item_weight(tokens.view) > 0
+        return head(pool(tokens, self.query), there)[:, None], there[:, None]
+
+    def _grid(self, tokens: Tokens) -> tuple[int, ...]:
+        return tokens.stem_grid if self.from_stem else tokens.grid
+
+    def forward(self, video: Parts, query: Parts) -> Tensor:
+        """(A, C, 1) scores of A videos with C queries."""
+        table: Tensor = self.score(video[0], query[0], video[1], query[1])
         return table[..., None]
 
     def features(self, passes: Passes, video: str, audio: str) -> Dense:
@@ -92,21 +113,26 @@ class MapScore(nn.Module):
         (cells, _), seen = self.embed(passes, video)
         (steps, valid), heard = self.embed(passes, audio)
         tokens = passes.tokens(video)
-        times = _bin_times(tokens, passes.tower(video).first_centre())
+        grid = self._grid(tokens)
+        times = _bin_times(tokens, grid[0], passes.tower(video).first_centre())
         return Dense(
             cells,
             steps,
             valid,
             seen[:, 0] & heard[:, 0],
-            tokens.stem_grid if self.from_stem else tokens.grid,
+            grid,
             spread(times, tokens.view)[:, 0],
         )
 
 
-def _bin_times(tokens: Tokens, first_centre: float) -> Tensor:
-    """(P, T) seconds at the centre of each time bin."""
-    place = tokens.view.start_s_P.new_tensor(range(tokens.grid[0])) + first_centre
-    return tokens.view.start_s_P[:, None] + place / tokens.rate_hz
+def _bin_times(tokens: Tokens, bins: int, first_centre: float) -> Tensor:
+    """(P, T) seconds at the centre of each of the bins, several of which may make one token.
+
+    first_centre: of the first stem cell, in cells.
+    """
+    per_bin = tokens.stem_grid[0] // bins
+    place = tokens.view.start_s_P.new_tensor(range(bins)) * per_bin + (per_bin - 1) / 2
+    return tokens.view.start_s_P[:, None] + (place + first_centre) / tokens.stem_rate_hz
 
 
 PairScore = VectorScore | MapScore

@@ -16,8 +16,10 @@ from mmssl.specs import SpaceSpec
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens, UserError
 
+STEPS = 8  # of the pooling `steps` unless a space says otherwise
 
-def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
+
+def pool(tokens: Tokens, how: str, steps: int = STEPS) -> Tensor:
     """(P, D) by a global token's name, `mean`, `max` or `peaks`; (P, steps, D) by `steps`.
 
     `peaks` is the mean over time of the strongest cell of each step.

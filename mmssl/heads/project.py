@@ -18,6 +18,7 @@ FORMS: dict[str, Callable[[int, int, int, bool], list[nn.Module]]] = {
     # form: (input width, space width, hidden width, bias of a linear map that a norm follows)
     "linear": lambda d, s, h, b: [nn.Linear(d, s)],
     "norm_linear": lambda d, s, h, b: [nn.LayerNorm(d, eps=1e-6), nn.Linear(d, s)],
+    "bn_linear": lambda d, s, h, b: [MaskedSyncBatchNorm(d), nn.Linear(d, s, bias=False)],
     "mlp": lambda d, s, h, b: [nn.Linear(d, h), nn.ReLU(), nn.Linear(h, s)],
     "mlp_bn": lambda d, s, h, b: [
         nn.Linear(d, h, bias=b),

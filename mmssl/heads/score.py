@@ -22,6 +22,7 @@ from mmssl.objectives.precision import wide
 
 Space = Literal["max", "mean", "lse"]
 Time = Literal["max", "mean"]
+Normalize = Literal["both", "steps", "none"]
 
 
 class Dot(nn.Module):
@@ -147,7 +148,8 @@ class ScoreMap(nn.Module):
 
     aligned: an audio step meets only the cells of the video bin of its own instant. The audio is
       averaged to the T bins first, both sides covering the same stretch of time.
-    normalize: cosine, otherwise the raw dot product.
+    normalize: `both` for the cosine, `steps` where the length of a cell counts (an empty one then
+      scores 0, one that holds all of an object more than one that holds its corner), `none`.
     chunk: video rows that are compared at a time, 0 = all. The similarities of a chunk,
       chunk * C * T * S (times U / T unless aligned), are the only large tensor.
     sharpness: of `lse`, a soft maximum: ln(mean(exp(sharpness * s))) / sharpness.
@@ -158,7 +160,7 @@ class ScoreMap(nn.Module):
         space: Space = "max",
         time: Time = "mean",
         aligned: bool = False,
-        normalize: bool = True,
+        normalize: Normalize = "both",
         chunk: int = 0,
         sharpness: float = 10.0,
     ) -> None:
@@ -191,7 +193,7 @@ class ScoreMap(nn.Module):
         """
         with _full_precision(video_QTSD):
             audio, audio_valid = self._audio(audio_CUD, audio_valid_CU, video_QTSD, steps_per_bin)
-            video = _unit(video_QTSD) if self.normalize else wide(video_QTSD)
+            video = self._cells(video_QTSD)
 
             def score(rows: slice) -> Tensor:
                 valid = None if video_valid_QTS is None else video_valid_QTS[rows]
@@ -251,7 +253,7 @@ class ScoreMap(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(P, T, S) with the valid bins (P, T) when aligned, else (P, U, N) and (P, U)."""
         audio, valid = self._audio(audio_PUD, audio_valid_PU, video_PTSD, steps_per_bin)
-        video = _unit(video_PTSD) if self.normalize else wide(video_PTSD)
+        video = self._cells(video_PTSD)
         if self.aligned:
             return torch.einsum("ptd,ptsd->pts", audio, video), valid
         return torch.einsum("pud,pnd->pun", audio, video.flatten(1, 2)), valid
@@ -262,7 +264,10 @@ class ScoreMap(nn.Module):
         audio = wide(audio)
         if self.aligned:
             audio, valid = to_bins(audio, valid, video.shape[1], steps_per_bin)
-        return (_unit(audio) if self.normalize else audio), valid
+        return (audio if self.normalize == "none" else _unit(audio)), valid
+
+    def _cells(self, video: Tensor) -> Tensor:
+        return _unit(video) if self.normalize == "both" else wide(video)
 
     def _cell_mask(self, valid_QTS: Tensor | None) -> Tensor | None:
         """Broadcasts against (Q, C, steps, cells)."""

@@ -50,9 +50,14 @@ class BilinearSpec(Spec):
 
 
 class DistanceSpec(Spec):
-    """Affine function of the Euclidean distance of unit vectors (AVE-Net)."""
+    """Affine function of the Euclidean distance of unit vectors (AVE-Net).
+
+    To begin with, the log-odds of a match are 2 * slope * (threshold - distance).
+    """
 
     kind: Literal["distance"]
+    slope: float = Field(1.0, gt=0)
+    threshold: float = Field(2**0.5, gt=0, le=2)
 
 
 class FusionSpec(Spec):
@@ -70,10 +75,13 @@ class JointScoreSpec(Spec):
 
 
 class MapSpec(Spec):
-    """Similarity of every video cell with every audio step, reduced over cells, then over steps.
+    """Similarity of every video cell with audio or text, reduced over cells, then over steps.
 
-    `aligned`: an audio step is compared only with the cells of the same instant. `cells`: the video
-    cells that leave the backbone, or those of the `stem`, which know their own place only.
+    `query`: the other side's `steps`, or one vector pooled from it (a global token's name, `mean`,
+    `max`, `peaks`). `aligned`: a step is compared only with the cells of the same instant; a pooled
+    query with the cells of every instant in turn. `cells`: those that leave the backbone, or those
+    of the `stem`, which know their own place only. `sharpness`: of `lse`. `normalize`: which side
+    has unit length.
     """
 
     kind: Literal["map"]
@@ -82,7 +90,9 @@ class MapSpec(Spec):
     time: Literal["mean", "max"] = "mean"
     aligned: bool = False
     cells: Literal["backbone", "stem"] = "backbone"
-    normalize: bool = True
+    query: str = "steps"
+    sharpness: float = Field(10.0, gt=0)
+    normalize: Literal["both", "steps", "none"] = "both"
 
 
 ScoreSpec = Annotated[DotSpec | BilinearSpec | DistanceSpec | MapSpec, Field(discriminator="kind")]

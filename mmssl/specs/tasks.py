@@ -96,6 +96,7 @@ class ClassifySpec(Spec):
     target: Annotated[MatchSpec | LabelSpec, Field(discriminator="kind")]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
     pool: str = "agg"
+    norm: bool = False  # batch norm between pooling and MLP
     embed: list[int] = []  # widths of an MLP between pooling and score (AVE-Net: 128, 128)
     weight: Number = 1.0
 

@@ -86,6 +86,7 @@ class StemSpec(Spec):
     temporal_kernel: int = Field(1, gt=0)
     temporal_stride: int = Field(1, gt=0)
     merge: int = Field(1, gt=0)  # video: merge x merge cells become one token of the backbone
+    merge_time: int = Field(1, gt=0)  # video: so many bins of cells become one step of tokens
 
 
 class EmbeddingSpec(Spec):

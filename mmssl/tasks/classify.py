@@ -27,20 +27,32 @@ Parts = tuple[Tensor, ...]
 
 
 class PooledReader(nn.Module):
-    """Reads a view as one vector, through an MLP if `embed` has widths."""
+    """Reads a view as one vector: pooled, batch-normed if `norm`, through an MLP of widths `embed`.
+
+    The vectors of the pooling `steps` go through the MLP one by one and are put in a row.
+    """
 
     def __init__(
-        self, views: tuple[str, str], widths: dict[str, int], how: str, embed: list[int]
+        self,
+        views: tuple[str, str],
+        widths: dict[str, int],
+        how: str,
+        embed: list[int],
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.how = how
+        self.norms = nn.ModuleDict({v: dist.MaskedSyncBatchNorm(widths[v]) for v in views if norm})
         self.mlps = nn.ModuleDict({view: _mlp(widths[view], embed) for view in views})
-        self.width = embed[-1] if embed else 0
 
     def forward(self, passes: Passes, view: str, like: str) -> Parts:
-        """((B, D),) vectors of a view by the MLP of `like`."""
+        """((B, D),) vectors of a view by the norm and the MLP of `like`."""
         tokens = passes.tokens(view)
-        return (spread(self.mlps[like](pool(tokens, self.how)), tokens.view)[:, 0],)
+        x = pool(tokens, self.how)
+        if like in self.norms:
+            there = item_weight(tokens.view) > 0
+            x = self.norms[like](x, there.reshape(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1]))
+        return (spread(self.mlps[like](x).flatten(1), tokens.view)[:, 0],)
 
 
 class VectorMatch(nn.Module):

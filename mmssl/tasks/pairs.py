@@ -144,16 +144,23 @@ class Pairs(Task):
         return out
 
     def dense(self, passes: Passes) -> Dense | None:
-        """Localization features of the first map score, if there is one."""
-        for name, pair in self.pairs.items():
-            score = self.scores[name]
-            if isinstance(score, MapScore):
-                return score.features(passes, *pair.between)
-        return None
+        """Localization features of the first map of sounds, if there is one."""
+        name = self._sound_map()
+        if name is None:
+            return None
+        score = self.scores[name]
+        assert isinstance(score, MapScore)
+        return score.features(passes, *self.pairs[name].between)
 
     def map_score(self) -> ScoreMap | None:
-        """The first map score."""
-        return next((s.score for s in self.scores.values() if isinstance(s, MapScore)), None)
+        """The score of the first map of sounds."""
+        name = self._sound_map()
+        score = self.scores[name] if name is not None else None
+        return score.score if isinstance(score, MapScore) else None
+
+    def _sound_map(self) -> str | None:
+        maps = ((n, s) for n, s in self.scores.items() if isinstance(s, MapScore))
+        return next((name for name, score in maps if "audio" in score.maps_of), None)
 
     def _term(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side]) -> Term:
         objective = self.pairs[name].objective

@@ -105,19 +105,19 @@ def test_hidden_cells_are_zero_and_the_rest_behind_belongs_to_the_last_token():
     assert float(signal.min()) == 1.0
 
 
-def test_the_mask_embedding_stands_at_hidden_places_only():
+def test_the_mask_embedding_marks_hidden_places_beside_what_the_stem_sees_around_them():
     model = tiny_model().eval()
     tower, view = model.towers["audio"], tiny_batch(missing=False).views["audio"]
     grid = tower.grid_of(view.data.shape[1:])
     hidden = torch.zeros(6, grid[0] * grid[1], dtype=torch.bool)
     hidden[:, :3] = True
-    embedding = torch.full((16,), 7.0)
     seen = []
     tower.positions = nn.Identity()
     tower.positions.forward = lambda x, grid: seen.append(x) or x
-    tower.encode(view, 0.0, Mask("m", hidden, embedding))
-    assert torch.equal(seen[0][:, :3], embedding.expand(6, 3, 16))
-    assert not (seen[0][:, 3:] == 7.0).any()
+    for value in (0.0, 7.0):
+        tower.encode(view, 0.0, Mask("m", hidden, torch.full((16,), value)))
+    torch.testing.assert_close(seen[1][:, :3], seen[0][:, :3] + 7.0)
+    assert torch.equal(seen[1][:, 3:], seen[0][:, 3:])
 
 
 # ---------------------------------------------------------------- DropToken

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.frontends.stems import SpatialMerge, VideoConvStem
+from mmssl.frontends.stems import CellMerge, VideoConvStem
 from mmssl.types import UserError
 
 ARGS = {"width": 6, "channels": [4, 8], "strides": [2, 2]}
@@ -42,16 +42,24 @@ def test_too_few_frames_are_refused():
         VideoConvStem(**ARGS, fold=4).grid((3, 8, 8))
 
 
-def test_merged_tokens_read_their_own_cells_only():
+@pytest.mark.parametrize(("time", "space"), [(1, 2), (2, 2), (2, 1)])
+def test_merged_tokens_read_their_own_cells_only(time, space):
     torch.manual_seed(2)
-    merge = SpatialMerge(3, 2)
-    cells = torch.randn(1, 2 * 4 * 6, 3, requires_grad=True)
-    tokens, grid = merge(cells, (2, 4, 6))
-    assert grid == merge.grid((2, 4, 6)) == (2, 2, 3)
-    tokens.reshape(2, 2, 3, 3)[1, 1, 2].sum().backward()
-    touched = cells.grad.abs().sum(-1).reshape(2, 4, 6) > 0
-    expected = torch.zeros(2, 4, 6, dtype=torch.bool)
-    expected[1, 2:, 4:] = True
+    merge, shape = CellMerge(3, time, space), (4, 4, 6)
+    cells = torch.randn(1, 4 * 4 * 6, 3, requires_grad=True)
+    tokens, grid = merge(cells, shape)
+    assert grid == merge.grid(shape) == (4 // time, 4 // space, 6 // space)
+    t, y, x = (n - 1 for n in grid)
+    tokens.reshape(*grid, 3)[t, y, x].sum().backward()
+    touched = cells.grad.abs().sum(-1).reshape(shape) > 0
+    expected = torch.zeros(shape, dtype=torch.bool)
+    expected[t * time :, y * space :, x * space :] = True
     assert torch.equal(touched, expected)
-    with pytest.raises(UserError, match="no whole tokens"):
-        merge.grid((2, 5, 6))
+
+
+def test_merged_lengths_count_partly_filled_tokens_and_odd_grids_are_refused():
+    merge = CellMerge(3, 2, 2)
+    assert merge.out_lengths(torch.tensor([1, 2, 3, 4])).tolist() == [1, 1, 2, 2]
+    for shape in ((4, 5, 6), (3, 4, 6)):
+        with pytest.raises(UserError, match="no whole tokens"):
+            merge.grid(shape)

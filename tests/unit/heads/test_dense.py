@@ -164,7 +164,7 @@ def test_convolutional_video_has_finite_times():
 def test_a_map_pair_must_name_video_first():
     pairs = {"x": {"between": ["audio", "video"], "score": {"kind": "map"}}}
     with pytest.raises(
-        ValueError, match=r"tasks\.p\.pairs\.x\.between: .*\[video view, audio view\]"
+        ValueError, match=r"tasks\.p\.pairs\.x\.between: .*video view with an audio or text view"
     ):
         tiny_model(tiny_spec(tasks={**TREE["tasks"], "p": {"kind": "pairs", "pairs": pairs}}))
 
@@ -193,3 +193,36 @@ def test_features_are_the_projections_of_the_scored_tokens():
     dense = model.dense(batch)
     want = score.maps_of["video"](passes.tokens("video").x_PND).reshape(6, 2, 4, 8)
     torch.testing.assert_close(dense.video, want)
+
+
+def pooled_map(normalize="steps"):
+    score = ScoreMap("max", "mean", aligned=True, normalize=normalize)
+    return MapScore({"video": 8, "text": 8}, 8, score, query="max")
+
+
+def test_a_pooled_query_meets_the_best_cell_of_every_instant():
+    torch.manual_seed(0)
+    batch = tiny_batch(4, missing=False)
+    video, words = torch.randn(4, 3 * 4, 8), torch.randn(4, 5, 8)
+    pad = torch.arange(5).expand(4, 5) >= torch.tensor([5, 3, 4, 2])[:, None]
+    v = make_tokens(video, (3, 2, 2), rate_hz=2.0, view=batch.views["video"])
+    t = make_tokens(words, (5,), pad, view=batch.views["text"])  # in the place of the audio
+    score = pooled_map()
+    passes = FixedPasses(v, t)
+    table = score(score.embed(passes, "video")[0], score.embed(passes, "audio")[0])[..., 0]
+    pooled = words.masked_fill(pad[..., None], -torch.inf).amax(1)
+    normed = nn.functional.batch_norm(pooled, None, None, training=True)
+    query = nn.functional.normalize(normed @ score.maps_of["text"].layers[1].weight.T, dim=-1)
+    cells = score.maps_of["video"](video).reshape(4, 3, 4, 8)
+    best = torch.einsum("atsd,cd->acts", cells, query).amax(-1)
+    torch.testing.assert_close(table, best.mean(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cell_with_nothing_in_it_scores_its_bias_only_where_length_counts():
+    cells = torch.tensor([[[[0.0, 0.0], [0.1, 0.0], [3.0, 0.0]]]])
+    query = torch.tensor([[[2.0, 0.0]]])
+    maps = {
+        n: ScoreMap(aligned=True, normalize=n).maps(cells, query)[0, 0] for n in ("both", "steps")
+    }
+    torch.testing.assert_close(maps["both"], torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(maps["steps"], torch.tensor([0.0, 0.1, 3.0]))

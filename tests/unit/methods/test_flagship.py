@@ -35,18 +35,17 @@ def only_towers(*kept: str) -> list[str]:
 
 
 PARTS = {
-    "audio": [*only_towers("audio"), *only_tasks("masked_audio"), "joints=null"],
-    "video": [*only_towers("video"), *only_tasks("masked_video"), "joints=null"],
+    "audio": [*only_towers("audio"), *only_tasks("masked_audio")],
+    "video": [*only_towers("video"), *only_tasks("masked_video")],
     "audio_text": [
         *only_towers("audio", "text"),
         *only_tasks("align", "masked_audio", "masked_text"),
         *only_pairs("at"),
-        "joints=null",
     ],
     "audio_video": [
         *only_towers("audio", "video"),
         *only_tasks("align", "match", "masked_video"),
-        *only_pairs("va", "dense"),
+        *only_pairs("va", "where"),
     ],
 }
 
@@ -106,12 +105,11 @@ def test_a_part_that_leaves_weights_idle_is_refused_by_the_check():
         *SHORT,
         *only_towers("audio", "video"),
         *only_tasks("align"),
-        *only_pairs("dense"),
-        "joints=null",
+        *only_pairs("where"),
     ]
     with pytest.raises(UserError, match=r"unused parameters .*towers\.video"):
         check.check(NAME, alone)
-    check.check(NAME, [*alone, "tasks.align.pairs.dense.score.cells=backbone"])
+    check.check(NAME, [*alone, "tasks.align.pairs.where.score.cells=backbone"])
 
 
 # ---------------------------------------------------------------- the whole

@@ -8,6 +8,8 @@ import torch
 from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_model, tiny_spec
 from torch.nn import functional as F
 
+from mmssl.heads.embed import pool
+from mmssl.heads.score import Distance
 from mmssl.tasks.classify import Match, VectorMatch
 from mmssl.types import Term, UserError
 
@@ -304,3 +306,29 @@ def test_labels_can_be_learned():
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(math.log(2), abs=0.3)
     assert losses[-1] < 0.05
+
+
+# ---------------------------------------------------------------- reading by steps
+
+
+@pytest.mark.parametrize("score", ["fusion", "distance"])
+def test_steps_are_normed_embedded_one_by_one_and_put_in_a_row(score):
+    spec = match_spec(score)
+    task = spec.tasks["match"].model_copy(update={"pool": "steps", "norm": True, "embed": [3]})
+    model = tiny_model(spec.model_copy(update={"tasks": {**spec.tasks, "match": task}}))
+    batch = tiny_batch(missing=False)
+    passes, reader = model.passes(batch, 0.0), model.tasks["match"].score.reader
+    (got,) = reader(passes, "audio", "audio")
+    x_PTD = pool(passes.tokens("audio"), "steps")
+    normed = F.batch_norm(x_PTD.flatten(0, 1), None, None, training=True)
+    want = reader.mlps["audio"](normed).reshape(6, -1)
+    assert got.shape == (6, 8 * 3)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert model.match_logit(batch, torch.arange(6)).shape == (6,)
+
+
+def test_a_distance_starts_at_its_slope_and_threshold():
+    score = Distance(slope=10.0, threshold=1.25)
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert float(score.pairs(a, b)) == pytest.approx(20 * (1.25 - 2**0.5), rel=1e-5)
+    assert float(score.pairs(a, a)) == pytest.approx(25.0, rel=1e-4)
