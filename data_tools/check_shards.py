@@ -11,7 +11,6 @@ is damaged.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sqlite3
 import struct
@@ -35,6 +34,7 @@ from mmssl.data.integrity import (
     valid_key,
 )
 from mmssl.data.media import Limits
+from mmssl.files import sha256
 from mmssl.types import Sample, UserError
 
 
@@ -145,9 +145,8 @@ def _check_tar(folder: Path, shard: Shard, offsets: Sequence[int], findings: Fin
     path = folder / shard.name
     if path.stat().st_size != shard.bytes:
         findings.damage(shard.name, "size", f"{path.stat().st_size} bytes, listed {shard.bytes}")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            findings.damage(shard.name, "sha256", "differs from manifest.json")
+    if sha256(path) != shard.sha256:
+        findings.damage(shard.name, "sha256", "differs from manifest.json")
     if len(offsets) != shard.samples:
         findings.damage(shard.name, "samples", f"{len(offsets)} found, {shard.samples} listed")
     index = path.with_suffix(".tar.idx")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 from data_tools.manifest import Row
 from data_tools.shard_rows import Made, Options
 from mmssl.data.integrity import DATASET_YAML, MANIFEST, META_FOLDER, PROFILE, canonical
+from mmssl.files import sha256
 from mmssl.types import UserError
 
 QUARANTINE = "quarantine.jsonl"
@@ -80,7 +80,7 @@ class ShardWriter:
                 "name": path.name,
                 "samples": self._samples,
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
                 "seconds": {m: round(s, 3) for m, s in self._seconds.items()},
                 "captions": self._captions,
             }
@@ -119,11 +119,6 @@ def _tar_block(made: Made) -> bytes:
         info.size, info.mode, info.mtime = len(data), 0o644, 0
         parts += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
     return b"".join(parts)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_index(folder: Path, names: Sequence[str], workers: int) -> None:

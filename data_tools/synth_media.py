@@ -5,7 +5,6 @@ Letters in names: T frames, H rows, W columns, C channels, S samples. Times are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +13,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from mmssl.files import whole_file
 
 RATE = 16_000
 Wave = NDArray[np.float64]
@@ -153,17 +154,17 @@ def write_clip(
         wave_S: Mono audio at 16 kHz in [-1, 1], or None for a file without an audio stream.
         fps: Frames per second; frame k is shown from k / fps on.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
-    with av.open(str(partial), "w", format="mp4", options=options) as container:
+    with (
+        whole_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", options=options) as container,
+    ):
         video = None if frames_THWC is None else _video_stream(container, frames_THWC, fps)
         audio = None if wave_S is None else _audio_stream(container)
         if video is not None and frames_THWC is not None:
             _write_video(container, video, frames_THWC)
         if audio is not None and wave_S is not None:
             _write_audio(container, audio, wave_S)
-    os.replace(partial, path)
 
 
 def _video_stream(

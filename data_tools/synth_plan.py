@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from data_tools import synth_media as media
 from data_tools import synth_scenes as scenes
+from mmssl.files import whole_file
 from mmssl.types import MODALITIES, UserError
 
 SPLITS = ("train", "val", "test")
@@ -160,7 +160,9 @@ def write_split(
         path.unlink(missing_ok=True)  # it would describe files that are about to be replaced
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}; choose another --out") from error
-    _write_manifest(path, _run(make, jobs, workers, split))
+    lines = _run(make, jobs, workers, split)
+    with whole_file(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _run(make: Callable[[JobT], Line], jobs: Sequence[JobT], workers: int, name: str) -> list[Line]:
@@ -173,9 +175,3 @@ def _run(make: Callable[[JobT], Line], jobs: Sequence[JobT], workers: int, name:
 def _progress(lines: Iterable[Line], total: int, name: str) -> tqdm[Line]:
     # disable=None: silent when the output is no terminal
     return tqdm(lines, total=total, desc=name, unit="clip", disable=None)
-
-
-def _write_manifest(path: Path, lines: Sequence[Line]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import re
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.manifest import read_rows
-from mmssl.data.integrity import MANIFEST, DamagedSampleError, read_manifest, unseal
+from mmssl.data.integrity import MANIFEST, DamagedSampleError, read_manifest, read_record
 from mmssl.data.text import MASK, Tokenizer
+from mmssl.files import whole_file
 from mmssl.types import UserError
 
 _MAX_SENTENCES = 1_000_000
@@ -60,29 +59,12 @@ def _shard_captions(path: Path) -> Iterator[str]:
                 if name != "json":
                     continue
                 file = tar.extractfile(member)
-                record = read_json(key, b"" if file is None else file.read())
+                record = read_record(key, {"json": b"" if file is None else file.read()})
                 yield from record["captions"]
     except (tarfile.TarError, DamagedSampleError) as error:
         raise UserError(
             f"{path}: damaged ({error}); run python -m data_tools.check_shards"
         ) from error
-
-
-def read_json(key: str, data: bytes) -> dict[str, Any]:
-    """A sample's json by itself: its own CRC is checked, the other members are not there to check.
-
-    Raises:
-        DamagedSampleError: the json was changed.
-    """
-    try:
-        return unseal(key, {"json": data})
-    except DamagedSampleError as error:
-        if error.reason != "members":
-            raise
-    import json
-
-    record: dict[str, Any] = json.loads(data)
-    return record
 
 
 def train_tokenizer(
@@ -106,10 +88,8 @@ def train_tokenizer(
         raise UserError(f"--vocab {vocab}: byte fallback needs at least 300 pieces")
     model = _train(captions, vocab)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_bytes(model)
-    os.replace(partial, out)
+    with whole_file(out) as partial:
+        partial.write_bytes(model)
     return Trained(out, Tokenizer(model, str(out)).vocab_size, vocab, len(captions))
 
 

@@ -225,10 +225,6 @@ class MaskedSyncBatchNorm(nn.Module):
                 setattr(self, name, old.to(device=new.device))
         return self
 
-    def extra_repr(self) -> str:
-        """Constructor arguments for `print(module)`."""
-        return f"{self.dim}, momentum={self.momentum}, eps={self.eps}"
-
 
 class _Gather(torch.autograd.Function):
     @staticmethod

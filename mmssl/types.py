@@ -8,8 +8,7 @@ frame (or the first audio sample where there is no video).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -124,26 +123,17 @@ class Batch:
         """Number of rows."""
         return len(self.keys)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with `fn` applied to every tensor."""
-        views = {name: _map_tensors(view, fn) for name, view in self.views.items()}
-        moved: Batch = _map_tensors(self, fn)
-        return replace(moved, views=views)
-
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
-        return self.map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return self.map(lambda t: t.pin_memory())
+        moved: Batch = _moved(self, device)
+        return replace(moved, views={k: _moved(view, device) for k, view in self.views.items()})
 
 
-def _map_tensors(record: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def _moved(record: Any, device: Any) -> Any:
     from torch import Tensor
 
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return replace(record, **{k: fn(v) for k, v in values.items() if isinstance(v, Tensor)})
+    tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
+    return replace(record, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 class Term(NamedTuple):

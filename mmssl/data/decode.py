@@ -9,7 +9,7 @@ Letters in shapes: C channels, S samples, T frames, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.media import Limits, Track
 from mmssl.data.samples import Record
 from mmssl.types import Clip
+from mmssl.views.clip import nearest
 from mmssl.views.plan import Need
 
 # Audio decoders need some packets before their output is right (overlapping windows, Opus 80 ms).
@@ -158,13 +159,14 @@ class ClipReader:
         assert self._video is not None
         assert self._header is not None
         assert self.record.video is not None
-        picked = [_nearest(self.frame_times_s, t) for t in need.frame_times_s]
-        order = sorted(set(picked))
+        times = (self.frame_times_s, need.frame_times_s)
+        shown, wanted = (torch.tensor(t, dtype=torch.float64) for t in times)
+        order = sorted(set(nearest(shown, wanted).tolist()))
         name = choose(self._decoder, self._header, self._video, need.short_side)
         job = Picked(self.record.video, self._header, self._video, order, need.short_side)
         frames_THWC, pts_T = BACKENDS[name](job)
-        times = [pts * self._video.tick_s - self._zero_s for pts in pts_T]
-        return torch.from_numpy(frames_THWC), torch.tensor(times, dtype=torch.float64)
+        times_T = [pts * self._video.tick_s - self._zero_s for pts in pts_T]
+        return torch.from_numpy(frames_THWC), torch.tensor(times_T, dtype=torch.float64)
 
     def _waveform(self, track: Track, need: Need) -> Tensor:
         start, end = (t + self._sound_zero_s for t in (need.audio_start_s, need.audio_end_s))
@@ -178,13 +180,6 @@ class ClipReader:
         )
         out_S = _resampler(rate, need.audio_hz)(torch.from_numpy(wide))[margin : margin + length]
         return torch.nn.functional.pad(out_S, (0, length - len(out_S)))[None]
-
-
-def _nearest(times: Sequence[float], wanted: float) -> int:
-    """Index of the nearest sorted time; the earlier one on a tie (as `views.clip.nearest`)."""
-    right = min(int(np.searchsorted(times, wanted)), len(times) - 1)
-    left = max(right - 1, 0)
-    return left if abs(wanted - times[left]) <= abs(times[right] - wanted) else right
 
 
 @lru_cache(maxsize=8)

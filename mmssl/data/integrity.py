@@ -74,9 +74,7 @@ def unseal(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
         DamagedSampleError: json missing or unreadable (`json`), another sample's json (`key`), a
             member missing or not listed (`members`), or wrong bytes (`crc`).
     """
-    record = _read_record(key, fields)
-    if record.get("key") != key:
-        raise DamagedSampleError("key", f"{key}: its json belongs to {record.get('key')!r}")
+    record = read_record(key, fields)
     listed = record.get("crc32c")
     members = {name: data for name, data in fields.items() if name != "json"}
     if not isinstance(listed, dict) or set(listed) != set(members):
@@ -89,7 +87,12 @@ def unseal(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
     return record
 
 
-def _read_record(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
+def read_record(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
+    """The json record of a sample, whose other members are not looked at.
+
+    Raises:
+        DamagedSampleError: as `unseal`, but for `members`.
+    """
     raw = fields.get("json")
     if raw is None:
         raise DamagedSampleError("json", f"{key}: the json member is missing")
@@ -101,6 +104,8 @@ def _read_record(key: str, fields: Mapping[str, bytes]) -> dict[str, Any]:
         raise DamagedSampleError("json", f"{key}.json: not an object")
     if not _own_crc_holds(raw, record):
         raise DamagedSampleError("crc", f"{key}.json: wrong crc32c_self, the bytes were changed")
+    if record.get("key") != key:
+        raise DamagedSampleError("key", f"{key}: its json belongs to {record.get('key')!r}")
     return record
 
 

@@ -212,10 +212,15 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
         """Rows to one block; `None` among them stands for a stop."""
         if self._guard.stop:
             return failed(self._guard.stop)
-        try:
-            return pack(samples, self._encoder.views, shared=get_worker_info() is not None)
-        except UserError as error:
-            return failed(str(error))
+        return _packed(samples, self._encoder)
+
+
+def _packed(items: Sequence[Item], encoder: SampleEncoder) -> PackedBatch:
+    """Rows to one block, shared where this is a worker; bad settings travel as a batch, too."""
+    try:
+        return pack(items, encoder.views, shared=get_worker_info() is not None)
+    except UserError as error:
+        return failed(str(error))
 
 
 def to_sample(crude: Mapping[str, Any]) -> Sample:
@@ -330,10 +335,7 @@ class _Chunks(Dataset[PackedBatch]):
                 return failed(self._guard.stop)
             if item is not None:
                 items.append(item)
-        try:
-            return pack(items, self._encoder.views, shared=get_worker_info() is not None)
-        except UserError as error:
-            return failed(str(error))
+        return _packed(items, self._encoder)
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

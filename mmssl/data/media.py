@@ -39,7 +39,7 @@ class Header:
     """What a container says before anything is decoded.
 
     Zero, empty or NaN where the stream is missing or does not say. `rate` and `channels` are the
-    audio's, starts are absolute.
+    audio's, its start is absolute.
     """
 
     format: str
@@ -51,7 +51,6 @@ class Header:
     height: int = 0
     fps: float = 0.0
     pix_fmt: str = ""
-    video_start_s: float = math.nan
     audio_codec: str = ""
     rate: int = 0
     channels: int = 0
@@ -150,7 +149,6 @@ def read_header(container: Any) -> Header:
             "height": video.codec_context.height,
             "fps": float(video.average_rate or 0),
             "pix_fmt": video.codec_context.pix_fmt or "",
-            "video_start_s": _start(video),
         }
     if audio is not None:
         values |= {

@@ -6,7 +6,6 @@ Letters in shapes: N maps over time, H rows, W columns, C colours.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmssl.data.media import pictures as video_streams
 from mmssl.eval import pictures
+from mmssl.files import whole_file
 from mmssl.types import UserError
 
 Bytes = NDArray[np.uint8]
@@ -104,10 +104,12 @@ def render(
     level = levels(maps_NHW)
     wanted = iter(np.linspace(times_N[0], times_N[-1], _SHOTS))
     due, shots = float(next(wanted)), list[Shot]()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        with av.open(io.BytesIO(data)) as source, av.open(str(partial), "w", format="mp4") as sink:
+        with (
+            whole_file(target) as partial,
+            av.open(io.BytesIO(data)) as source,
+            av.open(str(partial), "w", format="mp4") as sink,
+        ):
             copier = _Copier(source, sink)
             for picture, time_s in copier.frames(style.width):
                 drawn = draw(picture, map_at(level, times_N, time_s), whole, style.strength)
@@ -116,11 +118,8 @@ def render(
                     shots.append(Shot(drawn, time_s))
                     due = float(next(wanted, np.inf))
             copier.finish()
-        os.replace(partial, target)
     except av.error.FFmpegError as error:
         raise UserError(f"{video}: cannot be decoded to the end ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return shots
 
 
@@ -228,10 +227,8 @@ def sheet(
         page.paste(Image.fromarray(pictures.resized(shot.picture_HWC, cell)), place)
         _label(page, place, f"{shot.time_s:.1f} s")
     _strips(page, down, maps_NHW.max(axis=(1, 2)), times_N, loudness_K)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    page.save(partial, "PNG")
-    os.replace(partial, target)
+    with whole_file(target) as partial:
+        page.save(partial, "PNG")
 
 
 def _label(page: Image.Image, place: tuple[int, int], text: str) -> None:

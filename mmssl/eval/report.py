@@ -9,7 +9,6 @@ Pictures are embedded, so the file opens without a server.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from html import escape
@@ -19,6 +18,7 @@ from pathlib import Path
 from mmssl.eval import results, sections
 from mmssl.eval.album import Album
 from mmssl.eval.results import Results, lookup
+from mmssl.files import whole_file
 from mmssl.types import UserError
 
 
@@ -48,10 +48,8 @@ def write(found: Results, album: Album, run: Path, path: Path) -> None:
         f"<title>{title}</title><style>{style}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 # --- check

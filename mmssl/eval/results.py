@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import permutations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl import __version__
+from mmssl.files import sha256, whole_file
 from mmssl.types import MODALITIES, UserError
 
 PROTOCOL = "1"  # changes with every change of a metric's definition
@@ -130,17 +131,19 @@ def check(results: Mapping[str, Any]) -> list[str]:
             problems.append(f"{path}: missing")
         elif lookup(results, path) is None and path not in _MAY_BE_NULL:
             problems.append(f"{path}: null")
-    problems += [f"{path}: {value}" for path, value in _numbers(results) if not _sound(path, value)]
-    return problems
+    found = flat(results).items()
+    return problems + [f"{path}: {value}" for path, value in found if not _sound(path, value)]
 
 
-def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested mapping under dotted names."""
+    found: dict[str, float] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{path}.")
-        elif isinstance(value, float):
-            yield path, value
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = float(value)
+    return found
 
 
 def _sound(path: str, value: float) -> bool:
@@ -168,10 +171,8 @@ def read(path: Path) -> Results:
 def write(results: Results, path: Path) -> None:
     """Write a results file; it appears only when it is complete, and holds no NaN."""
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # --- facts
@@ -219,7 +220,7 @@ def manifest_sha256(folder: Path) -> str:
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{path}: no manifest; make shards with python -m data_tools.make_shards")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path)
 
 
 def weights_sha256(state: Mapping[str, Any]) -> str:

@@ -114,17 +114,17 @@ def _equal(columns: tuple[NDArray[np.generic], NDArray[np.generic]], rows: slice
     return np.asarray(columns[0][rows, None] == columns[1][None])
 
 
-def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int, chunk: int = 1024) -> Ints:
+def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int) -> Ints:
     """(Q, k) items with the highest scores, best first; equal scores in database order."""
     parts = [
         np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        for _, scores in _chunks(query_QD, base_ND, chunk)
+        for _, scores in _chunks(query_QD, base_ND)
     ]
     return np.concatenate(parts)
 
 
 def _chunks(
-    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int
+    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int = 1024
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     query, base = normalize(query_QD), normalize(base_ND)
     if not (np.isfinite(query).all() and np.isfinite(base).all()):
@@ -169,7 +169,6 @@ def direction(
     items: Items,
     resamples: int = 1000,
     seed: int = 0,
-    chunk: int = 1024,
     record: Callable[[str, ArrayLike], None] | None = None,
 ) -> Metrics:
     """All metrics of one direction; row i of queries and database describe the same clip.
@@ -178,24 +177,24 @@ def direction(
     partner (one relevant item, where MRR = mAP). `class_at_1` and `class_map` accept any item of
     the class, `equal_text` any item with the same caption, `same_group` ranks among the items of
     the same class and size. `chance` holds what random scores would reach; `ci` 95 % intervals over
-    the sources. `record` is called with
-    the name and the values (N,) of the headline metrics of every query.
+    the sources. `record` is called with the name and the values (N,) of the headline metrics of
+    every query.
     """
     n = len(items.sources_N)
-    own = ranks(query_ND, base_ND, np.arange(n), np.arange(n), chunk=chunk)
+    own = ranks(query_ND, base_ND, np.arange(n), np.arange(n))
     result: Metrics = {**summary(own), "n": n}
     result["chance"] = {f"r_at_{k}": min(k / n, 1.0) for k in CUTS} | {"median_rank": (n + 1) / 2}
     columns = {f"r_at_{k}": own.hits(k) for k in CUTS}
     if items.classes_N is not None:
-        same = ranks(query_ND, base_ND, items.classes_N, items.classes_N, chunk=chunk)
+        same = ranks(query_ND, base_ND, items.classes_N, items.classes_N)
         columns["class_at_1"] = same.hits(1)
         result["class_at_1"] = float(same.hits(1).mean())
         result["class_map"] = float(same.precision_Q.mean())
         result["chance"]["class_at_1"] = float((same.relevant_Q / same.pool_Q).mean())
     if items.texts_N is not None:
-        result["equal_text"] = equal_text(query_ND, base_ND, items.texts_N, chunk)
+        result["equal_text"] = equal_text(query_ND, base_ND, items.texts_N)
     if items.groups_N is not None:
-        result["same_group"] = same_group(query_ND, base_ND, items, resamples, seed, chunk)
+        result["same_group"] = same_group(query_ND, base_ND, items, resamples, seed)
     if resamples:
         result["ci"] = _intervals(columns, own, items, resamples, seed)
     if record is not None:
@@ -220,13 +219,11 @@ def summary(own: Ranks) -> Metrics:
     }
 
 
-def equal_text(
-    query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints, chunk: int = 1024
-) -> Metrics:
+def equal_text(query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints) -> Metrics:
     """Hit rates where all items with the query's caption count (a missing one equals none)."""
     alone = np.arange(len(texts_N)) + np.asarray(texts_N).max(initial=0) + 1
     labels = np.where(texts_N == 0, alone, texts_N)
-    shared = ranks(query_ND, base_ND, labels, labels, chunk=chunk)
+    shared = ranks(query_ND, base_ND, labels, labels)
     return {
         **{f"r_at_{k}": float(shared.hits(k).mean()) for k in CUTS},
         "median_rank": float(np.median(shared.pessimistic_Q)),
@@ -240,7 +237,6 @@ def same_group(
     items: Items,
     resamples: int = 1000,
     seed: int = 0,
-    chunk: int = 1024,
 ) -> Metrics:
     """R@1 among the items of the query's own group; groups of one item are left out.
 
@@ -252,7 +248,7 @@ def same_group(
     if len(kept) == 0:
         return {"r_at_1": None, "chance": None, "times_chance": None, "n": 0}
     query, base, groups = np.asarray(query_ND)[kept], np.asarray(base_ND)[kept], groups[kept]
-    found = ranks(query, base, kept, kept, groups, groups, chunk)
+    found = ranks(query, base, kept, kept, groups, groups)
     hit, chance = float(found.hits(1).mean()), float((1 / found.pool_Q).mean())
     result: Metrics = {
         "r_at_1": hit,

@@ -36,21 +36,9 @@ def header(found: Results) -> str:
 
 
 _TILES = (
-    (
-        "retrieval.audio->video.class_at_1",
-        "right class first, sound to picture",
-        "class_at_1",
-    ),
-    (
-        "retrieval.audio->video.r_at_10",
-        "own clip in the first 10, sound to picture",
-        "r_at_10",
-    ),
-    (
-        "retrieval.text->video.class_at_1",
-        "right class first, words to picture",
-        "class_at_1",
-    ),
+    ("retrieval.audio->video.class_at_1", "right class first, sound to picture", "class_at_1"),
+    ("retrieval.audio->video.r_at_10", "own clip in the first 10, sound to picture", "r_at_10"),
+    ("retrieval.text->video.class_at_1", "right class first, words to picture", "class_at_1"),
     ("localization.pointing_sounding", "points at the sounding object", ""),
     ("localization.pointing_swapped_audio", "follows another sound to the other object", ""),
 )
@@ -163,9 +151,9 @@ def _figure(album: Album, own: Shot, other: Shot | None) -> str:
     size = (_PANEL, _PANEL)
     frame = pictures.resized(album.clips[own.row].at(own.time_s), size)
     cells = _panel(_boxed(frame, own), f"at {own.time_s:.1f} s")
-    cells += _panel(_heated(album, own), f"own sound → {_HITS[own.hit]}")
+    cells += _panel(_heated(album, own), f"own sound → {own.hit}")
     if other is not None:
-        cells += _panel(_heated(album, other), f"other sound → {_HITS[other.hit]}")
+        cells += _panel(_heated(album, other), f"other sound → {other.hit}")
     caption = album.captions.get(own.row, "")
     if other is not None and other.heard in album.captions:
         caption += f" — other sound from: {album.captions[other.heard]}"
@@ -176,14 +164,6 @@ def _figure(album: Album, own: Shot, other: Shot | None) -> str:
 def _panel(picture: pictures.Bytes, text: str) -> str:
     source = pictures.data_uri(picture, 88)
     return f'<div><img alt="{escape(text)}" src="{source}">{escape(text)}</div>'
-
-
-_HITS = {
-    "sounding": "sounding",
-    "silent": "silent",
-    "both": "both",
-    "neither": "neither",
-}
 
 
 def _boxed(picture: pictures.Bytes, shot: Shot) -> pictures.Bytes:
@@ -242,18 +222,7 @@ def retrieval(found: Results, album: Album) -> str:
             f'<tr><td>{escape(_arrow(name))}</td><td class="n">{row["n"]}</td>{cells}'
             f'<td class="n">{chance}</td><td class="n">{guess}</td></tr>'
         )
-    head = "".join(
-        f'<th class="n">{title}</th>'
-        for title in (
-            "N",
-            "class@1",
-            "R@1",
-            "R@10",
-            "median rank",
-            "R@10 chance",
-            "R@10 random weights",
-        )
-    )
+    head = "".join(f'<th class="n">{title}</th>' for title in _COLUMNS)
     return (
         "<section><h2>What belongs together?</h2>"
         '<p class="dim">Cosine similarity; equal scores count against the model. class@1: the '

@@ -19,6 +19,7 @@ from mmssl.eval.album import Album, Example, Shot
 from mmssl.eval.embed import DenseRows, Encoded, Encoder, Rows, Want, collect
 from mmssl.eval.measure import ItemTable, Protocol
 from mmssl.eval.options import parse
+from mmssl.eval.results import flat
 from mmssl.eval.retrieval import top
 from mmssl.specs import MaskedSpec, RunSpec, Spec
 from mmssl.types import UserError
@@ -211,17 +212,6 @@ def quick(model: Encoder, spec: RunSpec, tokenizer: Any, clips: int) -> dict[str
     batches = eval_batches(spec.data.val, spec.data, spec.views, size, tokenizer, clips)
     rows, encoded = collect({_TRAINED: model}, batches)
     return flat(numbers(rows, encoded[_TRAINED], model, spec, Protocol(0, 0)))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a nested mapping under dotted names."""
-    found: dict[str, float] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = float(value)
-    return found
 
 
 # --- pictures for the report

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from mmssl.types import UserError
 
 
-class TextEmbedding(nn.Module):
+class _Ids(nn.Module):
+    """What reads one token per id."""
+
+    strides = (1,)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(N,) of N ids."""
+        return tuple(shape)
+
+
+class TextEmbedding(_Ids):
     """Trainable embedding table, (P, N) ids to (P, N, D)."""
 
     def __init__(self, vocabulary: int, width: int, std: float = 0.02) -> None:
@@ -21,22 +31,13 @@ class TextEmbedding(nn.Module):
         self.table = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.table.weight, std=std)
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """One token per id."""
-        return (1,)
-
-    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(N,) of N ids."""
-        return tuple(shape)
-
     def forward(self, ids_PN: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Look the ids up."""
         vectors: Tensor = self.table(ids_PN)
         return vectors, (ids_PN.shape[1],)
 
 
-class FrozenTextEmbedding(nn.Module):
+class FrozenTextEmbedding(_Ids):
     """Frozen table of E-wide vectors and a trainable linear map (VATT's released configuration).
 
     table_VE: the word vectors, e.g. word2vec (65536, 300); without it a fixed standard-normal table
@@ -64,15 +65,6 @@ class FrozenTextEmbedding(nn.Module):
             )
         self.register_buffer("table", table_VE.detach().clone().float())
         self.proj = nn.Linear(table_width, width)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """One token per id."""
-        return (1,)
-
-    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(N,) of N ids."""
-        return tuple(shape)
 
     def forward(self, ids_PN: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Look the ids up and project them."""

@@ -12,7 +12,6 @@ Nothing is loaded that could run code: safetensors, and pickles of tensors and p
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmssl import dist
+from mmssl.files import sha256
 from mmssl.train.commit import MANIFEST, commit, problem, read_manifest, write_text
 from mmssl.train.engine import Engine
 from mmssl.train.randomness import random_state, set_random_state
@@ -249,4 +249,4 @@ def _name(step: int) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return sha256(path) if path.is_file() else ""

@@ -271,14 +271,10 @@ def _clear_padding(model: nn.Module, tools: Any) -> None:
 
 def _shard_files() -> Any:
     """DeepSpeed's file layer with loads that can build nothing but tensors and plain values."""
-    from deepspeed.runtime.checkpoint_engine import (
-        TorchCheckpointEngine,
-    )
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import (
-        fragment_address,
-    )
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     allowed = [LossScaler, ZeroStageEnum, fragment_address]
 

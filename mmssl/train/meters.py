@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add
 from pathlib import Path
 
 import torch
@@ -35,11 +36,7 @@ class Rates:
     flops: float = 0.0
 
     def __add__(self, other: Rates) -> Rates:
-        return Rates(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
-
-    def values(self) -> list[float]:
-        """All fields, in order."""
-        return [self.seconds, self.waited, self.samples, self.tokens, self.flops]
+        return Rates(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass
@@ -176,7 +173,7 @@ class Meters:
         return rates
 
     def _over_ranks(self, rates: Rates) -> dict[str, float]:
-        mine = torch.tensor([*rates.values(), self.peak], dtype=torch.float64, device=self.device)
+        mine = torch.tensor([*astuple(rates), self.peak], dtype=torch.float64, device=self.device)
         seconds, waited, samples, tokens, flops, peak = dist.sum_over_ranks(mine).tolist()
         # Sums over ranks of seconds, so mean seconds = seconds / ranks.
         ranks = dist.world_size()

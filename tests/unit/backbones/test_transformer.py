@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from model_sizes import SIZES, Size, closed_form_params, linear_params, position_params
 from torch import nn
 
 from mmssl.backbones.relative import relative_buckets
-from mmssl.backbones.sizes import SIZES, Size, closed_form_params, linear_params, position_params
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.patches import PatchEmbed

@@ -3,17 +3,12 @@
 import pytest
 import torch
 import triplet_laws as laws
+from model_sizes import SIZES, closed_form_params, linear_params, position_params
 from small_methods import full_batch, small, small_model
 from tiny_run import gradients, take_rows
 from toy_triplets import causes, recall_at_1, toy_model, train, triplets
 
 from mmssl import config
-from mmssl.backbones.sizes import (
-    SIZES,
-    closed_form_params,
-    linear_params,
-    position_params,
-)
 from mmssl.build import build_model, data_shape
 from mmssl.check import SPECIAL, fake_batch
 from mmssl.types import UserError

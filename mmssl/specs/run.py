@@ -1,0 +1,92 @@
+"""Records of data, optimisation and training, and of the whole run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mmssl.specs.base import Number, Spec
+from mmssl.specs.tasks import TaskSpec
+from mmssl.specs.towers import JointSpec, TowerSpec, Trainable, TransformerSpec
+from mmssl.specs.views import ViewSpec
+
+
+class DataSpec(Spec):
+    """Shard folders and how to read them."""
+
+    train: str | dict[str, float] = ""  # folder, or {folder: blend weight}
+    val: str = ""
+    test: str = ""
+    tokenizer: str = ""  # SentencePiece model, made by data_tools/train_tokenizer.py
+    labels: list[str] = []  # metadata fields that `label` targets read in training
+    workers: int = Field(2, ge=0)  # per rank; 0 reads in the training process
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling
+    max_pixels: int = Field(16_777_216, gt=0)  # refuse larger frames before decoding
+    max_seconds: float = Field(600.0, gt=0)  # refuse longer clips before decoding
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1
+    )  # stop when more samples than this fail in a window
+
+
+class OptimSpec(Spec):
+    """AdamW/Adam with warm-up and decay; lr is the peak value."""
+
+    kind: Literal["adamw", "adam"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.05, ge=0)  # share of the steps if below 1, else steps
+    decay: Literal["cosine", "quarter_cosine", "constant"] = "cosine"
+    final_lr: float = Field(0.0, ge=0)  # share of the peak at the last step
+    clip: float = Field(1.0, ge=0)  # gradient norm; 0 = off
+    ema: Number = 0.0  # decay of the averaged weights used by evaluation; 0 = none
+
+
+class TrainSpec(Spec):
+    """Steps, batch and hardware. The batch is global: over all ranks and accumulation steps."""
+
+    steps: int = Field(1000, gt=0)
+    batch: int = Field(32, gt=0)  # rows per optimiser step, all ranks together
+    accumulate: int = Field(1, gt=0)  # micro-batches per optimiser step
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2, 3] = 0
+    checkpoint_activations: bool = False
+    log_every: int = Field(10, gt=0)
+    save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
+    threads: int = Field(0, ge=0)  # torch threads per rank on CPU; 0 = torch's default
+
+
+class ValidateSpec(Spec):
+    """Evaluation inside training on fixed subsets."""
+
+    every: int = Field(0, ge=0)  # steps; 0 = off
+    clips: int = Field(200, gt=0)
+    metric: str = ""  # e.g. "retrieval.audio->video.r_at_10"; its best checkpoint is kept
+    patience: int = Field(
+        0, ge=0
+    )  # stop after that many evaluations without improvement; 0 = never
+
+
+class TrunkSpec(TransformerSpec, Trainable):
+    """The transformer of every tower with `backbone: shared`."""
+
+
+class RunSpec(Spec):
+    """One run: everything `mmssl train` needs."""
+
+    name: str
+    paper: str = ""
+    out: str = ""  # run folder; empty = runs/<name>
+    shared: TrunkSpec | None = None
+    towers: dict[str, TowerSpec] = Field(min_length=1)
+    joints: dict[str, JointSpec] = {}
+    views: dict[str, ViewSpec] = Field(min_length=1)
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    optim: OptimSpec = OptimSpec()
+    train: TrainSpec = TrainSpec()
+    data: DataSpec = DataSpec()
+    validation: ValidateSpec = Field(ValidateSpec(), alias="validate")

@@ -1,0 +1,144 @@
+"""Records of the tasks, their objectives and targets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmssl.specs.base import Number, Spec
+from mmssl.specs.heads import DotSpec, FusionSpec, HeadsSpec, MatchScoreSpec, ScoreSpec
+
+
+class InfoNCESpec(Spec):
+    """Softmax over the global batch. `max_scale` caps the learned 1/temperature."""
+
+    kind: Literal["info_nce"] = "info_nce"
+    form: Literal["symmetric", "one_way"] = "symmetric"
+    temperature: float = Field(0.07, gt=0)
+    learned: bool = True
+    max_scale: float = Field(100.0, gt=0)
+    equal_text: bool = False  # rows with equal captions are positives
+
+
+class MilNCESpec(Spec):
+    """MIL-NCE of MMV/VATT in its three forms (NCE when every row has one candidate)."""
+
+    kind: Literal["mil_nce"]
+    form: Literal["released", "strict", "symmetric"] = "released"
+    temperature: float = Field(0.07, gt=0)
+    learned: bool = False
+    max_scale: float = Field(100.0, gt=0)
+    equal_text: bool = False
+
+
+class SigmoidSpec(Spec):
+    """Independent yes/no for every pair (SigLIP)."""
+
+    kind: Literal["sigmoid"]
+    scale: float = Field(10.0, gt=0)
+    bias: float = -10.0
+    equal_text: bool = False
+
+
+PairObjective = Annotated[InfoNCESpec | MilNCESpec | SigmoidSpec, Field(discriminator="kind")]
+
+
+class PairSpec(Spec):
+    """Two views (or a joint tower) compared in one space."""
+
+    between: tuple[str, str]
+    space: str = ""  # empty: the only space
+    score: ScoreSpec = DotSpec()
+    objective: PairObjective = InfoNCESpec()
+    weight: Number = 1.0
+
+
+class PairsSpec(Spec):
+    """Contrastive task over named pairs that share projection heads."""
+
+    kind: Literal["pairs"]
+    heads: HeadsSpec = HeadsSpec()
+    pairs: dict[str, PairSpec] = Field(min_length=1)
+    chunk: int = Field(1024, gt=0)  # query rows per block of logits
+    weight: Number = 1.0
+
+
+class MatchSpec(Spec):
+    """Does this video belong to this audio?
+
+    `coin`: half of the rows keep their own partner (AVE-Net); `both`: every row serves once with
+    its own and once with another partner. `shifted`: a further audio view of the same clip, at
+    another time, as an extra negative. `hard`: share of negatives that are the most similar row of
+    the batch.
+    """
+
+    kind: Literal["match"]
+    between: tuple[str, str]
+    draw: Literal["coin", "both"] = "both"
+    shifted: str = ""
+    hard: Number = 0.0
+
+
+class LabelSpec(Spec):
+    """A label carried by the samples' metadata."""
+
+    kind: Literal["label"]
+    view: str
+    field: str
+    classes: list[str] = Field(min_length=2)
+
+
+class ClassifySpec(Spec):
+    """Cross-entropy on a label."""
+
+    kind: Literal["classify"]
+    target: Annotated[MatchSpec | LabelSpec, Field(discriminator="kind")]
+    score: MatchScoreSpec = FusionSpec(kind="fusion")
+    pool: str = "agg"
+    norm: bool = False  # batch norm between pooling and MLP
+    embed: list[int] = []  # widths of an MLP between pooling and score (AVE-Net: 128, 128)
+    weight: Number = 1.0
+
+
+class MaskSpec(Spec):
+    """Which tokens are hidden."""
+
+    rule: Literal["random", "blocks", "tubes", "spans", "words"]
+    ratio: Number = 0.5
+    length: int = Field(10, gt=0)  # spans: tokens per span
+    start_prob: float = Field(0.065, gt=0, le=1)  # spans
+    block: tuple[int, int] = (5, 5)  # blocks: cells per side
+    inverse: bool = True  # blocks: stay visible instead of being hidden
+    shares: tuple[float, float] = (0.8, 0.1)  # words: share replaced by the mask and by random ids
+
+
+class PatchTargetSpec(Spec):
+    """The hidden input cells themselves; `normalize`: zero mean and unit variance per cell."""
+
+    kind: Literal["patches"]
+    normalize: bool = False
+    loss: Literal["mse", "smooth_l1"] = "mse"
+
+
+class IdTargetSpec(Spec):
+    """The hidden token ids."""
+
+    kind: Literal["ids"]
+
+
+class MaskedSpec(Spec):
+    """Masked prediction: hide, encode, predict what was hidden. `rows`: share of rows that take
+    part.
+    """
+
+    kind: Literal["masked"]
+    view: str
+    mask: MaskSpec
+    target: Annotated[PatchTargetSpec | IdTargetSpec, Field(discriminator="kind")]
+    hidden: int = Field(0, ge=0)  # width of one hidden layer in the prediction head; 0 = linear
+    rows: float = Field(1.0, gt=0, le=1)
+    weight: Number = 1.0
+
+
+TaskSpec = Annotated[PairsSpec | ClassifySpec | MaskedSpec, Field(discriminator="kind")]

@@ -1,0 +1,37 @@
+"""Records of views: what is cut from a clip, and how it is augmented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from mmssl.specs.base import Modality, Spec
+
+
+class AugmentSpec(Spec):
+    """One augmentation, applied in training only; `options` are the constructor's arguments."""
+
+    kind: str
+    options: dict[str, Any] = {}
+
+
+class ViewSpec(Spec):
+    """One cut of a clip: which modality, how long, at which rate.
+
+    Views with the same `window` share the random start of their cut, so that they stay in sync.
+    """
+
+    modality: Modality
+    tower: str = ""  # empty: the tower named like the modality
+    window: str = "clip"
+    crop_s: float = Field(0.0, ge=0)  # seconds; 0 = from the window's start to the end of the clip
+    hz: int = Field(16000, gt=0)  # audio sampling rate
+    fps: float = Field(8.0, gt=0)  # video frames per second
+    size: int = Field(
+        0, ge=0
+    )  # video side in pixels after resize and centre/random crop; 0 = as stored
+    length: int = Field(16, gt=0)  # text ids, end marker included
+    candidates: int = Field(1, gt=0)  # text candidates per row
+    normalize: bool = False  # audio: zero mean, unit variance per crop
+    augment: list[AugmentSpec] = []
