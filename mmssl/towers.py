@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.lengths import Field
-from mmssl.frontends.patches import padding_mask
+from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
@@ -111,7 +111,8 @@ class Tower(nn.Module):
         position: share of the run that is done, for scheduled numbers. A pass that does not read
         one of the global tokens simply leaves it; registers are thrown away.
         """
-        stem, stem_grid, x, grid = self._tokenise(view, mask)
+        signal = self.inputs(view)
+        stem, stem_grid, x, grid = self._tokenise(signal, view, mask)
         stem_pad = self._cell_padding(view, stem_grid)
         pad = self.padding(view, grid)
         drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
@@ -134,13 +135,20 @@ class Tower(nn.Module):
             rate_hz=self.token_rate(view),
             stem_rate_hz=self.token_rate(view) * (1 if self.merge is None else self.merge.time),
             view=view,
+            motion_PM=self._motion(signal, stem_grid),
         )
 
+    def _motion(self, signal: Tensor, grid: tuple[int, ...]) -> Tensor | None:
+        """(P, M) mean of the front-end's motion channel inside each cell of the stem."""
+        channel = getattr(self.signal, "motion_channel", None)
+        if channel is None:
+            return None
+        return cells_of(signal[:, channel : channel + 1], grid, self.stem.strides).mean(-1)  # type: ignore[arg-type]
+
     def _tokenise(
-        self, view: ViewBatch, mask: Mask | None
+        self, signal: Tensor, view: ViewBatch, mask: Mask | None
     ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
         """The stem's cells and the tokens that enter the backbone, each with its grid."""
-        signal = self.inputs(view)
         if mask is not None and mask.ids_PN is not None:
             signal = mask.ids_PN
         elif mask is not None:

@@ -155,6 +155,8 @@ class Tokens:
       N is its product, tokens are in row-major order of the grid. stem_grid: the same for the M
       cells of the stem, finer than `grid` where the tower merges cells.
     extra: the global tokens by name, each (P, D).
+    motion_PM: how much moves inside each cell of the stem, in [0, 1]; None where the front-end does
+      not tell.
     rate_hz, stem_rate_hz: tokens and cells of the stem per second (0 for text).
     """
 
@@ -168,3 +170,4 @@ class Tokens:
     rate_hz: float
     stem_rate_hz: float
     view: ViewBatch
+    motion_PM: Tensor | None = None

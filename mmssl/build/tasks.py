@@ -155,12 +155,28 @@ class TaskBuilder:
                 score.normalize,
                 sharpness=score.sharpness,
             )
-            return MapScore(widths, score.dim, table, score.cells == "stem", score.query)
+            if score.weigh and not _shows_motion(self._tower_spec(video)):
+                raise UserError(
+                    f"{where}.score.weigh: the tower of {video} does not tell what moves; set its "
+                    "frontend.channels to motion, rgb_motion or foreground"
+                )
+            return MapScore(
+                widths,
+                score.dim,
+                table,
+                score.cells == "stem",
+                score.query,
+                score.weigh == "motion",
+            )
         if isinstance(score, DotSpec):
             return VectorScore(Dot(score.normalize))
         if isinstance(score, BilinearSpec):
             return VectorScore(Bilinear(task.heads.spaces[pair.space].dim, score.std))
         return VectorScore(Distance(score.slope, score.threshold))
+
+    def _tower_spec(self, view: str) -> TowerSpec:
+        spec = self.spec.views[view]
+        return self.spec.towers[spec.tower or spec.modality]
 
     def _transformer_tower(self, where: str, view: str) -> Tower:
         spec = self.spec.views[view]
@@ -182,7 +198,7 @@ class TaskBuilder:
                 )
             target = IdTarget(self.vocab_size, self.special, task.mask.shares)
         else:
-            tower_spec = self.spec.towers[view.tower or view.modality]
+            tower_spec = self._tower_spec(task.view)
             _check_motion(f"tasks.{name}.mask.rule", tower_spec, task)
             cells = channels(tower_spec) * prod(tower.cell)
             target = PatchTarget(cells, task.target.normalize, task.target.loss)
@@ -225,9 +241,12 @@ class TaskBuilder:
 
 
 def _check_motion(where: str, tower: TowerSpec, task: MaskedSpec) -> None:
-    motion = isinstance(tower.frontend, FramesSpec) and tower.frontend.channels != "rgb"
-    if motion and task.mask.rule != "tubes":
+    if _shows_motion(tower) and task.mask.rule != "tubes":
         raise UserError(
             f"{where}: {task.mask.rule} would leak hidden cells through the clip's background "
             "(frontend.channels); use tubes"
         )
+
+
+def _shows_motion(tower: TowerSpec) -> bool:
+    return isinstance(tower.frontend, FramesSpec) and tower.frontend.channels != "rgb"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.frontends.lengths import Field, patch_grid
@@ -34,6 +35,16 @@ def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     axes = range(len(patch))
     order = [0, *(2 + 2 * i for i in axes), 1, *(3 + 2 * i for i in axes)]
     return cells.permute(order).reshape(x.shape[0], prod(grid), -1)
+
+
+def cells_of(signal: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
+    """(P, N, K): the input cells under the tokens of a grid, cut or zero-filled to whole cells."""
+    fill: list[int] = []
+    for size, count, step in zip(
+        reversed(signal.shape[2:]), reversed(grid), reversed(cell), strict=True
+    ):
+        fill += [0, count * step - size]
+    return patchify(F.pad(signal, fill), cell)
 
 
 def unpatchify(x_PNK: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:

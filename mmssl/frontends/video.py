@@ -45,6 +45,7 @@ class Frames(nn.Module):
             )
         self.channels, self.motion_gain = channels, motion_gain
         self.gain, self.shift = RANGES[values]
+        self.motion_channel = None if channels == "rgb" else CHANNELS[channels] - 1
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Axes of the output, (T, H, W), for frames with axes (T, H, W, 3)."""

@@ -57,7 +57,8 @@ class MapScore(nn.Module):
     into time steps. Any other pooling makes one vector of the whole query, which every instant is
     compared with; batch norm + linear project it, since pooled vectors of different clips begin
     almost parallel. Cells whose length counts get no norm. from_stem: video cells are read before
-    the backbone: attention would let a cell answer for an object in another one.
+    the backbone: attention would let a cell answer for an object in another one. by_motion: they
+    are scaled by the motion inside them, as the receptive field of a cell reaches beyond it.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class MapScore(nn.Module):
         score: ScoreMap,
         from_stem: bool = False,
         query: str = "steps",
+        by_motion: bool = False,
     ) -> None:
         super().__init__()
         self.from_stem, self.query, self.score = from_stem, query, score
+        self.by_motion = by_motion
         of_query = "norm_linear" if query == "steps" else "bn_linear"
         of_cells = "norm_linear" if score.normalize == "both" else "linear"
         self.maps_of = nn.ModuleDict(
@@ -89,6 +92,9 @@ class MapScore(nn.Module):
         pad = tokens.stem_pad_PM if self.from_stem else tokens.pad_PN
         shape = (len(values), self._grid(tokens)[0], -1)
         cells: Tensor = self.maps_of["video"](values)
+        if self.by_motion:
+            assert tokens.motion_PM is not None  # `build` refuses other front-ends
+            cells = cells * tokens.motion_PM[..., None]
         return cells.reshape(*shape, cells.shape[-1]), ~pad.reshape(shape)
 
     def _query(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

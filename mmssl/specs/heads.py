@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmssl.specs.base import Modality, Spec
 
@@ -81,7 +81,8 @@ class MapSpec(Spec):
     `max`, `peaks`). `aligned`: a step is compared only with the cells of the same instant; a pooled
     query with the cells of every instant in turn. `cells`: those that leave the backbone, or those
     of the `stem`, which know their own place only. `sharpness`: of `lse`. `normalize`: which side
-    has unit length.
+    has unit length. `weigh: motion`: a cell of the stem counts by how much moves inside it, so that
+    it answers for what it holds and not for what it sees beyond its border.
     """
 
     kind: Literal["map"]
@@ -93,6 +94,15 @@ class MapSpec(Spec):
     query: str = "steps"
     sharpness: float = Field(10.0, gt=0)
     normalize: Literal["both", "steps", "none"] = "both"
+    weigh: Literal["", "motion"] = ""
+
+    @model_validator(mode="after")
+    def _weighable(self) -> MapSpec:
+        if self.weigh and (self.cells != "stem" or self.normalize == "both"):
+            raise ValueError(
+                "`weigh` scales cells of the stem: it needs `cells: stem` and `normalize: steps`"
+            )
+        return self
 
 
 ScoreSpec = Annotated[DotSpec | BilinearSpec | DistanceSpec | MapSpec, Field(discriminator="kind")]

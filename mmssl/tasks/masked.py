@@ -7,15 +7,13 @@ Letters: P items, N tokens, K numbers in an input cell, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.frontends.patches import patchify
+from mmssl.frontends.patches import cells_of
 from mmssl.masking import RULES, corrupt_tokens
 from mmssl.objectives.classification import token_cross_entropy
 from mmssl.objectives.regression import mean_square, patch_normalise, smooth_l1
@@ -49,16 +47,6 @@ class Target(Protocol):
 
     def stats(self, prediction: Tensor, truth: Tensor, hidden_PN: Tensor) -> Stats:
         """Sums that evaluation adds up over batches."""
-
-
-def cells_of(signal: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
-    """(P, N, K): the input cells under the tokens of a grid, cut or zero-filled to whole cells."""
-    fill: list[int] = []
-    for size, count, step in zip(
-        reversed(signal.shape[2:]), reversed(grid), reversed(cell), strict=True
-    ):
-        fill += [0, count * step - size]
-    return patchify(F.pad(signal, fill), cell)
 
 
 class PatchTarget:

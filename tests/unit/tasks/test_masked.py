@@ -10,7 +10,8 @@ from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_m
 from torch import nn
 
 from mmssl.check import SPECIAL, VOCABULARY
-from mmssl.tasks.masked import cells_of, keep_items
+from mmssl.frontends.patches import cells_of
+from mmssl.tasks.masked import keep_items
 from mmssl.towers import hide_cells
 from mmssl.types import UserError
 
