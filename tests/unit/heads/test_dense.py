@@ -11,6 +11,7 @@ from torch import nn
 from mmssl.heads.dense import MapScore, VectorScore
 from mmssl.heads.score import Bilinear, Distance, Dot, ScoreMap
 from mmssl.towers import Passes
+from mmssl.types import UserError
 
 
 @pytest.mark.parametrize("score", [Dot(), Bilinear(5), Distance()])
@@ -226,3 +227,42 @@ def test_a_cell_with_nothing_in_it_scores_its_bias_only_where_length_counts():
     }
     torch.testing.assert_close(maps["both"], torch.tensor([0.0, 1.0, 1.0]))
     torch.testing.assert_close(maps["steps"], torch.tensor([0.0, 0.1, 3.0]))
+
+
+def motion_model(**score):
+    towers = {**TREE["towers"]}
+    towers["video"] = {**towers["video"], "frontend": {"kind": "frames", "channels": "motion"}}
+    pairs = {"x": {"between": ["video", "audio"], "score": {"kind": "map", "dim": 4, **score}}}
+    return tiny_model(tiny_spec(towers=towers, tasks={"p": {"kind": "pairs", "pairs": pairs}}))
+
+
+def test_cells_weighed_by_motion_are_zero_where_nothing_moves_inside():
+    model = motion_model(cells="stem", normalize="steps", weigh="motion").eval()
+    batch = tiny_batch(2, missing=False)
+    video = batch.views["video"]
+    video.data[:] = 0
+    video.data[:, :, 1, 1] = 255 * (torch.arange(video.data.shape[1]) == 0)[None, :, None]
+    dense = model.dense(batch)
+    bins, height, width = dense.grid
+    scale = dense.video.abs().sum(-1).reshape(2, bins, height, width)
+    assert bool((scale[:, 0, 0, 0] > 0).all())
+    assert int((scale > 0).sum()) == 2  # one cell of one bin per row
+
+
+@pytest.mark.parametrize(
+    "score", [{"cells": "backbone", "normalize": "steps"}, {"cells": "stem", "normalize": "both"}]
+)
+def test_only_cells_of_the_stem_with_a_length_can_be_weighed(score):
+    with pytest.raises(ValueError, match="`weigh` scales cells of the stem"):
+        motion_model(**score, weigh="motion")
+
+
+def test_weighing_needs_a_front_end_that_shows_motion():
+    pairs = {
+        "x": {
+            "between": ["video", "audio"],
+            "score": {"kind": "map", "cells": "stem", "normalize": "steps", "weigh": "motion"},
+        }
+    }
+    with pytest.raises(UserError, match=r"frontend\.channels to motion, rgb_motion or foreground"):
+        tiny_model(tiny_spec(tasks={"p": {"kind": "pairs", "pairs": pairs}}))
