@@ -28,7 +28,7 @@ class Mask:
     """What a masked pass hides.
 
     name: distinguishes passes of one view. hidden_PN: True where a token's input is hidden.
-    embedding_D: replaces the hidden tokens after the stem. ids_PN: text only, the ids to read
+    embedding_D: added to the hidden tokens after the stem. ids_PN: text only, the ids to read
     instead of the view's own (80/10/10).
     """
 
@@ -135,7 +135,7 @@ class Tower(nn.Module):
             rate_hz=self.token_rate(view),
             stem_rate_hz=self.token_rate(view) * (1 if self.merge is None else self.merge.time),
             view=view,
-            motion_PM=self._motion(signal, stem_grid),
+            motion_PM=None if mask is not None else self._motion(signal, stem_grid),
         )
 
     def _motion(self, signal: Tensor, grid: tuple[int, ...]) -> Tensor | None:
@@ -344,6 +344,7 @@ class Passes:
         self.towers, self.joints, self.tower_of = towers, joints, tower_of
         self.batch, self.position = batch, position
         self._done: dict[tuple[str, str], Tokens] = {}
+        self.vectors: dict[tuple[int, str, str], Tensor] = {}  # kept for tasks that share a space
 
     def token_count(self) -> int:
         """Tokens encoded so far, padding included."""

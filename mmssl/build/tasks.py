@@ -7,7 +7,7 @@ from math import prod
 
 from mmssl.build.towers import channels, need_view
 from mmssl.heads.dense import MapScore, PairScore, VectorScore
-from mmssl.heads.embed import STEPS, Embedder, poolings
+from mmssl.heads.embed import POOLINGS, Embedder, poolings
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
 from mmssl.specs import (
@@ -28,7 +28,14 @@ from mmssl.specs import (
     TowerSpec,
 )
 from mmssl.tasks.base import Task
-from mmssl.tasks.classify import JointMatch, Label, Match, PooledReader, VectorMatch
+from mmssl.tasks.classify import (
+    JointMatch,
+    Label,
+    Match,
+    PooledReader,
+    SpaceReader,
+    VectorMatch,
+)
 from mmssl.tasks.masked import IdTarget, Masked, PatchTarget, Target
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Tower
@@ -49,6 +56,7 @@ class TaskBuilder:
     ) -> None:
         self.spec, self.towers, self.joints = spec, towers, joints
         self.widths, self.vocab_size, self.special = widths, vocab_size, special
+        self.embedders: dict[str, Embedder] = {}  # of the pairs tasks made so far
 
     def __call__(self, name: str, task: TaskSpec) -> Task:
         """One task.
@@ -76,6 +84,7 @@ class TaskBuilder:
         }
         embedder = self._embedder(name, task, pairs, modality_of)
         scores = {k: self._score(f"tasks.{name}.pairs.{k}", task, p) for k, p in pairs.items()}
+        self.embedders[name] = embedder
         return Pairs(embedder, pairs, scores, task.chunk, task.weight)
 
     def _pair(self, where: str, task: PairsSpec, pair: PairSpec) -> PairSpec:
@@ -89,6 +98,8 @@ class TaskBuilder:
                 "in this order"
             )
         slots = [self.spec.views[view].candidates for view in pair.between]
+        if isinstance(pair.score, MapSpec):
+            self._check_map(where, pair, pair.score, modalities[1], max(slots))
         if slots[0] > 1 or (slots[1] > 1 and pair.objective.kind != "mil_nce"):
             raise UserError(
                 f"{where}: a view with several candidates must come second and needs objective "
@@ -102,6 +113,28 @@ class TaskBuilder:
                 f"{where}.space: no space {space!r}; spaces are {', '.join(task.heads.spaces)}"
             )
         return pair.model_copy(update={"space": space})
+
+    def _check_map(
+        self, where: str, pair: PairSpec, score: MapSpec, other: str, slots: int
+    ) -> None:
+        if slots > 1:
+            raise UserError(f"{where}: a map score compares one item per row, not candidates")
+        if other == "text" and score.aligned and score.query == "steps":
+            raise UserError(
+                f"{where}.score: words have no instants; pool them (query: mean) or aligned: false"
+            )
+        if score.weigh and not _shows_motion(self._tower_spec(pair.between[0])):
+            raise UserError(
+                f"{where}.score.weigh: the tower of {pair.between[0]} does not tell what moves; "
+                "set its frontend.channels to motion, rgb_motion or foreground"
+            )
+        if score.query != "steps":
+            self._check_pool(f"{where}.score.query", pair.between[1], score.query)
+
+    def _check_pool(self, where: str, view: str, how: str) -> None:
+        known = [*self._tower_spec(view).globals, *POOLINGS]
+        if how not in known:
+            raise UserError(f"{where}: {how!r} is not known; use one of {', '.join(known)}")
 
     def _embedder(
         self,
@@ -145,7 +178,7 @@ class TaskBuilder:
         if isinstance(score, MapSpec):
             video, audio = pair.between
             other = self.spec.views[audio].modality
-            widths = {"video": self.widths[video], str(other): self.widths[audio]}
+            widths: dict[str, int] = {"video": self.widths[video], other: self.widths[audio]}
             if score.cells == "stem":
                 widths["video"] = self._transformer_tower(where, video).trunk_width
             table = ScoreMap(
@@ -155,11 +188,6 @@ class TaskBuilder:
                 score.normalize,
                 sharpness=score.sharpness,
             )
-            if score.weigh and not _shows_motion(self._tower_spec(video)):
-                raise UserError(
-                    f"{where}.score.weigh: the tower of {video} does not tell what moves; set its "
-                    "frontend.channels to motion, rgb_motion or foreground"
-                )
             return MapScore(
                 widths,
                 score.dim,
@@ -221,9 +249,7 @@ class TaskBuilder:
         assert not isinstance(task.target, LabelSpec)
         views, score = task.target.between, task.score
         if isinstance(score, DistanceSpec | FusionSpec):
-            reader = PooledReader(views, dict(self.widths), task.pool, task.embed, task.norm)
-            parts = STEPS if task.pool == "steps" else 1  # vectors of the steps are put in a row
-            widths = [parts * (task.embed[-1] if task.embed else self.widths[v]) for v in views]
+            reader, widths = self._reader(name, task)
             if isinstance(score, FusionSpec):
                 return VectorMatch(reader, FusionMLP(widths[0], widths[1], score.hidden))
             if widths[0] != widths[1]:
@@ -232,12 +258,44 @@ class TaskBuilder:
                     "give embed: [width]"
                 )
             return VectorMatch(reader, Distance(score.slope, score.threshold))
+        _only_defaults(name, task, "a joint score reads tokens", "pool", "embed", "space")
         joint = self.spec.joints.get(score.joint)
         if joint is None or set(joint.of) != set(views):
             raise UserError(
                 f"tasks.{name}.score.joint: {score.joint!r} is no joint tower of {list(views)}"
             )
         return JointMatch(score.joint, views, self.joints[score.joint].width, joint.reduce)
+
+    def _reader(
+        self, name: str, task: ClassifySpec
+    ) -> tuple[PooledReader | SpaceReader, list[int]]:
+        """What a match compares, and the widths of its two vectors."""
+        assert not isinstance(task.target, LabelSpec)
+        views = task.target.between
+        if not task.space:
+            if task.pool == "steps":
+                raise UserError(f"tasks.{name}.pool: `steps` needs a space; set tasks.{name}.space")
+            for view in views:
+                self._check_pool(f"tasks.{name}.pool", view, task.pool)
+            reader = PooledReader(views, dict(self.widths), task.pool, task.embed)
+            return reader, [task.embed[-1] if task.embed else self.widths[v] for v in views]
+        _only_defaults(name, task, "a space makes the vectors", "pool", "embed")
+        owner, _, space = task.space.partition(".")
+        embedder = self.embedders.get(owner)
+        reached = [embedder.reaches(v, space) for v in views] if embedder is not None else [False]
+        if embedder is None or not all(reached):
+            known = [f"{t}.{s}" for t, e in self.embedders.items() for s in e.spaces]
+            raise UserError(
+                f"tasks.{name}.space: {task.space!r} is no space that {' and '.join(views)} "
+                f"share in a pairs task before it; there are {', '.join(known) or 'none'}"
+            )
+        return SpaceReader(embedder, space), [embedder.spaces[space].dim] * 2
+
+
+def _only_defaults(name: str, task: ClassifySpec, why: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(task, key) != ClassifySpec.model_fields[key].get_default():
+            raise UserError(f"tasks.{name}.{key}: not read, {why}; leave it out")
 
 
 def _check_motion(where: str, tower: TowerSpec, task: MaskedSpec) -> None:

@@ -16,10 +16,10 @@ from mmssl.specs import SpaceSpec
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens, UserError
 
-STEPS = 8  # of the pooling `steps` unless a space says otherwise
+POOLINGS = ("mean", "max", "peaks")  # beside the tower's global tokens, and `steps` in spaces
 
 
-def pool(tokens: Tokens, how: str, steps: int = STEPS) -> Tensor:
+def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
     """(P, D) by a global token's name, `mean`, `max` or `peaks`; (P, steps, D) by `steps`.
 
     `peaks` is the mean over time of the strongest cell of each step.
@@ -38,7 +38,7 @@ def pool(tokens: Tokens, how: str, steps: int = STEPS) -> Tensor:
     if how in ("steps", "peaks"):
         x, empty = time_steps(tokens, "max")
         return to_bins(x, ~empty, steps if how == "steps" else 1)[0].squeeze(1)
-    known = ", ".join([*tokens.extra, "mean", "max", "peaks", "steps"])
+    known = ", ".join([*tokens.extra, *POOLINGS, "steps"])
     raise UserError(f"pool: {how!r} is not known; use one of {known}")
 
 
@@ -70,6 +70,10 @@ class Embedder(nn.Module):
         super().__init__()
         self.heads, self.spaces, self.modality_of = heads, dict(spaces), dict(modality_of)
 
+    def reaches(self, view: str, space: str) -> bool:
+        """There is a way from the view to the space, in training, too."""
+        return f"{self.modality_of.get(view)}_to_{space}" in self.heads.heads
+
     def evaluation_spaces(self, view: str) -> list[str]:
         """Spaces that a view reaches in evaluation only: MMV's audio -> vat."""
         reaches = self.modality_of[view] == "audio" and self.heads.va_vat is not None
@@ -78,17 +82,21 @@ class Embedder(nn.Module):
     def forward(
         self, passes: Passes, view: str, spaces: Sequence[str]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """({space: (B, L, S)}, filled (B, L)); every head runs once. Vectors are not normalised."""
-        tokens = passes.tokens(view)
+        """({space: (B, L, S)}, filled (B, L)), vectors not normalised.
+
+        Every head runs once per step, however many tasks ask.
+        """
+        kept, tokens = passes.vectors, passes.tokens(view)
         valid = item_weight(tokens.view) > 0
-        out: dict[str, Tensor] = {}
         by_pool: dict[tuple[str, int], list[str]] = {}
         for name in spaces:
             spec = self.spaces[name]
-            how = pooling_for(spec, tokens.view.modality)
-            by_pool.setdefault((how, spec.steps), []).append(name)
+            if (id(self), view, name) not in kept:
+                how = pooling_for(spec, tokens.view.modality)
+                by_pool.setdefault((how, spec.steps), []).append(name)
         for (how, steps), names in by_pool.items():
             pooled = pool(tokens, how, steps)
             vectors = self.heads.project_all(pooled, tokens.view.modality, names, valid)
-            out |= {name: spread(z.flatten(1), tokens.view) for name, z in vectors.items()}
-        return out, tokens.view.present_BL
+            for name, z in vectors.items():
+                kept[id(self), view, name] = spread(z.flatten(1), tokens.view)
+        return {name: kept[id(self), view, name] for name in spaces}, tokens.view.present_BL

@@ -100,7 +100,8 @@ class MapSpec(Spec):
     def _weighable(self) -> MapSpec:
         if self.weigh and (self.cells != "stem" or self.normalize == "both"):
             raise ValueError(
-                "`weigh` scales cells of the stem: it needs `cells: stem` and `normalize: steps`"
+                "`weigh` scales cells of the stem: it needs `cells: stem` and a `normalize` other "
+                "than `both`"
             )
         return self
 

@@ -90,13 +90,17 @@ class LabelSpec(Spec):
 
 
 class ClassifySpec(Spec):
-    """Cross-entropy on a label."""
+    """Cross-entropy on a label.
+
+    A match compares what `pool` and `embed` make of each view, or its vectors in the `space` of a
+    pairs task above ("task.space"), whose heads both tasks then train.
+    """
 
     kind: Literal["classify"]
     target: Annotated[MatchSpec | LabelSpec, Field(discriminator="kind")]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
+    space: str = ""
     pool: str = "agg"
-    norm: bool = False  # batch norm between pooling and MLP
     embed: list[int] = []  # widths of an MLP between pooling and score (AVE-Net: 128, 128)
     weight: Number = 1.0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import dist
-from mmssl.heads.embed import pool
+from mmssl.heads.embed import Embedder, pool
 from mmssl.heads.score import Distance, FusionMLP
 from mmssl.objectives.classification import binary_cross_entropy, softmax_cross_entropy
 from mmssl.objectives.negatives import coin, hardest, mix_hard, partners
@@ -27,38 +27,38 @@ Parts = tuple[Tensor, ...]
 
 
 class PooledReader(nn.Module):
-    """Reads a view as one vector: pooled, batch-normed if `norm`, through an MLP of widths `embed`.
-
-    The vectors of the pooling `steps` go through the MLP one by one and are put in a row.
-    """
+    """Reads a view as one vector, through an MLP if `embed` has widths."""
 
     def __init__(
-        self,
-        views: tuple[str, str],
-        widths: dict[str, int],
-        how: str,
-        embed: list[int],
-        norm: bool = False,
+        self, views: tuple[str, str], widths: dict[str, int], how: str, embed: list[int]
     ) -> None:
         super().__init__()
         self.how = how
-        self.norms = nn.ModuleDict({v: dist.MaskedSyncBatchNorm(widths[v]) for v in views if norm})
         self.mlps = nn.ModuleDict({view: _mlp(widths[view], embed) for view in views})
 
     def forward(self, passes: Passes, view: str, like: str) -> Parts:
-        """((B, D),) vectors of a view by the norm and the MLP of `like`."""
+        """((B, D),) vectors of a view by the MLP of `like`."""
         tokens = passes.tokens(view)
-        x = pool(tokens, self.how)
-        if like in self.norms:
-            there = item_weight(tokens.view) > 0
-            x = self.norms[like](x, there.reshape(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1]))
-        return (spread(self.mlps[like](x).flatten(1), tokens.view)[:, 0],)
+        return (spread(self.mlps[like](pool(tokens, self.how)), tokens.view)[:, 0],)
+
+
+class SpaceReader(nn.Module):
+    """Reads a view as its vector in a space of a `pairs` task, which owns the weights."""
+
+    def __init__(self, embedder: Embedder, space: str) -> None:
+        super().__init__()
+        self._embedder = (embedder,)  # a tuple hides the weights from this module's parameters
+        self.space = space
+
+    def forward(self, passes: Passes, view: str, like: str) -> Parts:
+        """((B, S),) vectors of a view, the same that the pairs are scored with."""
+        return (self._embedder[0](passes, view, [self.space])[0][self.space][:, 0],)
 
 
 class VectorMatch(nn.Module):
     """Match logit of two vectors."""
 
-    def __init__(self, reader: PooledReader, score: FusionMLP | Distance) -> None:
+    def __init__(self, reader: PooledReader | SpaceReader, score: FusionMLP | Distance) -> None:
         super().__init__()
         self.reader, self.score = reader, score
 

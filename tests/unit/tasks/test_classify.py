@@ -8,7 +8,6 @@ import torch
 from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_model, tiny_spec
 from torch.nn import functional as F
 
-from mmssl.heads.embed import pool
 from mmssl.heads.score import Distance
 from mmssl.tasks.classify import Match, VectorMatch
 from mmssl.types import Term, UserError
@@ -308,27 +307,50 @@ def test_labels_can_be_learned():
     assert losses[-1] < 0.05
 
 
-# ---------------------------------------------------------------- reading by steps
+# ---------------------------------------------------------------- reading a space
+
+
+def space_spec(**task):
+    """The tiny run with a match on the vectors of its pairs task."""
+    spec = tiny_spec()
+    own = {"kind": "classify", "target": {"kind": "match", "between": ["video", "audio"]}}
+    own |= {"score": {"kind": "distance"}, "space": "align.av"} | task
+    tree = spec.model_dump(by_alias=True)["tasks"]
+    return tiny_spec(tasks={"align": tree["align"], "match": own})
 
 
 @pytest.mark.parametrize("score", ["fusion", "distance"])
-def test_steps_are_normed_embedded_one_by_one_and_put_in_a_row(score):
-    spec = match_spec(score)
-    task = spec.tasks["match"].model_copy(update={"pool": "steps", "norm": True, "embed": [3]})
-    model = tiny_model(spec.model_copy(update={"tasks": {**spec.tasks, "match": task}}))
-    batch = tiny_batch(missing=False)
-    passes, reader = model.passes(batch, 0.0), model.tasks["match"].score.reader
-    (got,) = reader(passes, "audio", "audio")
-    x_PTD = pool(passes.tokens("audio"), "steps")
-    normed = F.batch_norm(x_PTD.flatten(0, 1), None, None, training=True)
-    want = reader.mlps["audio"](normed).reshape(6, -1)
-    assert got.shape == (6, 8 * 3)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+def test_a_match_on_a_space_reads_the_vectors_of_the_pairs_and_trains_their_heads(score):
+    model, batch = tiny_model(space_spec(score={"kind": score})), tiny_batch(missing=False)
+    passes = model.passes(batch, 0.0)
+    align, match = model.tasks["align"], model.tasks["match"]
+    vectors = align.vectors(passes)
+    (got,) = match.score.reader(passes, "audio", "audio")
+    assert torch.equal(got, vectors["audio", "av"][0][:, 0])
+    assert not list(match.score.reader.parameters())  # they have one name, in the pairs task
+    heads = list(align.embedder.heads.parameters())
+    match(passes, batch)[""].sum.backward()
+    assert max(float(p.grad.abs().max()) for p in heads if p.grad is not None) > 0
     assert model.match_logit(batch, torch.arange(6)).shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"space": "align.nowhere"}, r"tasks\.match\.space: 'align\.nowhere' is no space"),
+        ({"space": "other.av"}, r"there are align\.av"),
+        ({"pool": "max"}, r"tasks\.match\.pool: not read, a space makes the vectors"),
+        ({"space": "", "pool": "steps"}, r"tasks\.match\.pool: `steps` needs a space"),
+        ({"space": "", "pool": "best"}, r"tasks\.match\.pool: 'best' is not known; use one of"),
+    ],
+)
+def test_a_match_that_cannot_be_read_is_refused(task, message):
+    with pytest.raises(UserError, match=message):
+        tiny_model(space_spec(**task))
 
 
 def test_a_distance_starts_at_its_slope_and_threshold():
     score = Distance(slope=10.0, threshold=1.25)
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert float(score.pairs(a, b)) == pytest.approx(20 * (1.25 - 2**0.5), rel=1e-5)
-    assert float(score.pairs(a, a)) == pytest.approx(25.0, rel=1e-4)
+    assert float(score.pairs(a, b).detach()) == pytest.approx(20 * (1.25 - 2**0.5), rel=1e-5)
+    assert float(score.pairs(a, a).detach()) == pytest.approx(25.0, rel=1e-4)
