@@ -152,10 +152,13 @@ class MaskedSyncBatchNorm(nn.Module):
 
     Equal to `torch.nn.BatchNorm1d` on the concatenated valid rows: biased variance to normalise,
     unbiased in the running estimate. Rows that are not valid come out as zeros and influence
-    nothing, whatever they contain. Statistics are computed in fp32 (fp64 for fp64 input) and the
-    running ones stay fp32 when the module is cast to a 16-bit type. Every rank must call the module
-    equally often in training mode, also one without a valid row. Where a single row is valid its
-    output is the bias, and the running statistics stay as they are (one row has no variance).
+    nothing, whatever they contain. Every rank must call the module equally often in training mode,
+    also one without a valid row. Where a single row is valid its output is the bias, and the
+    running statistics stay as they are (one row has no variance).
+
+    All is computed in fp64: where rows are almost equal, the rounding of a mean is magnified by the
+    small deviation and hits every row alike, so that two ranks would differ from one. Running
+    statistics stay fp32 when the module is cast to a 16-bit type.
     """
 
     running_mean: Tensor
@@ -181,7 +184,7 @@ class MaskedSyncBatchNorm(nn.Module):
         self._check(x_PD, valid_P)
         rows_PD = x_PD.reshape(-1, self.dim)
         valid_P1 = _row_mask(rows_PD, valid_P)
-        wide_PD = rows_PD.float() if rows_PD.dtype in _NARROW else rows_PD
+        wide_PD = rows_PD.double()
         wide_PD = torch.where(valid_P1, wide_PD, torch.zeros_like(wide_PD))
         if self.training:
             mean_D, var_D, count = _moments(wide_PD, valid_P1)

@@ -108,6 +108,36 @@ def tiny_spec(**changes: Any) -> RunSpec:
     return RunSpec.model_validate(TREE | changes)
 
 
+def recipe() -> dict[str, Any]:
+    """Changes that wire the tiny run as the flagship.
+
+    Heads with batch norm, cells of what moves in each frame against pooled sounds and captions, the
+    match on a space of the pairs.
+    """
+    video = TREE["towers"]["video"] | {
+        "frontend": {"kind": "frames", "channels": "motion"},
+        "cut": {"kind": "conv", "channels": [4, 8], "strides": [4, 1], "merge": 2, "merge_time": 2},
+    }
+    score = {"kind": "map", "dim": 8, "aligned": True, "cells": "stem", "normalize": "steps"}
+    score |= {"weigh": "motion", "query": "max"}
+    align = TREE["tasks"]["align"]
+    pairs = {name: pair for name, pair in align["pairs"].items() if name != "dense"}
+    pairs |= {
+        "where": {"between": ["video", "audio"], "score": score},
+        "where_text": {"between": ["video", "text"], "score": score},
+    }
+    match = {"target": TREE["tasks"]["match"]["target"], "score": {"kind": "distance"}}
+    tasks = {
+        "align": align | {"heads": align["heads"] | {"form": "bn_linear"}, "pairs": pairs},
+        "match": {"kind": "classify", "space": "align.av", **match},
+    }
+    return {
+        "towers": TREE["towers"] | {"video": video},
+        "joints": {},
+        "tasks": TREE["tasks"] | tasks,
+    }
+
+
 def tiny_model(
     spec: RunSpec | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Model:

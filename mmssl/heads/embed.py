@@ -42,6 +42,14 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
     raise UserError(f"pool: {how!r} is not known; use one of {known}")
 
 
+def filled_steps(tokens: Tokens, steps: int) -> Tensor:
+    """(P, steps) bool: the bins of the pooling `steps` that hold a token."""
+    _, empty = time_steps(tokens, "max")
+    filled = to_bins((~empty)[..., None].float(), ~empty, steps)[1]
+    assert filled is not None  # it was given what is valid
+    return filled
+
+
 def poolings(spec: SpaceSpec) -> set[str]:
     """The poolings that a space uses."""
     return {spec.pool} if isinstance(spec.pool, str) else set(spec.pool.values())
@@ -96,7 +104,10 @@ class Embedder(nn.Module):
                 by_pool.setdefault((how, spec.steps), []).append(name)
         for (how, steps), names in by_pool.items():
             pooled = pool(tokens, how, steps)
-            vectors = self.heads.project_all(pooled, tokens.view.modality, names, valid)
+            there = valid
+            if how == "steps":  # an empty step is no row of a batch norm
+                there = valid[:, None] & filled_steps(tokens, steps)
+            vectors = self.heads.project_all(pooled, tokens.view.modality, names, there)
             for name, z in vectors.items():
                 kept[id(self), view, name] = spread(z.flatten(1), tokens.view)
         return {name: kept[id(self), view, name] for name in spaces}, tokens.view.present_BL

@@ -40,9 +40,10 @@ GRAPHS = ("linear", "shared", "disjoint", "fac")
 class Head(nn.Module):
     """One projection, by form.
 
-    linear; norm_linear = LayerNorm, Linear; mlp = Linear, ReLU, Linear (AVE-Net); mlp_bn = Linear,
-    BN, ReLU, Linear, BN (MMV, VATT); relu_linear_bn = ReLU, Linear, BN (VATT's joint head);
-    linear_norm_tanh = Linear, LayerNorm, tanh (COLA). hidden 0 means the output width.
+    linear; norm_linear = LayerNorm, Linear; bn_linear = BN, Linear; mlp = Linear, ReLU, Linear
+    (AVE-Net); mlp_bn = Linear, BN, ReLU, Linear, BN (MMV, VATT); relu_linear_bn = ReLU, Linear, BN
+    (VATT's joint head); linear_norm_tanh = Linear, LayerNorm, tanh (COLA). hidden 0 means the
+    output width.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ PairObjective = Annotated[InfoNCESpec | MilNCESpec | SigmoidSpec, Field(discrimi
 
 
 class PairSpec(Spec):
-    """Two views (or a joint tower) compared in one space."""
+    """Two views compared in one space."""
 
     between: tuple[str, str]
     space: str = ""  # empty: the only space

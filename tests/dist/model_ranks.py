@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run ... model_ranks.py JSON
 
-JSON: a list of {"file", "zero", "rows"}; rows is one list of row numbers per rank.
+JSON: a list of {"file", "zero", "rows", "recipe"}; rows is one list of row numbers per rank, recipe
+wires the run as the flagship.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tiny_run import take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
+from tiny_run import recipe, take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
 
 from mmssl import dist  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
@@ -26,7 +27,8 @@ from mmssl.train.engine import Engine, session  # noqa: E402
 def measure(call: dict[str, object], device: torch.device) -> None:
     """One step of one layout; rank 0 saves loss and gradients."""
     rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
-    spec = tiny_spec(train={"zero": call["zero"], "batch": sum(map(len, rows))})
+    changes = recipe() if call["recipe"] else {}
+    spec = tiny_spec(train={"zero": call["zero"], "batch": sum(map(len, rows))}, **changes)
     model = tiny_model(spec).train()
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)

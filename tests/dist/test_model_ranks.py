@@ -24,7 +24,8 @@ def launch(calls: list[dict[str, object]], processes: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [False, True], ids=["every_part", "flagship"])
+def test_two_ranks_equal_one(tmp_path: Path, recipe: bool) -> None:
     names = {name: f"layout{i}" for i, name in enumerate(LAYOUTS)}
     split = [
         {"file": str(tmp_path / f"{names[name]}-zero{stage}"), "zero": stage, "rows": rows}
@@ -35,8 +36,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         {"file": str(tmp_path / names[name]), "zero": 0, "rows": [sum(rows, [])]}
         for name, rows in LAYOUTS.items()
     ]
-    launch(whole, 1)
-    launch(split, 2)
+    for calls, processes in ((whole, 1), (split, 2)):
+        launch([call | {"recipe": recipe} for call in calls], processes)
     for name in LAYOUTS:
         expected = load_file(tmp_path / names[name])
         # biases of attention keys have no gradient but rounding: compare against the model's scale

@@ -1,13 +1,17 @@
 """Pooling of token grids, and vectors of views in spaces."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_methods import full_batch, make_tokens, small, small_model
 from tiny_run import TREE, tiny_batch, tiny_model, tiny_spec
+from torch import nn
 
-from mmssl.heads.embed import pool
+from mmssl.heads.embed import Embedder, pool
+from mmssl.heads.project import SpaceHeads
+from mmssl.specs import SpaceSpec
 from mmssl.types import UserError
 
 
@@ -166,3 +170,22 @@ def test_a_space_must_say_how_it_pools_every_modality():
     tree["heads"] = {"spaces": {"av": {"dim": 8}, "avt": {"dim": 8, "pool": {"audio": "max"}}}}
     with pytest.raises(UserError, match="says nothing about video; add it"):
         vectors(tiny_model(tiny_spec(tasks={"align": tree}, joints={})), tiny_batch())
+
+
+def test_empty_steps_enter_no_batch_statistics():
+    torch.manual_seed(0)
+    batch = tiny_batch(4, missing=False)
+    x = torch.randn(4, 4, 6)
+    pad = torch.zeros(4, 4, dtype=torch.bool)
+    pad[0, 2:] = True  # a clip of half the length
+    tokens = make_tokens(x, (4,), pad, view=batch.views["audio"])
+    heads = SpaceHeads("linear", {"audio": 6}, {"av": 3}, {"av": ["audio"]}, "bn_linear")
+    embedder = Embedder(heads, {"av": SpaceSpec(dim=6, pool="steps", steps=2)}, {"audio": "audio"})
+    passes = SimpleNamespace(tokens=lambda view: tokens, vectors={})
+    (z,) = embedder(passes, "audio", ["av"])[0].values()
+    steps = x.reshape(4, 2, 2, 6).mean(2)
+    rows = torch.cat([steps[0, :1], steps[1:].flatten(0, 1)])
+    normed = nn.functional.batch_norm(rows, None, None, training=True)
+    want = normed @ heads.heads["audio_to_av"].layers[1].weight.T
+    torch.testing.assert_close(z[1:, 0].reshape(6, 3), want[1:], atol=1e-5, rtol=1e-5)
+    assert float(z[0, 0, 3:].detach().abs().max()) == 0.0

@@ -140,7 +140,7 @@ def test_every_term_sends_a_gradient_to_the_shared_transformer():
 
 
 def test_masked_video_hides_tubes():
-    """The video's motion channel compares frames, so that only whole tubes are safe to hide."""
+    """The small runs read motion, which compares frames: only whole tubes are safe to hide."""
     spec = config.load(NAME)
     assert spec.tasks["masked_video"].mask.rule == "tubes"
 
