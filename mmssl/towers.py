@@ -157,7 +157,9 @@ class Tower(nn.Module):
         cells, stem_grid = (
             self.stem(signal) if self.signal is None else self.stem(signal, self._frames(view))
         )
-        x, grid = (cells, stem_grid) if self.merge is None else self.merge(cells, stem_grid)
+        x, grid = cells, stem_grid
+        if self.merge is not None:
+            x, grid = self.merge(cells, stem_grid, self._cell_padding(view, stem_grid))
         if self.pre is not None:
             x = self.pre(x)
         if mask is not None and mask.embedding_D is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -222,7 +223,8 @@ def data_shape(name: str, view: ViewSpec) -> tuple[int, ...]:
         return (round(view.crop_s * view.hz),)
     if view.size <= 0:
         raise UserError(f"views.{name}.size: give pixels, or give positions.grid in the tower")
-    return (max(1, round(view.crop_s * view.fps)), view.size, view.size, 3)
+    frames = math.floor(view.crop_s * view.fps + 0.5)  # as frames are picked
+    return (max(1, frames), view.size, view.size, 3)
 
 
 def make_joint(name: str, spec: JointSpec, widths: Mapping[str, int], run: RunSpec) -> JointTower:

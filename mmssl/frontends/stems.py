@@ -300,7 +300,11 @@ class VideoConvStem(nn.Module):
 
 
 class CellMerge(nn.Module):
-    """Linear map of time x space x space neighbouring cells of a (t, h, w) grid to one token."""
+    """Linear map of time x space x space neighbouring cells of a (t, h, w) grid to one token.
+
+    Where the bins do not fill the last token, zeros do; bins behind an item's end count as zeros,
+    too, so that a token does not depend on how far a batch is padded.
+    """
 
     def __init__(self, width: int, time: int, space: int) -> None:
         super().__init__()
@@ -311,24 +315,31 @@ class CellMerge(nn.Module):
         """Grid of the tokens.
 
         Raises:
-            UserError: the cells do not fill whole tokens.
+            UserError: the cells of a frame do not fill whole tokens.
         """
-        factors = (self.time, self.space, self.space)
-        if len(shape) != 3 or any(n % f for n, f in zip(shape, factors, strict=True)):
+        time, *space = shape
+        if len(space) != 2 or any(n % self.space for n in space):
             raise UserError(
-                f"stem.merge: a grid {tuple(shape)} has no whole tokens of "
-                f"{' x '.join(map(str, factors))}; change the view's size, fps or `merge`"
+                f"cut.merge: frames of {' x '.join(map(str, space))} cells have no whole tokens of "
+                f"{self.space} x {self.space}; change the view's size or `merge`"
             )
-        return tuple(n // f for n, f in zip(shape, factors, strict=True))
+        return (-(-time // self.time), *(n // self.space for n in space))
 
     def out_lengths(self, bins_P: Tensor) -> Tensor:
         """Token steps of items with so many bins of cells; the last one may be partly filled."""
         return (bins_P + self.time - 1).div(self.time, rounding_mode="floor")
 
-    def forward(self, x_PMD: Tensor, shape: Sequence[int]) -> tuple[Tensor, Grid]:
-        """(P, M, D) cells of a grid to (P, N, D) tokens and their grid."""
+    def forward(
+        self, x_PMD: Tensor, shape: Sequence[int], pad_PM: Tensor | None = None
+    ) -> tuple[Tensor, Grid]:
+        """Cells (P, M, D) of a grid, `pad_PM` behind the end, to tokens (P, N, D) and grid."""
         grid = self.grid(shape)
         (t, h, w), (a, f), width = grid, (self.time, self.space), x_PMD.shape[-1]
+        if pad_PM is not None:
+            x_PMD = x_PMD.masked_fill(pad_PM[..., None], 0.0)
+        missing = (t * a - shape[0]) * shape[1] * shape[2]
+        if missing:
+            x_PMD = F.pad(x_PMD, (0, 0, 0, missing))
         blocks = x_PMD.reshape(-1, t, a, h, f, w, f, width).permute(0, 1, 3, 5, 2, 4, 6, 7)
         tokens: Tensor = self.proj(blocks.reshape(-1, t * h * w, a * f * f * width))
         return tokens, grid

@@ -136,7 +136,7 @@ def _bin_times(tokens: Tokens, bins: int, first_centre: float) -> Tensor:
 
     first_centre: of the first stem cell, in cells.
     """
-    per_bin = tokens.stem_grid[0] // bins
+    per_bin = -(-tokens.stem_grid[0] // bins)  # the last one may be partly filled
     place = tokens.view.start_s_P.new_tensor(range(bins)) * per_bin + (per_bin - 1) / 2
     return tokens.view.start_s_P[:, None] + (place + first_centre) / tokens.stem_rate_hz
 

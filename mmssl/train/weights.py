@@ -7,7 +7,7 @@ moving average is done on the pieces; only saving and evaluation put them togeth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmssl import dist
 
 
-def piece(parameter: nn.Parameter) -> Tensor:
+def piece(parameter: Tensor) -> Tensor:
     """The part of a parameter this rank keeps: all of it, or a flat piece at ZeRO-3."""
     kept: Tensor = getattr(parameter, "ds_tensor", parameter)
     return kept.data
@@ -29,7 +29,7 @@ def assemble(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return dist.gather_no_grad(part.reshape(-1))[: shape.numel()].view(shape)
 
 
-def cut(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+def cut(parameter: Tensor, whole: Tensor) -> Tensor:
     """This rank's piece of a whole tensor: the inverse of `assemble`.
 
     Raises:
@@ -59,9 +59,11 @@ def whole_state(
     names = {id(p): name for name, p in model.named_parameters()}
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict(keep_vars=True).items():
+        part = (average or {}).get(names.get(id(value), key))
         if isinstance(value, nn.Parameter):
-            part = (average or {}).get(names[id(value)])
             value = assemble(value, piece(value) if part is None else part)
+        elif part is not None:
+            value = part
         if keep:
             state[key] = value.detach().to("cpu", copy=True).contiguous()
     return state
@@ -74,22 +76,23 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class Average:
-    """Exponential moving average of the trained weights (Polyak and Juditsky 1992), in fp32."""
+    """Exponential moving average of the trained weights (Polyak and Juditsky 1992), in fp32.
+
+    The running statistics of batch norms are averaged alike: those of the newest weights would not
+    fit the averaged ones.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Start at the model's present weights."""
         self.pieces = {
-            name: piece(p).to(torch.float32, copy=True)
-            for name, p in model.named_parameters()
-            if p.requires_grad
+            name: piece(value).to(torch.float32, copy=True) for name, value in _averaged(model)
         }
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Move by a <- decay * a + (1 - decay) * w, on this rank's pieces."""
-        for name, parameter in model.named_parameters():
-            if name in self.pieces:
-                self.pieces[name].lerp_(piece(parameter).float(), 1 - decay)
+        for name, value in _averaged(model):
+            self.pieces[name].lerp_(piece(value).float(), 1 - decay)
 
     @torch.no_grad()
     def load(self, model: nn.Module, whole: Mapping[str, Tensor]) -> None:
@@ -98,6 +101,15 @@ class Average:
         Raises:
             KeyError: a trained parameter is missing.
         """
-        for name, parameter in model.named_parameters():
-            if name in self.pieces:
-                self.pieces[name].copy_(cut(parameter, whole[name]))
+        for name, value in _averaged(model):
+            self.pieces[name].copy_(cut(value, whole[name]))
+
+
+def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trained parameters and running statistics by name."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    for name, buffer in model.named_buffers():
+        if name.endswith((".running_mean", ".running_var")):
+            yield name, buffer

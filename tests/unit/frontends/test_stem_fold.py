@@ -57,9 +57,18 @@ def test_merged_tokens_read_their_own_cells_only(time, space):
     assert torch.equal(touched, expected)
 
 
-def test_merged_lengths_count_partly_filled_tokens_and_odd_grids_are_refused():
-    merge = CellMerge(3, 2, 2)
+def test_a_partly_filled_token_does_not_depend_on_the_padding_behind_it():
+    torch.manual_seed(3)
+    merge = CellMerge(3, 2, 1)
     assert merge.out_lengths(torch.tensor([1, 2, 3, 4])).tolist() == [1, 1, 2, 2]
-    for shape in ((4, 5, 6), (3, 4, 6)):
-        with pytest.raises(UserError, match="no whole tokens"):
-            merge.grid(shape)
+    cells = torch.randn(1, 5 * 4, 3)
+    alone, grid = merge(cells[:, : 3 * 4], (3, 2, 2))
+    assert grid == merge.grid((3, 2, 2)) == (2, 2, 2)
+    behind = torch.arange(5 * 4)[None] >= 3 * 4
+    padded, _ = merge(cells, (5, 2, 2), behind)
+    torch.testing.assert_close(padded[:, :8], alone)
+
+
+def test_frames_that_leave_cells_over_are_refused():
+    with pytest.raises(UserError, match="no whole tokens of 2 x 2"):
+        CellMerge(3, 1, 2).grid((4, 5, 6))

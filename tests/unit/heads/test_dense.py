@@ -266,3 +266,19 @@ def test_weighing_needs_a_front_end_that_shows_motion():
     }
     with pytest.raises(UserError, match=r"frontend\.channels to motion, rgb_motion or foreground"):
         tiny_model(tiny_spec(tasks={"p": {"kind": "pairs", "pairs": pairs}}))
+
+
+@pytest.mark.parametrize(("cells", "bins"), [("stem", 4), ("backbone", 2)])
+def test_times_of_merged_cells_are_the_middle_of_their_frames(cells, bins):
+    """Four frames per second, read one by one; two make a token."""
+    video = {"cut": {"kind": "conv", "channels": [8], "strides": [4], "merge_time": 2}}
+    towers = {**TREE["towers"], "video": {**TREE["towers"]["video"], **video}}
+    score = {"kind": "map", "dim": 4, "cells": cells}
+    pairs = {"x": {"between": ["video", "audio"], "score": score}}
+    model = tiny_model(tiny_spec(towers=towers, tasks={"p": {"kind": "pairs", "pairs": pairs}}))
+    batch = tiny_batch(2, missing=False)
+    batch.views["video"].start_s_P[:] = 1.0
+    dense = model.eval().dense(batch)
+    want = torch.arange(4) / 4 if cells == "stem" else torch.tensor([0.125, 0.625])
+    assert dense.grid[0] == bins
+    torch.testing.assert_close(dense.times_s[0], 1.0 + want)
