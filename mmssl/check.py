@@ -155,7 +155,7 @@ def _view_rows(spec: RunSpec, model: Model) -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = []
     for name, view in spec.views.items():
-        tower_name = view.tower or view.modality
+        tower_name = view.tower_name
         tower = model.towers[tower_name]
         shape = data_shape(name, view)
         grid = " x ".join(map(str, tower.grid_of(shape)))  # type: ignore[operator]

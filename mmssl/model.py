@@ -57,7 +57,7 @@ class Model(nn.Module):
         self.trunk = trunk
         self.tasks = nn.ModuleDict(tasks)
         self._policy: dict[str, tuple[float, bool]] = {}
-        self.tower_of = {name: v.tower or v.modality for name, v in spec.views.items()}
+        self.tower_of = {name: v.tower_name for name, v in spec.views.items()}
         self.last_embeddings: dict[str, Tensor] = {}
         self.last_tokens = 0
 

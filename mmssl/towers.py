@@ -112,9 +112,11 @@ class Tower(nn.Module):
         one of the global tokens simply leaves it; registers are thrown away.
         """
         signal = self.inputs(view)
-        stem, stem_grid, x, grid = self._tokenise(signal, view, mask)
-        stem_pad = self._cell_padding(view, stem_grid)
-        pad = self.padding(view, grid)
+        stem, stem_grid = self._cells(signal, view, mask)
+        bins = self._bins(view)
+        stem_pad = None if bins is None else padding_mask(bins, stem_grid)
+        x, grid = self._tokenise(stem, stem_grid, stem_pad, mask)
+        pad = None if bins is None else padding_mask(self._steps(bins), grid)
         drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
         x, index, kept_pad = self._dropped(x, pad, view, drop)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
@@ -145,27 +147,32 @@ class Tower(nn.Module):
             return None
         return cells_of(signal[:, channel : channel + 1], grid, self.stem.strides).mean(-1)  # type: ignore[arg-type]
 
-    def _tokenise(
+    def _cells(
         self, signal: Tensor, view: ViewBatch, mask: Mask | None
-    ) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]]:
-        """The stem's cells and the tokens that enter the backbone, each with its grid."""
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """(P, M, D) cells of the stem, which does not see what is hidden, and their grid."""
         if mask is not None and mask.ids_PN is not None:
             signal = mask.ids_PN
         elif mask is not None:
             grid = self.grid_of(view.data.shape[1:])
             signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
-        cells, stem_grid = (
+        cells, grid = (
             self.stem(signal) if self.signal is None else self.stem(signal, self._frames(view))
         )
-        x, grid = cells, stem_grid
+        return cells, grid
+
+    def _tokenise(
+        self, x: Tensor, grid: tuple[int, ...], pad_PM: Tensor | None, mask: Mask | None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """(P, N, D) tokens that enter the backbone, from the stem's cells, and their grid."""
         if self.merge is not None:
-            x, grid = self.merge(cells, stem_grid, self._cell_padding(view, stem_grid))
+            x, grid = self.merge(x, grid, pad_PM)
         if self.pre is not None:
             x = self.pre(x)
         if mask is not None and mask.embedding_D is not None:
             x = x + mask.hidden_PN[..., None] * mask.embedding_D.to(x.dtype)
         x = x if self.positions is None else self.positions(x, grid)
-        return cells, stem_grid, x, grid
+        return x, grid
 
     def _frames(self, view: ViewBatch) -> Tensor | None:
         """(P,) valid inputs of the stem along time, None when every item is full."""
@@ -177,15 +184,12 @@ class Tower(nn.Module):
 
     def padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
         """(P, N) padding of the tokens, or None when every item fills the grid."""
-        steps = self._bins(view)
-        if steps is None:
-            return None
-        return padding_mask(steps if self.merge is None else self.merge.out_lengths(steps), grid)
+        bins = self._bins(view)
+        return None if bins is None else padding_mask(self._steps(bins), grid)
 
-    def _cell_padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
-        """(P, M) padding of the stem's cells."""
-        steps = self._bins(view)
-        return None if steps is None else padding_mask(steps, grid)
+    def _steps(self, bins_P: Tensor) -> Tensor:
+        """(P,) token steps of so many time bins of the stem."""
+        return bins_P if self.merge is None else self.merge.out_lengths(bins_P)
 
     def _bins(self, view: ViewBatch) -> Tensor | None:
         """(P,) valid time bins of the stem, at least one; None when every item is full."""

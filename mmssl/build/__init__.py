@@ -29,7 +29,7 @@ def build_model(
     checkpointing = spec.train.checkpoint_activations
     trunk = make_trunk(spec.shared, checkpointing, shared_by(spec)) if spec.shared else None
     towers = {name: make_tower(name, t, spec, trunk, vocab_size) for name, t in spec.towers.items()}
-    tower_of = {name: v.tower or v.modality for name, v in spec.views.items()}
+    tower_of = {name: v.tower_name for name, v in spec.views.items()}
     widths = {view: towers[tower].width for view, tower in tower_of.items()}
     joints = {name: make_joint(name, t, widths, spec) for name, t in spec.joints.items()}
     make = TaskBuilder(spec, towers, joints, widths, vocab_size, special)
@@ -41,7 +41,7 @@ def build_model(
 
 def _check_names(spec: RunSpec) -> None:
     for name, view in spec.views.items():
-        tower = view.tower or view.modality
+        tower = view.tower_name
         found = spec.towers.get(tower)
         if found is None:
             raise UserError(

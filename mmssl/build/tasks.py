@@ -203,12 +203,10 @@ class TaskBuilder:
         return VectorScore(Distance(score.slope, score.threshold))
 
     def _tower_spec(self, view: str) -> TowerSpec:
-        spec = self.spec.views[view]
-        return self.spec.towers[spec.tower or spec.modality]
+        return self.spec.towers[self.spec.views[view].tower_name]
 
     def _transformer_tower(self, where: str, view: str) -> Tower:
-        spec = self.spec.views[view]
-        tower = self.towers[spec.tower or spec.modality]
+        tower = self.towers[self.spec.views[view].tower_name]
         if not isinstance(tower, Tower):
             raise UserError(f"{where}: {view} has a convolutional backbone; use a transformer")
         return tower

@@ -180,7 +180,10 @@ def _merge(name: str, spec: TowerSpec, width: int) -> CellMerge | None:
     if not isinstance(spec.cut, StemSpec) or spec.cut.merge * spec.cut.merge_time == 1:
         return None
     if spec.modality != "video":
-        raise UserError(f"towers.{name}.cut.merge: for video only, the tower reads {spec.modality}")
+        raise UserError(
+            f"towers.{name}.cut: merge and merge_time are for video only, "
+            f"the tower reads {spec.modality}"
+        )
     return CellMerge(width, spec.cut.merge_time, spec.cut.merge)
 
 
@@ -201,7 +204,7 @@ def _native_grid(name: str, run: RunSpec, chain: Chain) -> Sequence[int]:
     """Token grid of the first view that the tower reads."""
     signal, stem, merge = chain
     for view_name, view in run.views.items():
-        if (view.tower or view.modality) == name:
+        if view.tower_name == name:
             shape = data_shape(view_name, view)
             axes = shape if signal is None else signal.grid(shape)  # type: ignore[operator]
             grid: Sequence[int] = stem.grid(axes)  # type: ignore[operator]

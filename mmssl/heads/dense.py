@@ -120,7 +120,8 @@ class MapScore(nn.Module):
         (steps, valid), heard = self.embed(passes, audio)
         tokens = passes.tokens(video)
         grid = self._grid(tokens)
-        times = _bin_times(tokens, grid[0], passes.tower(video).first_centre())
+        per_bin = 1.0 if self.from_stem else tokens.stem_rate_hz / tokens.rate_hz
+        times = _bin_times(tokens, grid[0], per_bin, passes.tower(video).first_centre())
         return Dense(
             cells,
             steps,
@@ -131,12 +132,11 @@ class MapScore(nn.Module):
         )
 
 
-def _bin_times(tokens: Tokens, bins: int, first_centre: float) -> Tensor:
-    """(P, T) seconds at the centre of each of the bins, several of which may make one token.
+def _bin_times(tokens: Tokens, bins: int, per_bin: float, first_centre: float) -> Tensor:
+    """(P, T) seconds at the centre of each of the bins.
 
-    first_centre: of the first stem cell, in cells.
+    per_bin: stem cells along time of one bin; first_centre: of the first stem cell, in cells.
     """
-    per_bin = -(-tokens.stem_grid[0] // bins)  # the last one may be partly filled
     place = tokens.view.start_s_P.new_tensor(range(bins)) * per_bin + (per_bin - 1) / 2
     return tokens.view.start_s_P[:, None] + (place + first_centre) / tokens.stem_rate_hz
 

@@ -36,18 +36,17 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
     if how == "max":
         return tokens.x_PND.masked_fill(pad, torch.finfo(tokens.x_PND.dtype).min).amax(dim=1)
     if how in ("steps", "peaks"):
-        x, empty = time_steps(tokens, "max")
-        return to_bins(x, ~empty, steps if how == "steps" else 1)[0].squeeze(1)
+        return in_steps(tokens, steps if how == "steps" else 1)[0].squeeze(1)
     known = ", ".join([*tokens.extra, *POOLINGS, "steps"])
     raise UserError(f"pool: {how!r} is not known; use one of {known}")
 
 
-def filled_steps(tokens: Tokens, steps: int) -> Tensor:
-    """(P, steps) bool: the bins of the pooling `steps` that hold a token."""
-    _, empty = time_steps(tokens, "max")
-    filled = to_bins((~empty)[..., None].float(), ~empty, steps)[1]
+def in_steps(tokens: Tokens, steps: int) -> tuple[Tensor, Tensor]:
+    """(P, steps, D) strongest cells, averaged over equal parts of the time, and which hold any."""
+    x, empty = time_steps(tokens, "max")
+    pooled, filled = to_bins(x, ~empty, steps)
     assert filled is not None  # it was given what is valid
-    return filled
+    return pooled, filled
 
 
 def poolings(spec: SpaceSpec) -> set[str]:
@@ -80,7 +79,7 @@ class Embedder(nn.Module):
 
     def reaches(self, view: str, space: str) -> bool:
         """There is a way from the view to the space, in training, too."""
-        return f"{self.modality_of.get(view)}_to_{space}" in self.heads.heads
+        return view in self.modality_of and self.heads.leads(self.modality_of[view], space)
 
     def evaluation_spaces(self, view: str) -> list[str]:
         """Spaces that a view reaches in evaluation only: MMV's audio -> vat."""
@@ -103,10 +102,11 @@ class Embedder(nn.Module):
                 how = pooling_for(spec, tokens.view.modality)
                 by_pool.setdefault((how, spec.steps), []).append(name)
         for (how, steps), names in by_pool.items():
-            pooled = pool(tokens, how, steps)
-            there = valid
             if how == "steps":  # an empty step is no row of a batch norm
-                there = valid[:, None] & filled_steps(tokens, steps)
+                pooled, filled = in_steps(tokens, steps)
+                there = valid[:, None] & filled
+            else:
+                pooled, there = pool(tokens, how), valid
             vectors = self.heads.project_all(pooled, tokens.view.modality, names, there)
             for name, z in vectors.items():
                 kept[id(self), view, name] = spread(z.flatten(1), tokens.view)

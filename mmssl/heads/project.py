@@ -117,6 +117,10 @@ class SpaceHeads(nn.Module):
             if audio_norm:
                 self.audio_norm = MaskedSyncBatchNorm(spaces["vat"])
 
+    def leads(self, modality: str, space: str) -> bool:
+        """The modality has a head of its own into the space."""
+        return _name(modality, space) in self.heads
+
     def project(
         self, x: Tensor, modality: str, space: str, valid_P: Tensor | None = None
     ) -> Tensor:
@@ -142,7 +146,7 @@ class SpaceHeads(nn.Module):
         out: dict[str, Tensor] = {}
         fine = None
         for space in dict.fromkeys(spaces):
-            if _name(modality, space) in self.heads:
+            if self.leads(modality, space):
                 out[space] = self.heads[_name(modality, space)](x, valid_P)
                 fine = out[space] if space == "va" else fine
         for space in dict.fromkeys(spaces):
@@ -154,7 +158,7 @@ class SpaceHeads(nn.Module):
         return out
 
     def _check_coarse(self, modality: str, space: str) -> None:
-        if self.va_vat is None or space != "vat" or _name(modality, "va") not in self.heads:
+        if self.va_vat is None or space != "vat" or not self.leads(modality, "va"):
             known = ", ".join(name.replace("_to_", " -> ") for name in self.heads)
             raise UserError(
                 f"heads: no way from {modality} to space {space!r} in graph {self.graph}; "

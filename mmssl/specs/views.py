@@ -35,3 +35,8 @@ class ViewSpec(Spec):
     candidates: int = Field(1, gt=0)  # text candidates per row
     normalize: bool = False  # audio: zero mean, unit variance per crop
     augment: list[AugmentSpec] = []
+
+    @property
+    def tower_name(self) -> str:
+        """The tower that reads the view."""
+        return self.tower or self.modality

@@ -11,7 +11,7 @@ never in memory and gradients reach the rows of other ranks through the gather.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -145,22 +145,18 @@ class Pairs(Task):
 
     def dense(self, passes: Passes) -> Dense | None:
         """Localization features of the first map of sounds, if there is one."""
-        name = self._sound_map()
-        if name is None:
-            return None
-        score = self.scores[name]
-        assert isinstance(score, MapScore)
-        return score.features(passes, *self.pairs[name].between)
+        for name, score in self._sound_maps():
+            return score.features(passes, *self.pairs[name].between)
+        return None
 
     def map_score(self) -> ScoreMap | None:
         """The score of the first map of sounds."""
-        name = self._sound_map()
-        score = self.scores[name] if name is not None else None
-        return score.score if isinstance(score, MapScore) else None
+        return next((score.score for _, score in self._sound_maps()), None)
 
-    def _sound_map(self) -> str | None:
-        maps = ((n, s) for n, s in self.scores.items() if isinstance(s, MapScore))
-        return next((name for name, score in maps if "audio" in score.maps_of), None)
+    def _sound_maps(self) -> Iterator[tuple[str, MapScore]]:
+        for name, score in self.scores.items():
+            if isinstance(score, MapScore) and "audio" in score.maps_of:
+                yield name, score
 
     def _term(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side]) -> Term:
         objective = self.pairs[name].objective
