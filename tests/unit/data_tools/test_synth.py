@@ -351,7 +351,14 @@ def test_an_interrupted_run_leaves_no_manifest_and_no_half_file(tmp_path, monkey
     assert not list(tmp_path.rglob("0*.mp4"))
 
 
-def test_impossible_boxes_end_with_an_error_not_a_hang():
+def test_the_largest_objects_find_paths():
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        assert len(synth_scenes.sample_paths(rng, [48.4, 47.5], TIMES_T)) == 2
+
+
+def test_impossible_boxes_end_with_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setattr(synth_scenes, "_PATH_TRIES", 10_000)
     with pytest.raises(RuntimeError, match="no paths without overlap"):
         synth_scenes.sample_paths(np.random.default_rng(0), [120.0, 120.0], TIMES_T)
     steps = (0.0, 64.0, 128.0, 192.0, 255.0)
