@@ -27,6 +27,41 @@ def test_errors_equal_torch_on_the_marked_positions() -> None:
     assert count.item() == 15
 
 
+def test_other_scales_of_data2vec() -> None:
+    prediction, target, mask = _pair()
+    p, t = prediction[mask], target[mask].detach()
+    total, count = reg.mean_absolute(prediction, target, mask)
+    torch.testing.assert_close(total / count, F.l1_loss(p, t))
+    total, count = reg.scaled_square(prediction, target, mask)
+    torch.testing.assert_close(total, ((p - t).square().sum(-1) / 4**0.5).sum())
+    assert count.item() == mask.sum().item()
+    total, count = reg.smooth_l1(prediction, target, mask, beta=4.0, summed=True)
+    expected = F.smooth_l1_loss(p, t, beta=4.0, reduction="sum")
+    torch.testing.assert_close(total, expected)
+    assert count.item() == mask.sum().item()
+    total.backward()
+    assert prediction.grad is not None
+    torch.testing.assert_close(prediction.grad[mask], ((p - t) / 4).detach())  # all within beta
+
+
+def test_a_zero_prediction_of_standardised_targets_costs_the_root_of_the_width() -> None:
+    g = torch.Generator().manual_seed(2)
+    layers = torch.randn(8, 2, 100, 768, generator=g)
+    layers = (layers - layers.mean(2, keepdim=True)) / layers.std(2, correction=0, keepdim=True)
+    for k, expected in ((1, 27.71), (8, 27.71 / 8)):  # sqrt(768), and of eight independent layers
+        target = layers[:k].mean(0)
+        total, count = reg.scaled_square(torch.zeros_like(target), target)
+        assert (total / count).item() == pytest.approx(expected, rel=0.01)
+
+
+def test_smooth_l1_on_both_sides_of_beta() -> None:
+    prediction = torch.tensor([[[1.0, 5.0]]])
+    total, _ = reg.smooth_l1(prediction, torch.zeros(1, 1, 2), beta=2.0)
+    assert total.item() == pytest.approx((1 / 4 + 5 - 1) / 2)
+    total, _ = reg.smooth_l1(prediction, torch.zeros(1, 1, 2), beta=2.0, summed=True)
+    assert total.item() == pytest.approx(1 / 4 + 5 - 1)
+
+
 def test_unmarked_positions_and_targets_send_no_gradient() -> None:
     prediction, target, mask = _pair()
     with torch.no_grad():
@@ -38,8 +73,9 @@ def test_unmarked_positions_and_targets_send_no_gradient() -> None:
     assert prediction.grad is not None
     assert torch.equal(prediction.grad.abs().sum(-1) > 0, mask)
     assert target.grad is None
-    total, count = reg.smooth_l1(prediction, target, torch.zeros_like(mask))
-    assert (total.item(), count.item()) == (0, 0)
+    for loss in (reg.smooth_l1, reg.scaled_square, reg.mean_absolute):
+        total, count = loss(prediction, target, torch.zeros_like(mask))
+        assert (total.item(), count.item()) == (0, 0)
 
 
 def test_predicting_the_mean_of_normalised_patches_costs_one() -> None:
