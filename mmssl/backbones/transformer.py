@@ -1,6 +1,6 @@
-"""The shared encoder: one transformer that every modality may run through.
+"""The shared encoder: one stack of layers that every modality may run through.
 
-B rows, N tokens, D width, H heads, E head size. Pre-norm by default (VATT): x + attention(norm(x)),
+B rows, N tokens, D width, H heads, L layers. Pre-norm by default (VATT): x + attention(norm(x)),
 then x + mlp(norm(x)), with a final norm. Weights may be kept per modality: all LayerNorms
 (`norms_for`) and the feed-forward of the first layers (`ffn_for`, `ffn_layers`); attention is
 always shared.
@@ -8,122 +8,101 @@ always shared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmssl.backbones.relative import RelativeBias
+from mmssl.backbones.attention import Attention, key_mask
+from mmssl.backbones.conformer import ConformerBlock, ConvOptions
+from mmssl.backbones.dropout import Dropout, DropPath
+from mmssl.backbones.layers import FeedForward, LayerOptions, PerModality
+from mmssl.backbones.relative import GridBias, RelativeBias
 from mmssl.types import UserError
 
-
-class PerModality(nn.Module):
-    """One copy of a part per modality, or a single shared copy when `names` is empty."""
-
-    def __init__(
-        self, names: Sequence[str], make: type[nn.Module], *args: object, **kwargs: object
-    ) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict({name: make(*args, **kwargs) for name in names or ("shared",)})
-        self.split = bool(names)
-
-    def forward(self, x_BND: Tensor, modality: str | None = None) -> Tensor:
-        """Apply the copy of `modality`; a shared copy ignores it.
-
-        Raises:
-            UserError: a modality without a copy of its own.
-        """
-        name = modality if self.split else "shared"
-        if name is None or name not in self.parts:
-            raise UserError(
-                f"transformer: modality {modality!r} has no weights of its own; "
-                f"there are {', '.join(self.parts)}"
-            )
-        out: Tensor = self.parts[name](x_BND)
-        return out
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, dropout, Linear."""
-
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.up = _linear(width, hidden)
-        self.dropout = nn.Dropout(dropout)
-        self.down = _linear(hidden, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(..., D), same shape out."""
-        out: Tensor = self.down(self.dropout(F.gelu(self.up(x_BND))))
-        return out
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with biases, on torch's fused kernel."""
-
-    def __init__(self, width: int, heads: int, head_size: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads, self.head_size, self.dropout = heads, head_size, dropout
-        self.qkv = _linear(width, 3 * heads * head_size)
-        self.out = _linear(heads * head_size, width)
-
-    def forward(self, x_BND: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: None, bool (True = may look) or additive; broadcastable to (B, H, N, N)."""
-        rows, tokens, _ = x_BND.shape
-        qkv = self.qkv(x_BND).view(rows, tokens, 3, self.heads, self.head_size)
-        q_BHNE, k_BHNE, v_BHNE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(
-            q_BHNE, k_BHNE, v_BHNE, mask, dropout_p=self.dropout if self.training else 0.0
-        )
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
-        return out
+RELATIVE_USES = ("first", "all", "gated")
+LAYERS = ("transformer", "conformer")
+TAPS = ("layer", "ffn")
 
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each with its norm, residual and dropout."""
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        heads: int,
-        head_size: int,
-        dropout: float,
-        norms_for: Sequence[str],
-        ffn_for: Sequence[str],
-        post_norm: bool,
-        eps: float,
+        self, options: LayerOptions, ffn_for: Sequence[str] = (), drop_path: float = 0.0
     ) -> None:
         super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = PerModality(norms_for, nn.LayerNorm, width, eps=eps)
-        self.attention = Attention(width, heads, head_size, dropout)
-        self.norm2 = PerModality(norms_for, nn.LayerNorm, width, eps=eps)
-        self.ffn = PerModality(ffn_for, FeedForward, width, hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.post_norm = options.post_norm
+        self.norm1 = options.norm()
+        self.attention = Attention(options)
+        self.norm2 = options.norm()
+        self.ffn = PerModality(ffn_for, FeedForward, options)
+        self.dropout = options.branch_dropout()
+        self.path = DropPath(drop_path)
+        self.scale1_D: nn.Parameter | None = None
+        self.scale2_D: nn.Parameter | None = None
+        if options.layer_scale:
+            self.scale1_D = nn.Parameter(torch.full((options.width,), options.layer_scale))
+            self.scale2_D = nn.Parameter(torch.full((options.width,), options.layer_scale))
 
     def forward(
-        self, x_BND: Tensor, mask: Tensor | None = None, modality: str | None = None
+        self,
+        x_BND: Tensor,
+        mask: Tensor | None = None,
+        modality: str | None = None,
+        bias: Tensor | None = None,
+        taps: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, N, D), same shape out; mask as in `Attention`."""
+        """(B, N, D), same shape out; mask and bias as in `Attention`.
+
+        taps: a list that receives the feed-forward's output, before dropout and residual.
+        """
+        seen = x_BND if self.post_norm else self.norm1(x_BND, modality)
+        x_BND = x_BND + self._branch(self.attention(seen, mask, bias), self.scale1_D)
         if self.post_norm:
-            x_BND = self.norm1(x_BND + self.dropout(self.attention(x_BND, mask)), modality)
-            out: Tensor = self.norm2(x_BND + self.dropout(self.ffn(x_BND, modality)), modality)
-            return out
-        x_BND = x_BND + self.dropout(self.attention(self.norm1(x_BND, modality), mask))
-        out = x_BND + self.dropout(self.ffn(self.norm2(x_BND, modality), modality))
+            x_BND = self.norm1(x_BND, modality)
+        ffn = self.ffn(x_BND if self.post_norm else self.norm2(x_BND, modality), modality)
+        if taps is not None:
+            taps.append(ffn)
+        x_BND = x_BND + self._branch(ffn, self.scale2_D)
+        return self.norm2(x_BND, modality) if self.post_norm else x_BND
+
+    def _branch(self, y_BND: Tensor, scale_D: Tensor | None) -> Tensor:
+        y_BND = self.dropout(y_BND)
+        out: Tensor = self.path(y_BND if scale_D is None else y_BND * scale_D)
         return out
 
 
 class Transformer(nn.Module):
     """Encoder of (B, N, D) tokens.
 
-    heads x head_size need not equal the width; heads 0 means width / head_size. hidden 0 means 4 x
-    width. norms_for, ffn_for: modalities with LayerNorms / feed-forwards of their own (empty =
-    shared), the latter in the first `ffn_layers` layers. relative_buckets > 0 adds T5's learned
-    relative bias to the first layer. checkpointing recomputes each layer in the backward pass:
-    memory of one layer instead of all.
+    Size: heads x head_size need not equal the width; heads 0 means width / head_size. hidden 0
+    means 4 x width. norms_for, ffn_for: modalities with LayerNorms / feed-forwards of their own
+    (empty = shared), the latter in the first `ffn_layers` layers. share_layers: one layer, used L
+    times (ALBERT): it is registered once and its gradient is the sum over depths. checkpointing
+    recomputes each layer in the backward pass: memory of one layer instead of all.
+
+    Norms: post_norm puts them behind the residuals (BERT, wav2vec 2.0 BASE). input_norm: one before
+    the first layer. final_norm: one behind the last; None = only a pre-norm transformer has it,
+    since post-norm and Conformer layers end in one. layer_scale: see `LayerOptions`.
+
+    Relative positions: relative_buckets > 0 makes T5's table, relative_grid one of a fixed grid
+    behind `relative_front` tokens (BEiT). relative_use: `first` layer only, `all` layers, or all
+    and `gated` by each (WavLM: 320 buckets, distance 800).
+
+    Dropout: `dropout` of residual branches; attention_dropout and activation_dropout follow it
+    where None. It is also applied before the first layer (input_dropout) where there is an
+    input_norm, else to the output (output_dropout), unless these are given. fast_dropout: see
+    `Dropout`. drop_path: rate of the last layer, growing linearly from 0 at the first.
+
+    layer_drop: probability that a layer is left out of a forward pass, for the whole batch; never
+    the first one with keep_first (WavLM). A layer left out is run and its result thrown away: its
+    parameters then get gradients of zero and every rank runs the same modules, without which ZeRO
+    waits for gradients or shards that never come. It saves no time.
+
+    layer: `transformer` or `conformer`; the latter reads conv_kernels (one number, or one per
+    layer), conv_first, conv_norm and conv_bias as in `ConvOptions`.
     """
 
     def __init__(
@@ -142,35 +121,72 @@ class Transformer(nn.Module):
         relative_distance: int = 64,
         checkpointing: bool = False,
         eps: float = 1e-6,
+        *,
+        attention_dropout: float | None = None,
+        activation_dropout: float | None = None,
+        input_dropout: float | None = None,
+        output_dropout: float | None = None,
+        fast_dropout: bool = False,
+        layer_drop: float = 0.0,
+        keep_first: bool = False,
+        drop_path: float = 0.0,
+        layer_scale: float = 0.0,
+        share_layers: bool = False,
+        input_norm: bool = False,
+        final_norm: bool | None = None,
+        init: str = "xavier",
+        relative_use: str = "first",
+        relative_grid: Sequence[int] = (),
+        relative_front: int = 0,
+        layer: str = "transformer",
+        conv_kernels: int | Sequence[int] = 31,
+        conv_first: bool = False,
+        conv_norm: str = "group",
+        conv_bias: bool = True,
     ) -> None:
         super().__init__()
         heads = heads or width // head_size
-        if heads < 1 or layers < 1:
-            raise UserError(
-                f"transformer: width {width}, head_size {head_size}, {heads} heads, {layers} "
-                "layers: need at least one layer and one head; lower head_size or give heads"
-            )
-        if bool(ffn_for) != (ffn_layers > 0) or ffn_layers > layers:
-            raise UserError(
-                f"transformer: ffn_layers {ffn_layers} of {layers} layers with ffn_for "
-                f"{list(ffn_for)}; give both, and no more than there are layers"
-            )
-        self.width, self.checkpointing = width, checkpointing
-        self.relative: RelativeBias | None = None
-        if relative_buckets:
-            self.relative = RelativeBias(heads, relative_buckets, relative_distance)
-        own = [tuple(ffn_for) if i < ffn_layers else () for i in range(layers)]
-        self.blocks = nn.ModuleList(
-            Block(
-                width, hidden or 4 * width, heads, head_size, dropout, norms_for, o, post_norm, eps
-            )
-            for o in own
+        _check_size(width, layers, heads, head_size, ffn_for, ffn_layers)
+        self.width, self.layers, self.checkpointing = width, layers, checkpointing
+        self.layer_drop, self.keep_first, self.relative_use = layer_drop, keep_first, relative_use
+        self.relative = _relative(
+            heads, (relative_buckets, relative_distance), relative_grid, relative_front
         )
-        # the last norm of a post-norm stack is already inside its last layer
-        self.norm: nn.Module | None = None
-        if not post_norm:
-            self.norm = PerModality(norms_for, nn.LayerNorm, width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        options = LayerOptions(
+            width,
+            hidden or 4 * width,
+            heads,
+            head_size,
+            dropout,
+            dropout if attention_dropout is None else attention_dropout,
+            dropout if activation_dropout is None else activation_dropout,
+            fast_dropout,
+            tuple(norms_for),
+            post_norm,
+            eps,
+            init,
+            gated=_is_gated(relative_use, self.relative),
+            layer_scale=layer_scale,
+        )
+        own = [tuple(ffn_for) if i < ffn_layers else () for i in range(layers)]
+        if layer == "conformer":
+            _check_conformer(post_norm, layer_scale, drop_path)
+            convs = _convs(layers, conv_kernels, conv_first, conv_norm, conv_bias)
+            self.blocks = _stack(ConformerBlock, options, own, convs, share_layers)
+        elif layer == "transformer":
+            paths = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+            self.blocks = _stack(Block, options, own, paths, share_layers)
+        else:
+            raise UserError(f"layer: {layer!r} is not known; use one of {', '.join(LAYERS)}")
+        self.input_norm = options.norm() if input_norm else None
+        if final_norm is None:
+            final_norm = not post_norm and layer == "transformer"
+        self.norm = options.norm() if final_norm else None
+        first, last = (dropout, 0.0) if input_norm else (0.0, dropout)
+        self.input_dropout = Dropout(
+            first if input_dropout is None else input_dropout, fast_dropout
+        )
+        self.dropout = Dropout(last if output_dropout is None else output_dropout, fast_dropout)
 
     def forward(
         self,
@@ -178,47 +194,126 @@ class Transformer(nn.Module):
         pad_BN: Tensor | None = None,
         modality: str | None = None,
         return_hidden: bool = False,
+        tap: str = "layer",
     ) -> tuple[Tensor, list[Tensor]]:
-        """Encode; returns the normed output (B, N, D) and, if asked, every layer's raw output.
+        """Encode; returns the normed output (B, N, D) and, if asked, one tensor per layer.
 
         pad_BN: True where a token must be ignored. Its content influences nothing; its output is
-        finite and meaningless. hidden[i] is the output of layer i before the final norm; empty
-        unless `return_hidden`.
+        finite and meaningless. hidden[i]: with tap `layer` the output of layer i, before the final
+        norm; with `ffn` that of its (last) feed-forward, before dropout and residual (data2vec's
+        targets). Empty unless `return_hidden`.
         """
         if pad_BN is not None:
             # a non-finite padded value would reach others through 0 * nan
             x_BND = x_BND.masked_fill(pad_BN[..., None], 0.0)
-        look = None if pad_BN is None else _look(pad_BN)
+        look = None if pad_BN is None else key_mask(pad_BN)
+        if self.input_norm is not None:
+            x_BND = self.input_norm(x_BND, modality)
+        x_BND = self.input_dropout(x_BND)
+        bias = None if self.relative is None else self.relative(x_BND.shape[1]).to(x_BND.dtype)
+        keep = self._kept(x_BND.device)
         hidden: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            mask = self._biased(look, x_BND) if i == 0 else look
-            if self.checkpointing and self.training:
-                x_BND = checkpoint(block, x_BND, mask, modality, use_reentrant=False)
-            else:
-                x_BND = block(x_BND, mask, modality)
-            if return_hidden:
+        taps: list[Tensor] | None = hidden if return_hidden and _known_tap(tap) == "ffn" else None
+        for i, block in enumerate(self._depths()):
+            near = bias if i == 0 or self.relative_use != "first" else None
+            new = self._run(block, x_BND, look, modality, near, taps)
+            x_BND = new if keep is None else torch.where(keep[i], new, x_BND)
+            if return_hidden and taps is None:
                 hidden.append(x_BND)
         if self.norm is not None:
             x_BND = self.norm(x_BND, modality)
         return self.dropout(x_BND), hidden
 
-    def _biased(self, look: Tensor | None, x_BND: Tensor) -> Tensor | None:
-        """Mask of the first layer, which alone carries the relative positions."""
-        if self.relative is None:
-            return look
-        bias: Tensor = self.relative(x_BND.shape[1]).to(x_BND.dtype)
-        return bias if look is None else bias.masked_fill(~look, float("-inf"))
+    def _depths(self) -> Iterator[nn.Module]:
+        """The layer of every depth; a shared one comes again and again."""
+        return (self.blocks[i % len(self.blocks)] for i in range(self.layers))
+
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*args)  # type: ignore[no-any-return]
+
+    def _kept(self, device: torch.device) -> Tensor | None:
+        """(L,) bool: the layers that count in this pass; None when all do."""
+        if not self.training or self.layer_drop == 0.0:
+            return None
+        keep = torch.rand(self.layers, device=device) >= self.layer_drop
+        if self.keep_first:
+            keep[0] = True
+        return keep
 
 
-def _look(pad_BN: Tensor) -> Tensor:
-    """(B, 1, 1, N) keys that may be looked at."""
-    # a row of nothing but padding looks at itself: an empty softmax is nan
-    return ~(pad_BN & ~pad_BN.all(dim=1, keepdim=True))[:, None, None, :]
+def _check_size(
+    width: int, layers: int, heads: int, head_size: int, ffn_for: Sequence[str], ffn_layers: int
+) -> None:
+    if heads < 1 or layers < 1:
+        raise UserError(
+            f"transformer: width {width}, head_size {head_size}, {heads} heads, {layers} "
+            "layers: need at least one layer and one head; lower head_size or give heads"
+        )
+    if bool(ffn_for) != (ffn_layers > 0) or ffn_layers > layers:
+        raise UserError(
+            f"transformer: ffn_layers {ffn_layers} of {layers} layers with ffn_for "
+            f"{list(ffn_for)}; give both, and no more than there are layers"
+        )
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """Linear layer with Xavier-uniform weights and zero biases (any width keeps unit scale)."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+def _check_conformer(post_norm: bool, layer_scale: float, drop_path: float) -> None:
+    if post_norm or layer_scale or drop_path:
+        raise UserError(
+            "layer: a conformer has its own norms and knows no post_norm, layer_scale or drop_path"
+        )
+
+
+def _is_gated(use: str, table: nn.Module | None) -> bool:
+    if use not in RELATIVE_USES:
+        raise UserError(
+            f"relative_use: {use!r} is not known; use one of {', '.join(RELATIVE_USES)}"
+        )
+    if use != "first" and table is None:
+        raise UserError(f"relative_use: {use!r} needs relative_buckets or relative_grid")
+    return use == "gated"
+
+
+def _known_tap(tap: str) -> str:
+    if tap not in TAPS:
+        raise UserError(f"tap: {tap!r} is not known; use one of {', '.join(TAPS)}")
+    return tap
+
+
+def _relative(
+    heads: int, buckets: tuple[int, int], grid: Sequence[int], front: int
+) -> RelativeBias | GridBias | None:
+    if grid and buckets[0]:
+        raise UserError(
+            f"relative_buckets {buckets[0]} and relative_grid {list(grid)} exclude each other"
+        )
+    if grid:
+        return GridBias(heads, grid, front)
+    return RelativeBias(heads, *buckets) if buckets[0] else None
+
+
+def _convs(
+    layers: int, kernels: int | Sequence[int], first: bool, norm: str, bias: bool
+) -> list[ConvOptions]:
+    kernels = [kernels] * layers if isinstance(kernels, int) else list(kernels)
+    if len(kernels) != layers:
+        raise UserError(f"conv_kernels: {len(kernels)} kernels for {layers} layers; give one each")
+    return [ConvOptions(kernel, first, norm, bias) for kernel in kernels]
+
+
+def _stack(
+    make: Callable[..., nn.Module],
+    options: LayerOptions,
+    own: Sequence[tuple[str, ...]],
+    rest: Sequence[object],
+    share: bool,
+) -> nn.ModuleList:
+    """The layers, or the one that all depths share."""
+    plans = list(zip(own, rest, strict=True))
+    if share and any(plan != plans[0] for plan in plans):
+        raise UserError(
+            "share_layers: one layer serves all depths, so ffn_layers must be 0 or all, drop_path "
+            "0 and conv_kernels equal"
+        )
+    return nn.ModuleList(make(options, *plan) for plan in (plans[:1] if share else plans))

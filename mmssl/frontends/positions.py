@@ -105,7 +105,10 @@ class FactorisedPositions(nn.Module):
         out: Tensor = self.norm(total)
         return out.flatten(0, -2)
 
-    def forward(self, x_PND: Tensor, grid: Sequence[int]) -> Tensor:
-        """(P, N, D) tokens of a grid, in row-major order, with their positions added."""
+    def forward(self, x_PND: Tensor, grid: Sequence[int], pad_PN: Tensor | None = None) -> Tensor:
+        """(P, N, D) tokens of a grid, in row-major order, with their positions added.
+
+        pad_PN: not needed here; padding keeps whatever it holds.
+        """
         out: Tensor = self.dropout(x_PND + self.vectors(grid))
         return out
