@@ -57,6 +57,19 @@ class Clip:
 
 
 @dataclass
+class FrameLabels:
+    """Integer ids along time, read from a side-car; label 0 belongs to the view's start.
+
+    ids: int64, (N, G) of one view, (P, N, G) of a batch; G codebooks (1 unless the side-car holds
+    an ensemble); -1 where there is no label. rate_hz: labels per second, which need not be the rate
+    of the tokens: `mmssl.data.labels.frame_ids` aligns them.
+    """
+
+    ids: Tensor
+    rate_hz: float
+
+
+@dataclass
 class View:
     """One cut and augmented tensor of one modality, unpadded.
 
@@ -64,12 +77,14 @@ class View:
     rate: Hz for audio, frames per second for video, 0 for text.
     start_s: place of the first unit on the clip's clock.
     seed: seeds everything random that happens to this view later (masks, dropped tokens).
+    labels: frame labels by name (`data.frame_labels`), cut as the view is.
     """
 
     data: Tensor
     rate: float
     start_s: float
     seed: int
+    labels: dict[str, FrameLabels] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +95,7 @@ class ViewBatch:
     or ids.
     rows_P, slots_P: where item p sits in the (B, L) table; present_BL says which places are filled.
     seeds_P: int64 seeds of masks and dropped tokens, equal on every batch layout.
+    labels: frame labels by name (`data.frame_labels`), padded with -1; none for text.
     A batch without any present item holds one dummy item and `dummy=True`: it is encoded with
     weight 0, so that every rank runs the same modules in the same order.
     """
@@ -94,6 +110,7 @@ class ViewBatch:
     present_BL: Tensor
     rate: float
     dummy: bool = False
+    labels: dict[str, FrameLabels] = field(default_factory=dict)
 
     @property
     def present_B(self) -> Tensor:
@@ -132,8 +149,13 @@ class Batch:
 def _moved(record: Any, device: Any) -> Any:
     from torch import Tensor
 
-    tensors = {k: v for k, v in vars(record).items() if isinstance(v, Tensor)}
-    return replace(record, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+    fields = vars(record)
+    moved: dict[str, Any] = {
+        k: v.to(device, non_blocking=True) for k, v in fields.items() if isinstance(v, Tensor)
+    }
+    if fields.get("labels"):
+        moved["labels"] = {k: _moved(v, device) for k, v in fields["labels"].items()}
+    return replace(record, **moved)
 
 
 class Term(NamedTuple):

@@ -3,13 +3,14 @@
 One block crosses from a worker to the training process as one file descriptor, and is pinned in one
 go.
 
-Letters in shapes: B rows, L slots, P present items, S samples, T frames, H, W, N ids.
+Letters in shapes: B rows, L slots, P present items, S samples, T frames, H, W, N ids or labels, G
+codebooks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mmssl import rng
+from mmssl.data.labels import NO_LABEL, LabelKind, label_count
 from mmssl.specs import ViewSpec
-from mmssl.types import Batch, UserError, View, ViewBatch
+from mmssl.types import Batch, FrameLabels, UserError, View, ViewBatch
 
 _ALIGN = 64  # bytes
 _DUMMY_S = 1.0  # length of a dummy item whose view has no fixed length
@@ -50,6 +52,7 @@ class PackedBatch:
     """A batch as one block of bytes and a description; what travels between processes.
 
     error: set instead of the rest when training must stop; raised by the receiver.
+    label_hz: rates of the frame labels by name.
     """
 
     block: Tensor
@@ -58,6 +61,7 @@ class PackedBatch:
     keys: list[str]
     meta: list[dict[str, Any]]
     error: str = ""
+    label_hz: dict[str, float] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory; torch calls it when there is an accelerator."""
@@ -78,6 +82,11 @@ class PackedBatch:
                 modality=modality,
                 rate=rate,
                 dummy=dummy,
+                labels={
+                    label: FrameLabels(tensors[_label_place(name, label)], hz)
+                    for label, hz in self.label_hz.items()
+                    if _label_place(name, label) in tensors
+                },
                 **{f: tensors[f"{name}/{f}"] for f in _VIEW_FIELDS},
             )
             for name, (modality, rate, dummy) in self.views.items()
@@ -113,18 +122,25 @@ def collate(items: Sequence[Item], specs: Mapping[str, ViewSpec]) -> Batch:
     return pack(items, specs, shared=False).unpack()
 
 
-def pack(items: Sequence[Item], specs: Mapping[str, ViewSpec], shared: bool) -> PackedBatch:
+def pack(
+    items: Sequence[Item],
+    specs: Mapping[str, ViewSpec],
+    shared: bool,
+    labels: Mapping[str, LabelKind] | None = None,
+) -> PackedBatch:
     """Lay the present items of every view out in one block, in the order of rows and slots.
 
     Args:
         items: the rows.
         specs: views by name; decide padded lengths and dummy items.
         shared: allocate the block in shared memory, so that sending it copies nothing.
+        labels: the frame labels that every audio and video view carries.
 
     Raises:
         UserError: frames of different sizes in one view.
     """
-    columns = {name: _Column(name, spec, items) for name, spec in specs.items()}
+    labels = labels or {}
+    columns = {name: _Column(name, spec, items, labels) for name, spec in specs.items()}
     small = {
         "source_B": torch.tensor(
             [rng.seed_of("source", i.source) for i in items], dtype=torch.int64
@@ -134,6 +150,7 @@ def pack(items: Sequence[Item], specs: Mapping[str, ViewSpec], shared: bool) -> 
     }
     for name, column in columns.items():
         small |= {f"{name}/{f}": t for f, t in column.indices(len(items)).items()}
+        small |= {_label_place(name, label): t for label, t in column.frame_labels()}
     places, size = _lay_out(
         {
             **{n: (t.shape, t.dtype) for n, t in small.items()},
@@ -148,7 +165,13 @@ def pack(items: Sequence[Item], specs: Mapping[str, ViewSpec], shared: bool) -> 
     kinds: dict[str, tuple[str, float, bool]] = {
         n: (c.spec.modality, c.rate, not c.entries) for n, c in columns.items()
     }
-    return PackedBatch(block, places, kinds, [i.key for i in items], [i.meta for i in items])
+    label_hz = {name: kind.rate_hz for name, kind in labels.items()}
+    keys, meta = [i.key for i in items], [i.meta for i in items]
+    return PackedBatch(block, places, kinds, keys, meta, label_hz=label_hz)
+
+
+def _label_place(view: str, label: str) -> str:
+    return f"{view}/labels/{label}"
 
 
 def text_id(captions: Sequence[str]) -> int:
@@ -161,8 +184,15 @@ def text_id(captions: Sequence[str]) -> int:
 class _Column:
     """The present items of one view."""
 
-    def __init__(self, name: str, spec: ViewSpec, items: Sequence[Item]) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: ViewSpec,
+        items: Sequence[Item],
+        labels: Mapping[str, LabelKind],
+    ) -> None:
         self.name, self.spec = name, spec
+        self.labels = labels if spec.modality != "text" else {}
         self.slots = spec.candidates if spec.modality == "text" else 1
         self.entries: list[tuple[int, int, View]] = [
             (row, slot, view)
@@ -218,6 +248,17 @@ class _Column:
             ),
             "present_BL": present_BL,
         }
+
+    def frame_labels(self) -> Iterator[tuple[str, Tensor]]:
+        """(P, N, G) labels by name; N follows the padded length of the data."""
+        for name, kind in self.labels.items():
+            count = label_count(self.length, self.rate, kind.rate_hz)
+            shape = (max(1, len(self.entries)), count, kind.codebooks)
+            ids_PNG = torch.full(shape, NO_LABEL, dtype=torch.int64)
+            for target, (_, _, view) in zip(ids_PNG, self.entries, strict=False):
+                ids_NG = view.labels[name].ids
+                target[: len(ids_NG)] = ids_NG
+            yield name, ids_PNG
 
     def fill(self, data: Tensor) -> None:
         """Write the padded data."""

@@ -14,6 +14,7 @@ from mmssl.data import samples
 from mmssl.data.collate import Item
 from mmssl.data.decode import ClipReader
 from mmssl.data.integrity import Ledger
+from mmssl.data.labels import LabelBook
 from mmssl.data.media import Limits
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
@@ -26,13 +27,14 @@ _WINDOW = 1000  # samples over which the share of bad ones is taken
 
 @dataclass
 class SampleEncoder:
-    """Turns samples into rows of named views."""
+    """Turns samples into rows of named views; `frame_labels` are cut as the views are."""
 
     views: Mapping[str, ViewSpec]
     data: DataSpec
     seed: int
     tokenizer: Tokenizer | None
     training: bool
+    frame_labels: LabelBook = field(default_factory=LabelBook)
     limits: Limits = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +53,7 @@ class SampleEncoder:
         """Verify, decode and cut one sample.
 
         Raises:
-            DamagedSampleError: the sample must be skipped.
+            DamagedSampleError: the sample must be skipped; `labels` where a side-car lacks it.
         """
         record = samples.read(sample)
         draw = _flat(sample.restore_key) if self.training else ()
@@ -91,6 +93,10 @@ class SampleEncoder:
                 continue
             cutter = cutting.cut_audio if cut.spec.modality == "audio" else cutting.cut_video
             view = cutter(clip, cut, self.training)
+            if view is not None:
+                view.labels = self.frame_labels.cut(
+                    clip.key, view.start_s, len(view.data), view.rate
+                )
             views[name] = [] if view is None else [view]
         return views
 

@@ -19,6 +19,7 @@ from mmssl.data import energon
 from mmssl.data.collate import Item, PackedBatch, failed, pack
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
 from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
+from mmssl.data.labels import LabelBook
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Batch, Sample, UserError
@@ -51,14 +52,16 @@ def train_loader(
         ledger: file to which skipped samples are appended as JSON lines.
 
     Raises:
-        UserError: a folder is missing or not prepared, or has fewer samples than there are readers.
+        UserError: a folder is missing or not prepared, has fewer samples than there are readers, or
+            has no side-car among those of a name in `data.frame_labels`.
     """
     weights = data.train if isinstance(data.train, dict) else {data.train: 1.0}
     shards = {folder: _train_shards(folder, weights[folder]) for folder in weights}
     readers = world * max(1, data.workers)
     for folder, listed in shards.items():
         _check_readers(folder, listed, readers, world, data.workers)
-    encoder = SampleEncoder(views, data, seed, tokenizer, training=True)
+    labels = LabelBook.open(data.frame_labels, [Path(f) for f in weights], required=True)
+    encoder = SampleEncoder(views, data, seed, tokenizer, True, labels)
     config = energon.worker_config(rank, world, data.workers, seed)
     task = _Task(encoder, BadSampleGuard(data.max_bad_share, Ledger(ledger)))
     with energon.quiet():
@@ -85,6 +88,8 @@ def train_loader(
         "shuffle_buffer": data.shuffle_buffer,
         "folders": [[w, [s.sha256 for s in shards[f]]] for f, w in weights.items()],
     }
+    if data.frame_labels:
+        identity["frame_labels"] = labels.digests
     return TrainLoader(loader, identity)
 
 
@@ -176,6 +181,11 @@ def _mismatch(name: str, saved: Any, value: Any) -> str:
             "the saved data position belongs to other shards or blend weights; point data.train at "
             "the shards of the original run"
         )
+    if name == "frame_labels":
+        return (
+            "the saved data position was taken with other frame labels; point data.frame_labels at "
+            "the side-cars of the original run"
+        )
     return (
         f"the saved data position was taken with {name} = {saved}, this run has {value}; resume "
         "with the original value"
@@ -218,7 +228,8 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
 def _packed(items: Sequence[Item], encoder: SampleEncoder) -> PackedBatch:
     """Rows to one block, shared where this is a worker; bad settings travel as a batch, too."""
     try:
-        return pack(items, encoder.views, shared=get_worker_info() is not None)
+        kinds = encoder.frame_labels.kinds
+        return pack(items, encoder.views, shared=get_worker_info() is not None, labels=kinds)
     except UserError as error:
         return failed(str(error))
 
@@ -262,11 +273,13 @@ def eval_batches(
     limit: int | None = None,
     workers: int | None = None,
     ledger: str | Path | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Every sample of a folder once, in the order of the source manifest, without augmentation.
 
     Damaged samples are left out and counted. `Batch.meta` holds the manifest's meta of every row,
-    with `captions`, `source`, `has`, `duration_s` and `stored_size` (width, height).
+    with `captions`, `source`, `has`, `duration_s` and `stored_size` (width, height). Views carry
+    the frame labels of those `data.frame_labels` that have a side-car of this folder.
 
     Args:
         path: shard folder.
@@ -277,17 +290,19 @@ def eval_batches(
         limit: read only the first clips.
         workers: processes; `data.workers` if None.
         ledger: file to which skipped samples are appended as JSON lines.
+        rows: read only the samples of these numbers, in this order.
 
     Raises:
         UserError: no such folder, or too many bad samples.
     """
     read_manifest(Path(path))
-    encoder = SampleEncoder(views, data, 0, tokenizer, training=False)
+    labels = LabelBook.open(data.frame_labels, [Path(path)], required=False)
+    encoder = SampleEncoder(views, data, 0, tokenizer, False, labels)
     with energon.quiet():
         folder = energon.ShardFolder(Path(path), energon.worker_config(0, 1, 0, 0), training=False)
-    total = len(folder) if limit is None else min(limit, len(folder))
+    chosen: Sequence[int] = range(len(folder)) if rows is None else rows
     guard = BadSampleGuard(data.max_bad_share, Ledger(ledger))
-    chunks = _Chunks(folder.reader(), encoder, guard, total, micro_batch)
+    chunks = _Chunks(folder.reader(), encoder, guard, chosen[:limit], micro_batch)
     return _eval_iterator(chunks, data.workers if workers is None else workers)
 
 
@@ -314,21 +329,21 @@ class _Chunks(Dataset[PackedBatch]):
         reader: energon.TolerantReader,
         encoder: SampleEncoder,
         guard: BadSampleGuard,
-        total: int,
+        rows: Sequence[int],
         micro_batch: int,
     ) -> None:
         self._reader, self._encoder, self._guard = reader, encoder, guard
-        self._total, self._micro_batch = total, micro_batch
+        self._rows, self._micro_batch = rows, micro_batch
 
     def __len__(self) -> int:
-        return -(-self._total // self._micro_batch)
+        return -(-len(self._rows) // self._micro_batch)
 
     def __getitem__(self, chunk: int) -> PackedBatch:
         first = chunk * self._micro_batch
         if chunk >= len(self):
             raise IndexError(chunk)
         items: list[Item] = []
-        for index in range(first, min(first + self._micro_batch, self._total)):
+        for index in self._rows[first : first + self._micro_batch]:
             crude = self._reader[index]
             item = encode_guarded(self._encoder, self._guard, to_sample(crude), crude)
             if self._guard.stop:

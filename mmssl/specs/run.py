@@ -20,6 +20,8 @@ class DataSpec(Spec):
     test: str = ""
     tokenizer: str = ""  # SentencePiece model, made by data_tools/train_tokenizer.py
     labels: list[str] = []  # metadata fields that `label` targets read in training
+    # side-cars of data_tools/label_shards.py by the name tasks use, one file per shard folder
+    frame_labels: dict[str, str | list[str]] = {}
     workers: int = Field(2, ge=0)  # per rank; 0 reads in the training process
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling

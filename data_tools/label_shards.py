@@ -1,0 +1,247 @@
+"""Frame labels for shards: features, a clustering, and a side-car of ids for `data.frame_labels`.
+
+    python -m data_tools.label_shards SHARDS OUT.safetensors --features mfcc --clusters 100
+    python -m data_tools.label_shards SHARDS OUT.safetensors --features RUN --layer 6 --clusters 500
+    python -m data_tools.label_shards VAL OUT2.safetensors --kmeans OUT.kmeans-100.safetensors
+
+The first passes fit k-means on a share of the samples, the last one labels all of them; no pass
+keeps more than a sample of the features. `--clusters 100,500` makes an ensemble of two codebooks.
+The clustering is kept beside OUT: it labels other folders with the same classes, and labelling that
+was broken off goes on from it. The same shards and options give the same bytes whatever the number
+of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools.label_features import Floats, FrameSource, frame_source
+from mmssl.data.integrity import read_manifest
+from mmssl.data.labels import check
+from mmssl.data.loader import eval_batches
+from mmssl.data.sidecars import LabelInfo, SideCar, shards_digest, writing
+from mmssl.rng import numpy_generator
+from mmssl.targets.clusters import Clusters, fit
+from mmssl.types import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to label with what.
+
+    features: `mfcc` or a run folder. layer: 0 = the tower's output, L = behind its L-th layer.
+    clusters: size of every codebook. kmeans: clusterings to use instead of fitting any. fit_share:
+    share of the samples they are fitted to. sweeps, points, restarts: see `clusters.fit`.
+    """
+
+    features: str = "mfcc"
+    layer: int = 0
+    tower: str = ""
+    clusters: tuple[int, ...] = (100,)
+    kmeans: tuple[Path, ...] = ()
+    fit_share: float = 0.1
+    sweeps: int = 5
+    points: int = 100_000
+    restarts: int = 3
+    seed: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A written side-car; unread: samples that could not be read."""
+
+    path: Path
+    samples: int
+    unread: int
+    labels: int
+    kmeans: tuple[Path, ...]
+    codebooks: tuple[Clusters, ...]
+    warnings: tuple[str, ...]
+
+
+class Frames(NamedTuple):
+    """Features of one sample, (T, D), and its length."""
+
+    key: str
+    features_TD: Floats
+    seconds: float
+
+
+# ---------------------------------------------------------------- the passes
+
+
+def label_shards(shards: str | Path, out: str | Path, options: Options) -> Labelled:
+    """Fit, unless clusterings are given, and label every sample of a folder.
+
+    Args:
+        shards: a folder made by make_shards.
+        out: the side-car to write; clusterings that are fitted go beside it.
+        options: what to do.
+
+    Raises:
+        UserError: bad options, no such shards or run, features that cannot be clustered, or a
+            clustering of other features.
+    """
+    shards, out = Path(shards), Path(out)
+    _check(options)
+    total = sum(shard.samples for shard in read_manifest(shards))
+    source = frame_source(options.features, options.tower, options.layer)
+    files = options.kmeans or tuple(_kmeans_file(out, k) for k in options.clusters)
+    if not options.kmeans:
+        rows = _share(total, options)
+        for file, count in zip(files, options.clusters, strict=True):
+            _fit(shards, source, rows, count, options).save(file)
+    codebooks = tuple(_fitting(file, source) for file in files)
+    info = LabelInfo(
+        source=source.source,
+        classes=tuple(c.count for c in codebooks),
+        shards=shards_digest(shards),
+        codebooks=tuple(c.digest for c in codebooks),
+    )
+    with writing(out, info) as writer:
+        for key, features_TD, seconds in _read(
+            shards, source, range(total), options.workers, "label"
+        ):
+            ids = [codebook.assign(features_TD) for codebook in codebooks]
+            writer.add(key, np.stack(ids, axis=1), seconds)
+    warnings = tuple(check(SideCar(out), info.rate_hz))
+    unread = total - len(writer)
+    return Labelled(out, len(writer), unread, writer.labels, files, codebooks, warnings)
+
+
+def _check(options: Options) -> None:
+    if not 0 < options.fit_share <= 1:
+        raise UserError(f"--fit-share {options.fit_share:g}: must be above 0 and at most 1")
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: must be 0 or more")
+    if len(set(options.clusters)) < len(options.clusters) or not options.clusters:
+        raise UserError(f"--clusters {options.clusters}: give one or several different sizes")
+
+
+def _kmeans_file(out: Path, clusters: int) -> Path:
+    return out.with_name(f"{out.stem}.kmeans-{clusters}.safetensors")
+
+
+def _share(total: int, options: Options) -> list[int]:
+    """Numbers of the samples that are fitted to."""
+    count = math.ceil(options.fit_share * total)
+    rng = numpy_generator(options.seed, "fit share")
+    return sorted(int(i) for i in rng.choice(total, count, replace=False))
+
+
+def _fit(
+    shards: Path, source: FrameSource, rows: Sequence[int], clusters: int, options: Options
+) -> Clusters:
+    number = 0
+
+    def stream() -> Iterator[Floats]:
+        nonlocal number
+        name = f"k-means {clusters}, " + (f"sweep {number}" if number else "sample")
+        number += 1
+        for frames in _read(shards, source, rows, options.workers, name):
+            yield frames.features_TD
+
+    return fit(
+        stream,
+        clusters,
+        source.source,
+        sweeps=options.sweeps,
+        points=options.points,
+        restarts=options.restarts,
+        seed=options.seed,
+    )
+
+
+def _fitting(file: Path, source: FrameSource) -> Clusters:
+    clusters = Clusters.load(file)
+    if clusters.source != source.source:
+        raise UserError(
+            f"{file}: clusters of {clusters.source}, the features are {source.source}; use the "
+            "features it was fitted to"
+        )
+    return clusters
+
+
+def _read(
+    shards: Path, source: FrameSource, rows: Sequence[int], workers: int, name: str
+) -> Iterator[Frames]:
+    """Features of the samples of these numbers, in order; none where a sample has no audio.
+
+    Workers decode; features are computed here, clip by clip, so that their number and their
+    neighbours change no digit.
+    """
+    batches = eval_batches(
+        shards, source.data, {"x": source.view}, 1, None, workers=workers, rows=rows
+    )
+    for batch in tqdm(batches, total=len(rows), desc=name, unit="clip", disable=None):
+        view = batch.views["x"]
+        if view.dummy:
+            yield Frames(batch.keys[0], np.empty((0, source.width), np.float32), 0.0)
+            continue
+        seconds = view.data.shape[1] / view.rate
+        yield Frames(batch.keys[0], source.frames(view), seconds)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.label_shards", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--features", default=Options.features, metavar="mfcc|RUN")
+    parser.add_argument("--layer", type=int, default=0, help="of a run; 0 = the output")
+    parser.add_argument("--tower", default="", help="of a run with several audio towers")
+    parser.add_argument("--clusters", type=_several(int), default=Options.clusters)
+    parser.add_argument("--kmeans", type=_several(Path), default=(), metavar="FILE[,FILE]")
+    parser.add_argument("--fit-share", type=float, default=Options.fit_share)
+    parser.add_argument("--sweeps", type=int, default=Options.sweeps)
+    parser.add_argument("--points", type=int, default=Options.points, help="frames held in memory")
+    parser.add_argument("--restarts", type=int, default=Options.restarts)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
+    return parser
+
+
+def _several(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    def parse(text: str) -> tuple[object, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = "comma-separated list"
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = vars(_parser().parse_args(argv))
+    shards, out = args.pop("shards"), args.pop("out")
+    try:
+        made = label_shards(shards, out, Options(**args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{made.path}: {made.labels} labels of {made.samples} samples")
+    for file, codebook in zip(made.kmeans, made.codebooks, strict=True):
+        inertia = ", ".join(f"{value:.6g}" for value in codebook.inertia)
+        print(f"  {file}: {codebook.count} clusters, mean squared distance {inertia}")
+    if made.unread:
+        print(f"  {made.unread} samples could not be read; run python -m data_tools.check_shards")
+    for warning in made.warnings:
+        print(f"  warning: {warning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
