@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmssl import config
-from mmssl.types import Batch, Term, UserError, ViewBatch
+from mmssl.types import Batch, FrameLabels, Term, UserError, ViewBatch
 
 if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, ViewSpec
+    from mmssl.specs import RunSpec, UnitTargetSpec, ViewSpec
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -95,6 +95,9 @@ def fake_batch(spec: RunSpec, rows: int = 4, seed: int = 0, missing: bool = True
         name: _fake_view(name, view, present[view.modality], generator)
         for name, view in spec.views.items()
     }
+    for task in spec.tasks.values():
+        if task.kind == "masked" and task.target.kind == "units":
+            views[task.view].labels = _fake_units(task.target, views[task.view], generator)
     ids = torch.arange(rows)
     text = torch.where(present["text"], ids + 1, torch.zeros_like(ids))
     meta = [_fake_labels(spec, i) for i in range(rows)]
@@ -131,6 +134,26 @@ def _fake_view(
         present_BL=present_B[:, None].expand(-1, view.candidates).clone(),
         rate={"audio": float(view.hz), "video": view.fps, "text": 0.0}[view.modality],
     )
+
+
+def _fake_units(
+    target: UnitTargetSpec, view: ViewBatch, generator: torch.Generator
+) -> dict[str, FrameLabels]:
+    """Random cluster ids at 100 Hz, or at the frames of a video."""
+    import torch
+
+    from mmssl.data.labels import label_count
+
+    hz = 100.0 if view.modality == "audio" else view.rate
+    count = label_count(view.data.shape[1], view.rate, hz)
+    found = {}
+    for name, sizes in target.classes.items():
+        books = [sizes] if isinstance(sizes, int) else sizes
+        ids = [
+            torch.randint(size, (len(view.data), count, 1), generator=generator) for size in books
+        ]
+        found[name] = FrameLabels(torch.cat(ids, -1), hz)
+    return found
 
 
 def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:

@@ -5,9 +5,8 @@ Letters: B rows, D width, T time bins, S cells of a bin.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -18,12 +17,15 @@ from mmssl import dist
 from mmssl.heads.dense import Dense
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
+from mmssl.targets.base import Stats
+from mmssl.targets.teacher import evaluating
 from mmssl.tasks.base import Task
 from mmssl.tasks.classify import Match
-from mmssl.tasks.masked import Masked, Stats
+from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Passes
 from mmssl.types import Batch, Term
+from mmssl.views.mix import mix_view
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Model(nn.Module):
         over ranks, which then gives exactly the gradient of global sum / global count. A term
         without any row is 0.
         """
+        batch = self._mixed(batch)
         passes = self.passes(batch, step / max(1, total))
         terms = {
             _join(task_name, name): (term, weight)
@@ -93,6 +96,12 @@ class Model(nn.Module):
             name: (term, prod(resolve(w, passes.position) for w in task.weight(name)))
             for name, term in task(passes, batch).items()
         }
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch with utterances mixed where a view asks for it, in training."""
+        mixing = [n for n, v in self.spec.views.items() if v.mix is not None and self.training]
+        views = {name: mix_view(batch.views[name], self.spec.views[name]) for name in mixing}
+        return replace(batch, views={**batch.views, **views}) if views else batch
 
     def passes(self, batch: Batch, position: float = 1.0) -> Passes:
         """Encodings of one batch, each made when first asked for."""
@@ -135,7 +144,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
         """{(modality, space): (unit vectors (B, D), present (B,))} of every view and space."""
-        with _evaluating(self):
+        with evaluating(self):
             passes = self.passes(batch)
             out: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
             for task in self._pairs():
@@ -146,7 +155,7 @@ class Model(nn.Module):
 
     def space_for(self, a: str, b: str) -> str | None:
         """The space in which two modalities are compared: a trained pair's, else any common one."""
-        with _evaluating(self):  # some spaces are reached in evaluation only
+        with evaluating(self):  # some spaces are reached in evaluation only
             known = [key for task in self._pairs() for key in task.space_keys()]
         modality = {view: spec.modality for view, spec in self.spec.views.items()}
         for task in self._pairs():
@@ -160,7 +169,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def dense(self, batch: Batch) -> Dense | None:
         """Features of the first map score, for localization; None without one."""
-        with _evaluating(self):
+        with evaluating(self):
             passes = self.passes(batch)
             for task in self._pairs():
                 found = task.dense(passes)
@@ -181,7 +190,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def match_logit(self, batch: Batch, partner_B: Tensor) -> Tensor | None:
         """(B,) logit of row i's first view with row partner[i]'s second; None without a match."""
-        with _evaluating(self):
+        with evaluating(self):
             for task in self.tasks.values():
                 if isinstance(task, Match):
                     return task.logits(self.passes(batch), batch, partner_B)
@@ -190,7 +199,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def masked_stats(self, batch: Batch) -> dict[str, Stats]:
         """Sums over the hidden places of each masked task."""
-        with _evaluating(self):
+        with evaluating(self):
             passes = self.passes(batch)
             return {
                 name: task.stats(passes, batch)
@@ -204,13 +213,3 @@ class Model(nn.Module):
 
 def _join(task: str, term: str) -> str:
     return f"{task}.{term}" if term else task
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,4 +1,6 @@
-"""Numbers that change with the data position: constant, linear, cosine or steps."""
+"""Numbers that change with the data position: constant, linear, cosine, exponential or
+steps.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ def resolve(value: Number, position: float) -> float:
     if value.kind == "steps":
         return [v for at, v in sorted(value.points) if at <= position][-1]
     share = min(1.0, max(0.0, (position - value.begin) / (value.until - value.begin)))
+    if value.kind == "exponential":
+        return float(value.start * (value.end / value.start) ** share)
     if value.kind == "cosine":
         share = (1 - cos(pi * share)) / 2
     return value.start + (value.end - value.start) * share

@@ -8,34 +8,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens
+from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
+from mmssl.frontends.wave_stem import WaveStem
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
 from mmssl.specs import Number
 from mmssl.types import Batch, Tokens, UserError, ViewBatch
+
+Hide = Literal["cells", "latents", "drop"]
 
 
 @dataclass(frozen=True)
 class Mask:
     """What a masked pass hides.
 
-    name: distinguishes passes of one view. hidden_PN: True where a token's input is hidden.
-    embedding_D: added to the hidden tokens after the stem. ids_PN: text only, the ids to read
-    instead of the view's own (80/10/10).
+    name: distinguishes passes of one view. hidden_PN: True where a token is hidden.
+    hide: `cells` zeroes the input cells before the stem reads them, and adds the embedding to the
+    tokens behind it; `latents` puts the embedding in the place of what the stem makes of them
+    (wav2vec 2.0); `drop` leaves the tokens out of the backbone (MAE).
+    embedding_D: marks hidden tokens; None with `altered`.
+    altered: the stem's input to read instead of the view's own: ids (80/10/10) or changed frames.
     """
 
     name: str
     hidden_PN: Tensor
+    hide: Hide = "cells"
     embedding_D: Tensor | None = None
-    ids_PN: Tensor | None = None
+    altered: Tensor | None = None
 
 
 def hide_cells(
@@ -51,6 +59,35 @@ def hide_cells(
         index = torch.arange(size, device=mask.device).div(step, rounding_mode="floor")
         mask = mask.index_select(axis, index.clamp(max=mask.shape[axis] - 1))
     return signal.masked_fill(mask[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a stem makes of a signal: (P, M, D) cells of a grid, and the latents behind them.
+
+    features_PME, raw_PME: behind and before the norm of a stem that shows them (`WaveStem`).
+    """
+
+    x_PMD: Tensor
+    grid: tuple[int, ...]
+    features_PME: Tensor | None = None
+    raw_PME: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What enters a tower's backbone, and what it was made of.
+
+    x_PND: tokens with positions; pad_PN: their padding, None without any. signal: what the
+    front-end made of the view. cells, cell_pad_PM: what the stem made of that.
+    """
+
+    x_PND: Tensor
+    pad_PN: Tensor | None
+    grid: tuple[int, ...]
+    signal: Tensor
+    cells: Cells
+    cell_pad_PM: Tensor | None
 
 
 class Tower(nn.Module):
@@ -84,6 +121,16 @@ class Tower(nn.Module):
         self.trunk_width = trunk.width
         self.width = trunk.width if post is None else post.linear.out_features
 
+    @property
+    def trunk(self) -> Transformer:
+        """The backbone, shared or not."""
+        return self._trunk[0]
+
+    @property
+    def latent_width(self) -> int | None:
+        """Width of the stem's latents, None where it shows none."""
+        return self.stem.proj.in_features if isinstance(self.stem, WaveStem) else None
+
     def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Token grid of one item whose data has this shape."""
         axes = tuple(shape) if self.signal is None else self.signal.grid(tuple(shape))  # type: ignore[operator]
@@ -111,33 +158,76 @@ class Tower(nn.Module):
         position: share of the run that is done, for scheduled numbers. A pass that does not read
         one of the global tokens simply leaves it; registers are thrown away.
         """
-        signal = self.inputs(view)
-        stem, stem_grid = self._cells(signal, view, mask)
-        bins = self._bins(view)
-        stem_pad = None if bins is None else padding_mask(bins, stem_grid)
-        x, grid = self._tokenise(stem, stem_grid, stem_pad, mask)
-        pad = None if bins is None else padding_mask(self._steps(bins), grid)
-        drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
-        x, index, kept_pad = self._dropped(x, pad, view, drop)
+        entry = self.enter(view, mask)
+        cells = entry.cells
+        x, index, kept_pad = self._kept(entry, view, position, mask)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
-        x, _ = self._trunk[0](x, front_pad, modality=self.modality)
+        x, _ = self.trunk(x, front_pad, modality=self.modality)
         if self.post is not None:
             x = self.post(x)
         named, tokens = self.extra.split(x, self.extra.names)
+        pad = entry.pad_PN
         if index is not None:
-            tokens, pad = _scatter(tokens, index, kept_pad, prod(grid))
+            tokens, pad = _scatter(tokens, index, kept_pad, prod(entry.grid))
         return Tokens(
             x_PND=tokens,
             pad_PN=_filled(pad, tokens),
-            stem_PMD=stem,
-            stem_pad_PM=_filled(stem_pad, stem),
-            grid=grid,
-            stem_grid=stem_grid,
+            stem_PMD=cells.x_PMD,
+            stem_pad_PM=_filled(entry.cell_pad_PM, cells.x_PMD),
+            grid=entry.grid,
+            stem_grid=cells.grid,
             extra=named,
             rate_hz=self.token_rate(view),
             stem_rate_hz=self.token_rate(view) * (1 if self.merge is None else self.merge.time),
             view=view,
-            motion_PM=None if mask is not None else self._motion(signal, stem_grid),
+            hide=None if mask is None else mask.hide,
+            features_PNE=cells.features_PME,
+            raw_PNE=cells.raw_PME,
+            motion_PM=None if mask is not None else self._motion(entry.signal, cells.grid),
+        )
+
+    def layers(self, view: ViewBatch) -> tuple[list[Tensor], Tensor]:
+        """What enters the backbone and the output of each of its layers, before a final norm.
+
+        Returns:
+            (P, N, D) tensors, the input first, without global tokens; and padding (P, N).
+        """
+        entry = self.enter(view)
+        names = self.extra.names
+        x, pad = self.extra(entry.x_PND, entry.pad_PN, names)
+        _, hidden = self.trunk(x, pad, modality=self.modality, return_hidden=True)
+        found = [entry.x_PND, *(self.extra.split(h, names)[1] for h in hidden)]
+        return found, _filled(entry.pad_PN, entry.x_PND)
+
+    def enter(self, view: ViewBatch, mask: Mask | None = None) -> Entry:
+        """What enters the backbone: cells of the stem, merged and marked, with positions."""
+        signal = self.inputs(view) if mask is None or mask.altered is None else mask.altered
+        if mask is not None and mask.altered is None and mask.hide == "cells":
+            grid = self.grid_of(view.data.shape[1:])
+            signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
+        cells = self._cells(signal, self._frames(view))
+        bins = self._bins(view)
+        stem_pad = None if bins is None else padding_mask(bins, cells.grid)
+        x, grid = cells.x_PMD, cells.grid
+        if self.merge is not None:
+            x, grid = self.merge(x, grid, stem_pad)
+        pad = None if bins is None else padding_mask(self._steps(bins), grid)
+        x = self._placed(x, grid, pad, mask)
+        return Entry(x, pad, grid, signal, cells, stem_pad)
+
+    def unmasked(self, view: ViewBatch, tokens: Tokens, altered: bool) -> Entry:
+        """What enters the backbone without a mask, of a view that a masked pass has read.
+
+        A mask of latents or of tokens leaves the stem's cells as they are, which then serve again.
+
+        altered: the masked pass read another input.
+        """
+        if altered or tokens.hide == "cells" or self.merge is not None:
+            return self.enter(view)
+        cells = Cells(tokens.stem_PMD, tokens.grid)
+        pad = tokens.stem_pad_PM
+        return Entry(
+            self._placed(cells.x_PMD, cells.grid, pad), pad, cells.grid, cells.x_PMD, cells, pad
         )
 
     def _motion(self, signal: Tensor, grid: tuple[int, ...]) -> Tensor | None:
@@ -147,40 +237,33 @@ class Tower(nn.Module):
             return None
         return cells_of(signal[:, channel : channel + 1], grid, self.stem.strides).mean(-1)  # type: ignore[arg-type]
 
-    def _cells(
-        self, signal: Tensor, view: ViewBatch, mask: Mask | None
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """(P, M, D) cells of the stem, which does not see what is hidden, and their grid."""
-        if mask is not None and mask.ids_PN is not None:
-            signal = mask.ids_PN
-        elif mask is not None:
-            grid = self.grid_of(view.data.shape[1:])
-            signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
-        cells, grid = (
-            self.stem(signal) if self.signal is None else self.stem(signal, self._frames(view))
-        )
-        return cells, grid
+    def _cells(self, signal: Tensor, frames_P: Tensor | None) -> Cells:
+        """The stem's cells; a stem that shows its latents gives them along."""
+        if isinstance(self.stem, WaveStem):
+            out = self.stem.encode(signal, frames_P)
+            return Cells(out.tokens_PND, out.grid, out.features_PTC, out.raw_PTC)
+        return Cells(*(self.stem(signal) if self.signal is None else self.stem(signal, frames_P)))
 
-    def _tokenise(
-        self, x: Tensor, grid: tuple[int, ...], pad_PM: Tensor | None, mask: Mask | None
-    ) -> tuple[Tensor, tuple[int, ...]]:
-        """(P, N, D) tokens that enter the backbone, from the stem's cells, and their grid."""
-        if self.merge is not None:
-            x, grid = self.merge(x, grid, pad_PM)
+    def _placed(
+        self, x_PND: Tensor, grid: tuple[int, ...], pad: Tensor | None, mask: Mask | None = None
+    ) -> Tensor:
+        """Tokens as they enter the backbone: mapped, marked where they are hidden, placed."""
         if self.pre is not None:
-            x = self.pre(x)
+            x_PND = self.pre(x_PND)
         if mask is not None and mask.embedding_D is not None:
-            x = x + mask.hidden_PN[..., None] * mask.embedding_D.to(x.dtype)
-        x = x if self.positions is None else self.positions(x, grid)
-        return x, grid
+            x_PND = _marked(x_PND, mask)
+        return x_PND if self.positions is None else self.positions(x_PND, grid, pad)
+
+    def frames(self, view: ViewBatch) -> Tensor:
+        """(P,) valid inputs of the stem along time: frames of a spectrogram or a video, samples."""
+        lengths: Tensor = view.lengths_P
+        if self.signal is not None:
+            lengths = self.signal.out_lengths(lengths)  # type: ignore[operator]
+        return lengths
 
     def _frames(self, view: ViewBatch) -> Tensor | None:
         """(P,) valid inputs of the stem along time, None when every item is full."""
-        lengths = _shorter(view)
-        if lengths is None or self.signal is None:
-            return lengths
-        out: Tensor = self.signal.out_lengths(lengths)  # type: ignore[operator]
-        return out
+        return None if _shorter(view) is None else self.frames(view)
 
     def padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
         """(P, N) padding of the tokens, or None when every item fills the grid."""
@@ -199,10 +282,15 @@ class Tower(nn.Module):
         steps: Tensor = frames if self.signal is None else self.stem.out_lengths(frames)  # type: ignore[operator]
         return steps.clamp(min=1)
 
-    def _dropped(
-        self, x: Tensor, pad: Tensor | None, view: ViewBatch, drop: float
+    def _kept(
+        self, entry: Entry, view: ViewBatch, position: float, mask: Mask | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tokens that enter the backbone, their places (None: all) and their padding."""
+        x, pad = entry.x_PND, entry.pad_PN
+        if mask is not None and mask.hide == "drop":
+            return visible_tokens(x, mask.hidden_PN, pad)
         uniform = None
+        drop = resolve(self.drop, position) if mask is None else 0.0  # hidden tokens are predicted
         if self.training and drop > 0:
             uniform = row_uniform(view.seeds_P, x.shape[1], "drop")
         x, index, pad = self.dropper(x, uniform, drop, pad)
@@ -229,6 +317,13 @@ def _rate(view: ViewBatch, signal: nn.Module | None, stride: int) -> float:
 def _shorter(view: ViewBatch) -> Tensor | None:
     """Lengths of the items, None when none is padded."""
     return None if bool((view.lengths_P >= view.data.shape[1]).all()) else view.lengths_P
+
+
+def _marked(x_PND: Tensor, mask: Mask) -> Tensor:
+    """Tokens whose hidden ones carry, or are, the mask embedding."""
+    assert mask.embedding_D is not None
+    hidden, vector = mask.hidden_PN[..., None], mask.embedding_D.to(x_PND.dtype)
+    return torch.where(hidden, vector, x_PND) if mask.hide == "latents" else x_PND + hidden * vector
 
 
 def _scatter(

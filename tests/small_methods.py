@@ -29,7 +29,7 @@ def small(name: str, *overrides: str) -> RunSpec:
 
 def shrinking(spec: RunSpec) -> list[str]:
     """The overrides that make a run small."""
-    return [*_towers(spec), *_views(spec), *_heads(spec)]
+    return [*_towers(spec), *_views(spec), *_heads(spec), *_masked(spec)]
 
 
 def _transformer(key: str, spec: TransformerSpec) -> list[str]:
@@ -48,7 +48,13 @@ def _towers(spec: RunSpec) -> Iterator[str]:
             yield from _transformer(f"towers.{name}.backbone", tower.backbone)
         if tower.post:
             yield f"towers.{name}.post=16"
-        yield f"towers.{name}.positions.dropout=0"
+        if tower.cut.kind == "wave_conv":
+            yield f"towers.{name}.cut.channels=8"
+        if hasattr(tower.positions, "dropout"):
+            yield f"towers.{name}.positions.dropout=0"
+        if isinstance(tower.backbone, TransformerSpec) and tower.backbone.relative_grid:
+            side = SIDE // tower.cut.patch[-1]
+            yield f"towers.{name}.backbone.relative_grid=[{side}, {side}]"
 
 
 def _views(spec: RunSpec) -> Iterator[str]:
@@ -60,6 +66,16 @@ def _views(spec: RunSpec) -> Iterator[str]:
             yield f"views.{name}.size={SIDE}"
         else:
             yield f"views.{name}.length=8"
+
+
+def _masked(spec: RunSpec) -> Iterator[str]:
+    for name, task in spec.tasks.items():
+        if task.kind != "masked":
+            continue
+        if task.target.kind == "latents":
+            yield f"tasks.{name}.target.layers=1"
+        if task.target.kind == "patches" and task.target.decoder is not None:
+            yield from _transformer(f"tasks.{name}.target.decoder", task.target.decoder)
 
 
 def _heads(spec: RunSpec) -> Iterator[str]:

@@ -183,6 +183,7 @@ def _take(view: ViewBatch, index: torch.Tensor) -> ViewBatch:
         start_s_P=view.start_s_P[kept],
         present_BL=view.present_BL[index],
         dummy=dummy,
+        labels={n: replace(found, ids=found.ids[kept]) for n, found in view.labels.items()},
     )
 
 

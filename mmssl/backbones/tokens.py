@@ -24,7 +24,9 @@ class ExtraTokens(nn.Module):
     def __init__(self, width: int, names: Sequence[str] = ("agg",), registers: int = 0) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.globals_GD = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
+        self.globals_GD: nn.Parameter | None = None  # an empty parameter would have no gradient
+        if self.names:
+            self.globals_GD = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
         self.registers_RD: nn.Parameter | None = None
         if registers:
             self.registers_RD = nn.Parameter(torch.randn(registers, width) * 0.02)
@@ -46,9 +48,13 @@ class ExtraTokens(nn.Module):
             raise UserError(
                 f"global tokens {unknown} are not among {list(self.names)}; name them in the tower"
             )
-        front = [self.globals_GD[[self.names.index(name) for name in use]]]
+        front = []
+        if self.globals_GD is not None:
+            front.append(self.globals_GD[[self.names.index(name) for name in use]])
         if self.registers_RD is not None:
             front.append(self.registers_RD)
+        if not front:
+            return x_PND, pad_PN
         extra = torch.cat(front).to(x_PND.dtype).expand(x_PND.shape[0], -1, -1)
         pad = None if pad_PN is None else F.pad(pad_PN, (self.count(use), 0), value=False)
         return torch.cat([extra, x_PND], dim=1), pad
@@ -84,6 +90,22 @@ def drop_tokens(
     index_PK = (order_PK + out_PK * tokens).sort(dim=1).values % tokens
     kept = x_PND.gather(1, index_PK[..., None].expand(-1, -1, x_PND.shape[-1]))
     return kept, index_PK, out_PK
+
+
+def visible_tokens(
+    x_PND: Tensor, hidden_PN: Tensor, pad_PN: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that are neither hidden nor padding, in their order (MAE, He et al. 2022).
+
+    Returns:
+        kept tokens (P, K, D), their indices (P, K) and their padding (P, K); K is the largest
+        number of visible tokens of a row, at least 1.
+    """
+    out_PN = hidden_PN if pad_PN is None else hidden_PN | pad_PN
+    count = max(1, int((~out_PN).sum(1).max()))
+    index_PK = out_PN.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    kept = x_PND.gather(1, index_PK[..., None].expand(-1, -1, x_PND.shape[-1]))
+    return kept, index_PK, out_PN.gather(1, index_PK)
 
 
 class DropToken(nn.Module):

@@ -8,7 +8,7 @@ from mmssl.build.policy import policy_of
 from mmssl.build.tasks import TaskBuilder
 from mmssl.build.towers import data_shape, make_joint, make_tower, make_trunk, shared_by
 from mmssl.model import Model
-from mmssl.specs import RunSpec, SpectrumSpec
+from mmssl.specs import KaldiSpec, RunSpec, SpectrumSpec
 from mmssl.types import UserError
 
 __all__ = ["build_model", "data_shape"]
@@ -51,7 +51,8 @@ def _check_names(spec: RunSpec) -> None:
             raise UserError(
                 f"views.{name}: tower {tower!r} reads {found.modality}, the view is {view.modality}"
             )
-        rate = found.frontend.sample_rate if isinstance(found.frontend, SpectrumSpec) else view.hz
+        spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
+        rate = found.frontend.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:
             raise UserError(
                 f"views.{name}.hz: {view.hz} Hz, but towers.{tower}.frontend.sample_rate is {rate} "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
-from mmssl.build.towers import channels, need_view
+from mmssl.build.targets import TARGETS, TargetContext, check_mask, shows_motion
+from mmssl.build.towers import need_view
 from mmssl.heads.dense import MapScore, PairScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
 from mmssl.heads.project import SpaceHeads
@@ -15,7 +15,7 @@ from mmssl.specs import (
     ClassifySpec,
     DistanceSpec,
     DotSpec,
-    FramesSpec,
+    FrameTargetSpec,
     FusionSpec,
     IdTargetSpec,
     LabelSpec,
@@ -36,7 +36,7 @@ from mmssl.tasks.classify import (
     SpaceReader,
     VectorMatch,
 )
-from mmssl.tasks.masked import IdTarget, Masked, PatchTarget, Target
+from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Tower
 from mmssl.types import UserError
@@ -123,7 +123,7 @@ class TaskBuilder:
             raise UserError(
                 f"{where}.score: words have no instants; pool them (query: mean) or aligned: false"
             )
-        if score.weigh and not _shows_motion(self._tower_spec(pair.between[0])):
+        if score.weigh and not shows_motion(self._tower_spec(pair.between[0])):
             raise UserError(
                 f"{where}.score.weigh: the tower of {pair.between[0]} does not tell what moves; "
                 "set its frontend.channels to motion, rgb_motion or foreground"
@@ -214,23 +214,22 @@ class TaskBuilder:
     # masked
 
     def _masked(self, name: str, task: MaskedSpec) -> Task:
-        view = need_view(self.spec, task.view, f"tasks.{name}.view")
+        need_view(self.spec, task.view, f"tasks.{name}.view")
         tower = self._transformer_tower(f"tasks.{name}.view", task.view)
-        target: Target
-        if isinstance(task.target, IdTargetSpec):
-            if view.modality != "text":
-                raise UserError(
-                    f"tasks.{name}.target: `ids` needs a text view, {task.view} is {view.modality}"
-                )
-            target = IdTarget(self.vocab_size, self.special, task.mask.shares)
-        else:
-            tower_spec = self._tower_spec(task.view)
-            _check_motion(f"tasks.{name}.mask.rule", tower_spec, task)
-            cells = channels(tower_spec) * prod(tower.cell)
-            target = PatchTarget(cells, task.target.normalize, task.target.loss)
-        widths = (tower.trunk_width, tower.width)
+        context = TargetContext(name, task, self.spec, tower, self.vocab_size, self.special)
+        check_mask(context)
+        target = TARGETS[type(task.target)](context)
+        alters = isinstance(task.target, IdTargetSpec | FrameTargetSpec)
+        marks = task.mask.hide != "drop" and not alters  # what is altered tells by itself
         return Masked(
-            name, task.view, widths, target, task.mask, task.hidden, task.rows, task.weight
+            name,
+            task.view,
+            target,
+            task.mask,
+            tower.trunk_width if marks else 0,
+            task.rows,
+            task.weight,
+            task.weights,
         )
 
     # classify
@@ -294,15 +293,3 @@ def _only_defaults(name: str, task: ClassifySpec, why: str, *keys: str) -> None:
     for key in keys:
         if getattr(task, key) != ClassifySpec.model_fields[key].get_default():
             raise UserError(f"tasks.{name}.{key}: not read, {why}; leave it out")
-
-
-def _check_motion(where: str, tower: TowerSpec, task: MaskedSpec) -> None:
-    if _shows_motion(tower) and task.mask.rule != "tubes":
-        raise UserError(
-            f"{where}: {task.mask.rule} would leak hidden cells through the clip's background "
-            "(frontend.channels); use tubes"
-        )
-
-
-def _shows_motion(tower: TowerSpec) -> bool:
-    return isinstance(tower.frontend, FramesSpec) and tower.frontend.channels != "rgb"

@@ -13,21 +13,32 @@ from mmssl.backbones import NETWORKS
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.frontends.conv_positions import ConvPositions, ConvStackPositions
+from mmssl.frontends.fixed_positions import SinusoidPositions
+from mmssl.frontends.kaldi import Kaldi, KaldiParams, UtteranceFeatures
+from mmssl.frontends.spectra import Spectrum
 from mmssl.frontends.stems import CellMerge
 from mmssl.frontends.video import CHANNELS
+from mmssl.frontends.wave_stem import WaveStem
 from mmssl.specs import (
+    ConvPositionSpec,
     ConvSpec,
     EmbeddingSpec,
+    FixedPositionSpec,
     FramesSpec,
     JointSpec,
+    KaldiSpec,
     Modality,
     PatchSpec,
     RunSpec,
     SpectrumSpec,
     StemSpec,
     TowerSpec,
+    Trainable,
     TransformerSpec,
+    UtteranceSpec,
     ViewSpec,
+    WaveConvSpec,
 )
 from mmssl.towers import AnyTower, ConvTower, JointTower, Tower
 from mmssl.types import UserError
@@ -58,26 +69,21 @@ def shared_by(spec: RunSpec) -> tuple[Modality, ...]:
 
 
 def make_trunk(
-    spec: TransformerSpec, checkpointing: bool, modalities: Sequence[Modality]
+    spec: TransformerSpec, checkpointing: bool, modalities: Sequence[Modality], front: int = 0
 ) -> Transformer:
     """A transformer; `checkpointing` recomputes its layers in the backward pass.
 
     modalities: those that may have weights of their own. There is none for a modality that never
-    comes by: an unused parameter would hang a distributed run.
+    comes by: an unused parameter would hang a distributed run. front: extra tokens before the grid.
     """
+    own = {"kind", "own_norms", "own_ffn", "fresh", *Trainable.model_fields}
     return Transformer(
-        width=spec.width,
-        layers=spec.layers,
-        heads=spec.heads,
-        head_size=spec.head_size,
-        hidden=spec.hidden,
-        dropout=spec.dropout,
+        **spec.model_dump(exclude=own),
+        init=spec.fresh,
         norms_for=modalities if spec.own_norms else (),
         ffn_for=modalities if spec.own_ffn else (),
         ffn_layers=spec.own_ffn,
-        post_norm=spec.post_norm,
-        relative_buckets=spec.relative_buckets,
-        relative_distance=spec.relative_distance,
+        relative_front=front,
         checkpointing=checkpointing,
     )
 
@@ -100,7 +106,8 @@ def make_tower(
     own = spec.backbone if isinstance(spec.backbone, TransformerSpec) else None
     encoder = trunk
     if own is not None:
-        encoder = make_trunk(own, run.train.checkpoint_activations, (spec.modality,))
+        front = len(spec.globals) + spec.registers
+        encoder = make_trunk(own, run.train.checkpoint_activations, (spec.modality,), front)
     if encoder is None:
         raise UserError(
             f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
@@ -123,16 +130,22 @@ def make_tower(
 
 
 def _signal(spec: TowerSpec) -> nn.Module | None:
-    options = spec.frontend.model_dump(exclude={"kind"})
+    options = spec.frontend.model_dump(exclude={"kind", "utterance"})
+    if isinstance(spec.frontend, KaldiSpec):
+        return _whole(Kaldi(KaldiParams(**options)), spec.frontend.utterance)
     if isinstance(spec.frontend, SpectrumSpec):
         if spec.frontend.kind == "log_spectrogram":
             options = {k: v for k, v in options.items() if not k.startswith("mel_")}
-        spectrum: nn.Module = SIGNALS[spec.frontend.kind](SpectrumParams(**options))
-        return spectrum
+        spectrum: Spectrum = SIGNALS[spec.frontend.kind](SpectrumParams(**options))
+        return _whole(spectrum, spec.frontend.utterance)
     if spec.frontend.kind == "ids":
         return None
     signal: nn.Module = SIGNALS[spec.frontend.kind](**options)
     return signal
+
+
+def _whole(spectrum: Spectrum | Kaldi, spec: UtteranceSpec | None) -> nn.Module:
+    return spectrum if spec is None else UtteranceFeatures(spectrum, **spec.model_dump())
 
 
 def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
@@ -151,6 +164,10 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
     if isinstance(cut, PatchSpec):
         stem = STEMS["patches"](cut.patch, width, channels(spec))
         return stem
+    if isinstance(cut, WaveConvSpec):
+        if spec.frontend.kind != "waveform":
+            raise UserError(f"towers.{name}.cut: `wave_conv` needs `frontend: {{kind: waveform}}`")
+        return WaveStem(width, **cut.model_dump(exclude={"kind"}))
     if isinstance(cut, StemSpec):
         options = cut.model_dump(exclude={"kind", "merge", "merge_time"})
         time = {key: options.pop(key) for key in ("fold", "temporal_kernel", "temporal_stride")}
@@ -193,10 +210,17 @@ Chain = tuple[nn.Module | None, nn.Module, CellMerge | None]  # signal, stem, me
 def _positions(
     name: str, spec: TowerSpec, run: RunSpec, chain: Chain, width: int
 ) -> nn.Module | None:
-    if spec.positions.kind == "none":
+    places = spec.positions
+    if places.kind == "none":
         return None
-    grid = spec.positions.grid or _native_grid(name, run, chain)
-    options = spec.positions.model_dump(exclude={"kind", "grid"})
+    if isinstance(places, ConvPositionSpec):
+        if places.layers == 1:
+            return ConvPositions(width, places.kernel, places.groups)
+        return ConvStackPositions(width, places.layers, places.kernel, places.groups)
+    if isinstance(places, FixedPositionSpec):
+        return SinusoidPositions(width, places.layout, places.dropout)
+    grid = places.grid or _native_grid(name, run, chain)
+    options = places.model_dump(exclude={"kind", "grid"})
     return FactorisedPositions(grid, width, **options)
 
 

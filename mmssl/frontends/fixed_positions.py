@@ -55,7 +55,7 @@ class SinusoidPositions(nn.Module):
     """Adds fixed sines and cosines.
 
     layout: `interleaved` counts the tokens of the whole grid (Mockingjay, VideoMAE); `axes` gives
-    each axis of the grid an equal part of the width (MAE: two axes).
+    each axis of the grid with several places an equal part of the width (MAE: two axes).
     """
 
     def __init__(self, width: int, layout: str = "axes", dropout: float = 0.0) -> None:
@@ -73,6 +73,7 @@ class SinusoidPositions(nn.Module):
         Raises:
             UserError: a width that has no equal even part for each axis.
         """
+        grid = [n for n in grid if n > 1] or [1]  # an axis of one place tells nothing
         axes = len(grid) if self.layout == "axes" else 1
         if self.width % (2 * axes):
             raise UserError(

@@ -26,7 +26,7 @@ from mmssl.masking.alter import (
 )
 from mmssl.masking.blocks import beit_block_mask, block_mask
 from mmssl.masking.order import Grid
-from mmssl.masking.rules import random_mask, tube_mask
+from mmssl.masking.rules import all_mask, random_mask, tube_mask
 from mmssl.masking.spans import channel_mask, equalise, span_mask
 from mmssl.masking.words import corrupt_tokens, ngram_mask, token_mask
 
@@ -39,6 +39,7 @@ __all__ = [
     "MagnitudeNoise",
     "SpecMasks",
     "TimeSpans",
+    "all_mask",
     "beit_block_mask",
     "block_mask",
     "channel_mask",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 RULES: dict[str, Callable[..., Tensor]] = {
+    "all": all_mask,
     "random": random_mask,
     "blocks": block_mask,
     "beit_blocks": beit_block_mask,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmssl.masking.order import Grid, first, rank, shape_of, share_of, upto, valid_of
+from mmssl.masking.order import Grid, first, plane_of, rank, share_of, upto, valid_of
 from mmssl.rng import row_bits, row_uniform
 
 
@@ -35,7 +35,7 @@ def block_mask(
     Raises:
         ValueError: the grid is not two-dimensional.
     """
-    size = shape_of(grid)
+    size = plane_of(grid)
     if len(size) != 2 or len(block) != 2:
         raise ValueError(f"block_mask: needs a grid and a block of 2 axes, got {size}, {block}")
     high, wide = size[0] + block[0] - 1, size[1] + block[1] - 1
@@ -73,7 +73,7 @@ def beit_block_mask(
     Raises:
         ValueError: the grid is not two-dimensional.
     """
-    size = shape_of(grid)
+    size = plane_of(grid)
     if len(size) != 2:
         raise ValueError(f"beit_block_mask: needs a grid of 2 axes, got {size}")
     fill_PN = row_bits(seeds_P, prod(size), stream)

@@ -22,6 +22,12 @@ def shape_of(grid: Grid) -> tuple[int, ...]:
     return (grid,) if isinstance(grid, int) else tuple(grid)
 
 
+def plane_of(grid: Grid) -> tuple[int, ...]:
+    """The axes of a grid; the single time step of a still picture is left out."""
+    shape = shape_of(grid)
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+
+
 def tokens_of(grid: Grid) -> int:
     """How many tokens a grid has."""
     return prod(shape_of(grid))

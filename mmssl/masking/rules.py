@@ -1,14 +1,23 @@
-"""Masks of independent cells: random ones, and the same ones at all times.
+"""Masks of independent cells: all, random ones, and the same ones at all times.
 
 Letters in shapes: P rows, N tokens in row-major order of a grid, S cells of one frame.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmssl.masking.order import Grid, first, shape_of, share_of, tokens_of, valid_of
 from mmssl.rng import row_bits
+
+
+def all_mask(
+    seeds_P: Tensor, grid: Grid, valid_PN: Tensor | None = None, stream: str = "mask"
+) -> Tensor:
+    """Every valid token, for targets that say themselves what is altered."""
+    like_PN = torch.zeros(len(seeds_P), tokens_of(grid), dtype=torch.bool, device=seeds_P.device)
+    return valid_of(like_PN, valid_PN)
 
 
 def random_mask(

@@ -25,9 +25,23 @@ from mmssl.specs.run import (
     TrunkSpec,
     ValidateSpec,
 )
+from mmssl.specs.targets import (
+    CodeTargetSpec,
+    FrameTargetSpec,
+    FrequencyBandSpec,
+    GumbelSpec,
+    IdTargetSpec,
+    LatentTargetSpec,
+    MagnitudeNoiseSpec,
+    NearestSpec,
+    PatchTargetSpec,
+    SpecMasksSpec,
+    TargetSpec,
+    TimeSpansSpec,
+    UnitTargetSpec,
+)
 from mmssl.specs.tasks import (
     ClassifySpec,
-    IdTargetSpec,
     InfoNCESpec,
     LabelSpec,
     MaskedSpec,
@@ -37,21 +51,23 @@ from mmssl.specs.tasks import (
     PairObjective,
     PairSpec,
     PairsSpec,
-    PatchTargetSpec,
     SigmoidSpec,
     TaskSpec,
 )
 from mmssl.specs.towers import (
     BackboneSpec,
     ConvAV8Spec,
+    ConvPositionSpec,
     ConvSpec,
     CutSpec,
     EfficientNetSpec,
     EmbeddingSpec,
+    FixedPositionSpec,
     FramesSpec,
     FrontendSpec,
     IdsSpec,
     JointSpec,
+    KaldiSpec,
     PatchSpec,
     PositionSpec,
     SpectrumSpec,
@@ -59,7 +75,9 @@ from mmssl.specs.towers import (
     TowerSpec,
     Trainable,
     TransformerSpec,
+    UtteranceSpec,
+    WaveConvSpec,
     WaveSpec,
     WholeSpec,
 )
-from mmssl.specs.views import AugmentSpec, ViewSpec
+from mmssl.specs.views import AugmentSpec, MixSpec, ViewSpec

@@ -18,11 +18,12 @@ class Spec(BaseModel):
 class Schedule(Spec):
     """A number that changes with the data position (share of the run's steps, 0 to 1).
 
-    `linear` and `cosine` go from `start` to `end` between `begin` and `until`; `steps` takes the
-    value of the last `points` entry [position, value] that has been reached.
+    `linear`, `cosine` and `exponential` (equal ratios) go from `start` to `end` between `begin` and
+    `until`; `steps` takes the value of the last `points` entry [position, value] that has been
+    reached.
     """
 
-    kind: Literal["linear", "cosine", "steps"]
+    kind: Literal["linear", "cosine", "exponential", "steps"]
     start: float = 0.0
     end: float = 0.0
     begin: float = Field(0.0, ge=0, le=1)
@@ -35,6 +36,8 @@ class Schedule(Spec):
             raise ValueError("a `steps` schedule needs `points` that begin at position 0")
         if self.kind != "steps" and self.until <= self.begin:
             raise ValueError("`until` must lie after `begin`")
+        if self.kind == "exponential" and min(self.start, self.end) <= 0:
+            raise ValueError("an `exponential` schedule needs `start` and `end` above 0")
         return self
 
 

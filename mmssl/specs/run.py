@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmssl.specs.base import Number, Spec
 from mmssl.specs.tasks import TaskSpec
@@ -41,10 +41,17 @@ class OptimSpec(Spec):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     warmup: float = Field(0.05, ge=0)  # share of the steps if below 1, else steps
-    decay: Literal["cosine", "quarter_cosine", "constant"] = "cosine"
+    hold: float = Field(0.0, ge=0, lt=1)  # share of the run at the peak, after the warm-up
+    decay: Literal["cosine", "quarter_cosine", "linear", "exponential", "constant"] = "cosine"
     final_lr: float = Field(0.0, ge=0)  # share of the peak at the last step
     clip: float = Field(1.0, ge=0)  # gradient norm; 0 = off
     ema: Number = 0.0  # decay of the averaged weights used by evaluation; 0 = none
+
+    @model_validator(mode="after")
+    def _can_decay(self) -> OptimSpec:
+        if self.decay == "exponential" and self.final_lr <= 0:
+            raise ValueError("an `exponential` decay needs `final_lr` above 0")
+        return self
 
 
 class TrainSpec(Spec):

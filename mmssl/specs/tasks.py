@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mmssl.specs.base import Number, Spec
 from mmssl.specs.heads import DotSpec, FusionSpec, HeadsSpec, MatchScoreSpec, ScoreSpec
+from mmssl.specs.targets import TargetSpec
 
 
 class InfoNCESpec(Spec):
@@ -106,43 +107,34 @@ class ClassifySpec(Spec):
 
 
 class MaskSpec(Spec):
-    """Which tokens are hidden."""
+    """Which tokens are hidden, and how (`hide`, see `mmssl.towers.Mask`)."""
 
-    rule: Literal["random", "blocks", "tubes", "spans", "words"]
+    rule: Literal["all", "random", "blocks", "beit_blocks", "tubes", "spans", "words"]
+    hide: Literal["cells", "latents", "drop"] = "cells"
     ratio: Number = 0.5
     length: int = Field(10, gt=0)  # spans: tokens per span
-    start_prob: float = Field(0.065, gt=0, le=1)  # spans
+    start_prob: float = Field(0.065, gt=0, le=1)  # spans: started per token
+    min_spans: int = Field(1, ge=0)  # spans per row, at least
     block: tuple[int, int] = (5, 5)  # blocks: cells per side
     inverse: bool = True  # blocks: stay visible instead of being hidden
+    smallest: int = Field(16, gt=0)  # beit_blocks: cells of a block, at least
     shares: tuple[float, float] = (0.8, 0.1)  # words: share replaced by the mask and by random ids
 
 
-class PatchTargetSpec(Spec):
-    """The hidden input cells themselves; `normalize`: zero mean and unit variance per cell."""
-
-    kind: Literal["patches"]
-    normalize: bool = False
-    loss: Literal["mse", "smooth_l1"] = "mse"
-
-
-class IdTargetSpec(Spec):
-    """The hidden token ids."""
-
-    kind: Literal["ids"]
-
-
 class MaskedSpec(Spec):
-    """Masked prediction: hide, encode, predict what was hidden. `rows`: share of rows that take
-    part.
+    """Masked prediction: hide, encode, predict what was hidden.
+
+    `rows`: share of rows that take part. `weights`: of the target's terms by name, 1 if not given.
     """
 
     kind: Literal["masked"]
     view: str
     mask: MaskSpec
-    target: Annotated[PatchTargetSpec | IdTargetSpec, Field(discriminator="kind")]
+    target: TargetSpec
     hidden: int = Field(0, ge=0)  # width of one hidden layer in the prediction head; 0 = linear
     rows: float = Field(1.0, gt=0, le=1)
     weight: Number = 1.0
+    weights: dict[str, Number] = {}
 
 
 TaskSpec = Annotated[PairsSpec | ClassifySpec | MaskedSpec, Field(discriminator="kind")]

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mmssl.specs.base import Modality, Number, Spec
+
+
+class UtteranceSpec(Spec):
+    """What is done to a spectrogram with the whole utterance in view.
+
+    The fields are explained at `mmssl.frontends.kaldi.UtteranceFeatures`.
+    """
+
+    level_db: float | None = None
+    deltas: int = Field(0, ge=0)
+    cmvn: bool = False
+    stack: int = Field(1, gt=0)
+
+
+class KaldiSpec(Spec):
+    """Kaldi's filter banks or cepstra; see `mmssl.frontends.kaldi.KaldiParams`."""
+
+    kind: Literal["kaldi"]
+    sample_rate: int = Field(16000, gt=0)  # Hz; must equal the view's `hz`
+    win: int = Field(400, gt=0)
+    hop: int = Field(160, gt=0)
+    n_mels: int = Field(80, gt=0)
+    f_min: float = Field(20.0, ge=0)  # Hz
+    f_max: float = Field(0.0, ge=0)  # Hz; 0 = half the sampling rate
+    window: Literal["povey", "hamming", "hanning", "rectangular", "blackman"] = "hamming"
+    preemphasis: float = Field(0.97, ge=0, lt=1)
+    ceps: int = Field(0, ge=0)
+    lifter: float = Field(22.0, ge=0)
+    utterance: UtteranceSpec | None = None
 
 
 class SpectrumSpec(Spec):
@@ -33,6 +62,7 @@ class SpectrumSpec(Spec):
     db_range: float = Field(80.0, gt=0)  # dB
     mean: float = 0.0  # subtracted, then divided by `std`
     std: float = Field(1.0, gt=0)
+    utterance: UtteranceSpec | None = None
 
 
 class WaveSpec(Spec):
@@ -57,7 +87,7 @@ class IdsSpec(Spec):
 
 
 FrontendSpec = Annotated[
-    SpectrumSpec | WaveSpec | FramesSpec | IdsSpec, Field(discriminator="kind")
+    SpectrumSpec | KaldiSpec | WaveSpec | FramesSpec | IdsSpec, Field(discriminator="kind")
 ]
 
 
@@ -101,13 +131,33 @@ class EmbeddingSpec(Spec):
     table: str = ""
 
 
+class WaveConvSpec(Spec):
+    """Unpadded convolutions on the waveform, a LayerNorm and a linear map (wav2vec 2.0).
+
+    The fields are explained at `mmssl.frontends.wave_stem.WaveStem`.
+    """
+
+    kind: Literal["wave_conv"]
+    channels: int = Field(512, gt=0)
+    kernels: list[int] = [10, 3, 3, 3, 3, 2, 2]
+    strides: list[int] = [5, 2, 2, 2, 2, 2, 2]
+    norm: Literal["group", "layer", "group1", "none"] = "group"
+    bias: bool = False
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    log_compress: bool = False
+    gradient_scale: float = Field(1.0, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
 class WholeSpec(Spec):
     """No cutting: the backbone reads the map itself (convolutional networks)."""
 
     kind: Literal["whole"]
 
 
-CutSpec = Annotated[PatchSpec | StemSpec | EmbeddingSpec | WholeSpec, Field(discriminator="kind")]
+CutSpec = Annotated[
+    PatchSpec | StemSpec | WaveConvSpec | EmbeddingSpec | WholeSpec, Field(discriminator="kind")
+]
 
 
 class PositionSpec(Spec):
@@ -123,11 +173,40 @@ class PositionSpec(Spec):
     fit: Literal["interpolate", "crop"] = "interpolate"  # grids of another size
 
 
+class ConvPositionSpec(Spec):
+    """Positions by grouped convolutions along time: one (wav2vec 2.0) or several (data2vec)."""
+
+    kind: Literal["conv"]
+    layers: int = Field(1, gt=0)
+    kernel: int = Field(128, gt=0)
+    groups: int = Field(16, gt=0)
+
+
+class FixedPositionSpec(Spec):
+    """Sines and cosines, of the token's number (`interleaved`) or of every axis (`axes`, MAE)."""
+
+    kind: Literal["sinusoid"]
+    layout: Literal["interleaved", "axes"] = "axes"
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+def _learned_unless_said(value: Any) -> Any:
+    return {"kind": "learned", **value} if isinstance(value, dict) else value
+
+
+AnyPositionSpec = Annotated[
+    PositionSpec | ConvPositionSpec | FixedPositionSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(_learned_unless_said),
+]
+
+
 class TransformerSpec(Spec):
     """The shared encoder.
 
     `own_norms`: LayerNorms per modality; `own_ffn`: so many first layers have feed-forward networks
-    per modality, too. `relative_buckets`: T5's relative position bias in the first layer.
+    per modality, too. `relative_buckets`: T5's relative position bias in the first layer. The other
+    fields are explained at `mmssl.backbones.transformer.Transformer`.
     """
 
     kind: Literal["transformer"] = "transformer"
@@ -142,6 +221,23 @@ class TransformerSpec(Spec):
     own_ffn: int = Field(0, ge=0)
     relative_buckets: int = Field(0, ge=0)
     relative_distance: int = Field(64, gt=0)
+    relative_use: Literal["first", "all", "gated"] = "first"
+    relative_grid: list[int] = []
+    eps: float = Field(1e-6, gt=0)
+    fresh: Literal["xavier", "normal"] = "xavier"  # how linear maps start without `init`
+    input_norm: bool = False
+    share_layers: bool = False
+    attention_dropout: float | None = Field(None, ge=0, lt=1)
+    activation_dropout: float | None = Field(None, ge=0, lt=1)
+    layer_drop: float = Field(0.0, ge=0, lt=1)
+    keep_first: bool = False  # layer_drop spares the first layer
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    layer_scale: float = Field(0.0, ge=0)
+    layer: Literal["transformer", "conformer"] = "transformer"
+    conv_kernels: int | list[int] = 31
+    conv_first: bool = False
+    conv_norm: Literal["group", "batch"] = "group"
+    conv_bias: bool = True
 
 
 class ConvAV8Spec(Spec):
@@ -185,7 +281,7 @@ class TowerSpec(Trainable):
     modality: Modality
     frontend: FrontendSpec
     cut: CutSpec
-    positions: PositionSpec = PositionSpec()
+    positions: AnyPositionSpec = PositionSpec()
     backbone: BackboneSpec = "shared"
     globals: list[str] = ["agg"]
     registers: int = Field(0, ge=0)

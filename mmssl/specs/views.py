@@ -16,6 +16,16 @@ class AugmentSpec(Spec):
     options: dict[str, Any] = {}
 
 
+class MixSpec(Spec):
+    """Utterance mixing (WavLM): a part of another row of the batch is laid over some rows.
+
+    Labels stay those of the row itself.
+    """
+
+    probability: float = Field(0.2, ge=0, le=1)  # of a row to be mixed
+    db: tuple[float, float] = (-5.0, 5.0)  # power of the row relative to what is laid over it
+
+
 class ViewSpec(Spec):
     """One cut of a clip: which modality, how long, at which rate.
 
@@ -35,6 +45,7 @@ class ViewSpec(Spec):
     candidates: int = Field(1, gt=0)  # text candidates per row
     normalize: bool = False  # audio: zero mean, unit variance per crop
     augment: list[AugmentSpec] = []
+    mix: MixSpec | None = None  # audio, in training
 
     @property
     def tower_name(self) -> str:

@@ -1,1 +1,1 @@
-"""What a model is trained to predict, and what makes it."""
+"""What masked tasks predict, and where labels of other stages come from."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import config, dist
+from mmssl.partition import piece
 from mmssl.specs import OptimSpec, TrainSpec
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain
-from mmssl.train.weights import piece
 from mmssl.types import Batch, Term, UserError
 
 Terms = Mapping[str, Term]

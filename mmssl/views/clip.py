@@ -34,10 +34,12 @@ def check_views(specs: dict[str, ViewSpec]) -> None:
     """Try every augmentation of every view on a tiny input.
 
     Raises:
-        UserError: an unknown augmentation, or options it does not take.
+        UserError: an unknown augmentation, options it does not take, or `mix` on another modality.
     """
     for name, spec in specs.items():
         table = OPS[spec.modality]
+        if spec.mix is not None and spec.modality != "audio":
+            raise UserError(f"views.{name}.mix: mixes waveforms; {name} is {spec.modality}")
         sample = torch.zeros(8) if spec.modality == "audio" else torch.zeros(1, 8, 8, 3).byte()
         for i, augment in enumerate(spec.augment):
             where = f"views.{name}.augment[{i}]"

@@ -5,12 +5,15 @@ Letters in shapes: P rows, S samples, M the rows that are mixed, Q noise clips, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmssl.rng import row_bits, row_uniform
+from mmssl.specs import ViewSpec
+from mmssl.types import ViewBatch
 
 
 class MixPlan(NamedTuple):
@@ -131,6 +134,20 @@ def mix_utterances(
     if normalize:
         mixed_MS = _normalized(mixed_MS, lengths_P[row_M])
     return wave_PS.index_copy(0, row_M, mixed_MS)
+
+
+def mix_view(view: ViewBatch, spec: ViewSpec) -> ViewBatch:
+    """An audio view with utterances mixed as `spec.mix` asks, normalised again if it was."""
+    assert spec.mix is not None
+    wave_PS = mix_utterances(
+        view.data,
+        view.lengths_P,
+        view.seeds_P,
+        spec.mix.probability,
+        speech_db=spec.mix.db,
+        normalize=spec.normalize,
+    )
+    return replace(view, data=wave_PS)
 
 
 def _region(

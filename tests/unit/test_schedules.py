@@ -133,3 +133,12 @@ def test_hard_negatives_follow_the_position(monkeypatch):
     for step in (0, 5, 10):
         model(batch, step, 10)
     assert shares == [0.25, 0.5]  # at 0 nothing is mixed
+
+
+def test_exponential_steps_have_equal_ratios():
+    # wav2vec 2.0's temperature max(2 * 0.999995^n, 0.5) over 400,000 updates
+    tau = Schedule(kind="exponential", start=2.0, end=0.5, until=277_258 / 400_000)
+    for n in (0, 1, 1000, 100_000, 277_000, 300_000, 400_000):
+        assert resolve(tau, n / 400_000) == pytest.approx(max(2 * 0.999995**n, 0.5), rel=1e-5)
+    with pytest.raises(ValueError, match="above 0"):
+        Schedule(kind="exponential", start=1.0, end=0.0)

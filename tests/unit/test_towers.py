@@ -113,9 +113,9 @@ def test_the_mask_embedding_marks_hidden_places_beside_what_the_stem_sees_around
     hidden[:, :3] = True
     seen = []
     tower.positions = nn.Identity()
-    tower.positions.forward = lambda x, grid: seen.append(x) or x
+    tower.positions.forward = lambda x, grid, pad: seen.append(x) or x
     for value in (0.0, 7.0):
-        tower.encode(view, 0.0, Mask("m", hidden, torch.full((16,), value)))
+        tower.encode(view, 0.0, Mask("m", hidden, embedding_D=torch.full((16,), value)))
     torch.testing.assert_close(seen[1][:, :3], seen[0][:, :3] + 7.0)
     assert torch.equal(seen[1][:, 3:], seen[0][:, 3:])
 
@@ -197,7 +197,7 @@ def test_a_pass_is_made_once_per_mask():
     first = passes.tokens("text")
     assert passes.tokens("text") is first
     hidden = torch.zeros(6, 8, dtype=torch.bool)
-    masked = passes.tokens("text", Mask("m", hidden, None, batch.views["text"].data))
+    masked = passes.tokens("text", Mask("m", hidden, altered=batch.views["text"].data))
     assert masked is not first
     assert passes.tokens("text", Mask("m", hidden)) is masked
     assert passes.token_count() == 2 * 6 * 8
@@ -301,3 +301,26 @@ def test_convolutional_towers_refuse_masks():
 def test_absent_rows_cost_no_encoding():
     model, batch = tiny_model(), tiny_batch()
     assert len(passes_of(model, absent_rows(batch, 50)).tokens("audio").x_PND) == 5
+
+
+@pytest.mark.parametrize("hide", ["latents", "drop"])
+def test_other_ways_to_hide_reach_the_backbone_as_they_say(hide):
+    model = tiny_model().eval()
+    tower, view = model.towers["audio"], tiny_batch(missing=False).views["audio"]
+    grid = tower.grid_of(view.data.shape[1:])
+    hidden = torch.rand(6, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.5
+    hidden |= tower.padding(view, grid) if tower.padding(view, grid) is not None else False
+    mask = Mask("m", hidden, hide, torch.full((16,), 7.0) if hide == "latents" else None)
+    whole, masked = tower.encode(view, 0.0), tower.encode(view, 0.0, mask)
+    if hide == "latents":
+        entry, plain = tower.enter(view, mask), tower.enter(view)
+        torch.testing.assert_close(entry.x_PND[~hidden], plain.x_PND[~hidden])
+        spots = tower.positions(torch.full_like(plain.x_PND, 7.0), grid)
+        torch.testing.assert_close(entry.x_PND[hidden], spots[hidden])
+        return
+    assert torch.equal(masked.pad_PN, hidden)
+    assert not torch.allclose(masked.x_PND[~hidden], whole.x_PND[~hidden])
+    # a row with nothing hidden is encoded as without a mask
+    none = tower.encode(view, 0.0, Mask("n", whole.pad_PN, "drop"))
+    valid = ~whole.pad_PN
+    torch.testing.assert_close(none.x_PND[valid], whole.x_PND[valid], atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmssl.masking import beit_block_mask
+from mmssl.masking import beit_block_mask, block_mask
 
 
 def by_hand(random, high, wide, count, smallest, aspect):
@@ -89,3 +89,9 @@ def test_rectangles_stay_in_the_valid_part():
     nothing = beit_block_mask(torch.arange(4), (5, 5), 0.6, valid_PN=torch.zeros(4, 25).bool())
     assert not nothing.any()
     assert beit_block_mask(torch.arange(4), (5, 5), 1.0).all()
+
+
+def test_a_still_picture_is_a_plane():
+    seeds = torch.arange(4)
+    for rule in (block_mask, beit_block_mask):
+        assert torch.equal(rule(seeds, (1, 14, 14), 0.6), rule(seeds, (14, 14), 0.6))

@@ -33,6 +33,14 @@ def batch_for(model, rows=6, **options):
     return tiny_batch(rows, spec=model.spec, missing=False, **options)
 
 
+def predict(task, passes, batch):
+    """Prediction and truth of every token, and which ones count."""
+    seen = task._seen(passes, batch)
+    target = task.target
+    truth = target.truth(seen.tower, seen.view) if hasattr(target, "truth") else seen.view.data
+    return target.head(seen.tokens, seen.hidden_PN), truth, seen.hidden_PN
+
+
 class Leaf(nn.Module):
     """A signal front-end whose output is a leaf, so that gradients can be read there."""
 
@@ -100,7 +108,7 @@ def test_nothing_depends_on_hidden_input(case):
     leaf = tower.signal = Leaf(tower.signal)
     batch = batch_for(model, 3)
     passes = model.passes(batch, 0.0)
-    prediction, _, hidden = task._predict(passes, batch)
+    prediction, _, hidden = predict(task, passes, batch)
     tokens = next(iter(passes._done.values()))
     seen = hide_cells(torch.ones_like(leaf.leaf), hidden, tokens.grid, tower.cell)
     assert 0.2 < float(seen.mean()) < 0.8
@@ -120,13 +128,13 @@ def test_tubes_do_not_leak_through_the_motion_channel(channels):
     model = model_of("masked_video", tower, rows=1.0).eval()
     batch = batch_for(model, 4)
     task, video = model.tasks["masked_video"], batch.views["video"]
-    before, _, hidden = task._predict(model.passes(batch), batch)
+    before, _, hidden = predict(task, model.passes(batch), batch)
     frames = torch.ones(4, 1, *video.data.shape[1:4])
     seen = hide_cells(frames, hidden, (2, 2, 2), model.towers["video"].cell)[:, 0, ..., None] > 0
     other = torch.where(seen, video.data, 255 - video.data)
     assert not torch.equal(other, video.data)
     batch.views["video"] = replace(video, data=other)
-    after, truth, again = task._predict(model.passes(batch), batch)
+    after, truth, again = predict(task, model.passes(batch), batch)
     assert torch.equal(hidden, again)
     assert torch.equal(before, after)
     assert truth.shape[-1] == (1 if channels == "motion" else 4) * 2 * 8 * 8
@@ -142,11 +150,11 @@ def test_other_rules_with_a_motion_channel_are_refused(rule):
 def test_text_reads_its_replaced_ids_only():
     model = model_of("masked_text", mask={"rule": "words", "ratio": 0.5, "shares": [1.0, 0.0]})
     batch, task = batch_for(model), model.eval().tasks["masked_text"]
-    before, truth, hidden = task._predict(model.passes(batch), batch)
+    before, truth, hidden = predict(task, model.passes(batch), batch)
     view = batch.views["text"]
     swapped = torch.where(hidden, (view.data - 100) % 400 + 50, view.data)
     batch.views["text"] = replace(view, data=swapped)
-    after, other, again = task._predict(model.passes(batch), batch)
+    after, other, again = predict(task, model.passes(batch), batch)
     assert torch.equal(hidden, again)
     assert torch.equal(before, after)
     assert not torch.equal(truth, other)
@@ -163,7 +171,7 @@ def test_targets_are_the_input_cells_cut_by_hand():
     model = model_of("masked_video")
     batch = batch_for(model, 2)
     tower = model.towers["video"]
-    values = model.tasks["masked_video"].target.values(tower, batch.views["video"])
+    values = model.tasks["masked_video"].target.truth(tower, batch.views["video"])
     pixels = batch.views["video"].data.float() / 255 * 2 - 1
     # token (t, h, w) = (1, 0, 1) covers frames 2 and 3, rows 0 to 7, columns 8 to 15
     cell = pixels[:, 2:4, 0:8, 8:16].permute(0, 4, 1, 2, 3).flatten(1)
@@ -175,7 +183,7 @@ def test_spectrogram_targets_are_cells_of_the_spectrogram():
     model = model_of("masked_audio")
     batch = batch_for(model, 2)
     tower, view = model.towers["audio"], batch.views["audio"]
-    values = model.tasks["masked_audio"].target.values(tower, view)
+    values = model.tasks["masked_audio"].target.truth(tower, view)
     signal = tower.signal(view.data)
     assert signal.shape[2:] == (101, 16)
     torch.testing.assert_close(values[:, 7], signal[:, 0, 28:32].flatten(1))
@@ -192,7 +200,7 @@ def test_normalised_targets_have_zero_mean_and_unit_variance_each():
     target = {"kind": "patches", "normalize": True}
     model = model_of("masked_video", target=target, rows=1.0)
     batch = batch_for(model, 3)
-    values = model.tasks["masked_video"].target.values(model.towers["video"], batch.views["video"])
+    values = model.tasks["masked_video"].target.truth(model.towers["video"], batch.views["video"])
     torch.testing.assert_close(values.mean(-1), torch.zeros(3, 8), atol=1e-5, rtol=0)
     torch.testing.assert_close(values.var(-1), torch.ones(3, 8), atol=1e-3, rtol=0)
 
@@ -202,7 +210,7 @@ def test_the_term_is_the_error_at_hidden_places(loss):
     model = model_of("masked_audio", target={"kind": "patches", "loss": loss}).eval()
     batch = batch_for(model)
     task = model.tasks["masked_audio"]
-    prediction, truth, hidden = task._predict(model.passes(batch), batch)
+    prediction, truth, hidden = predict(task, model.passes(batch), batch)
     error = (prediction - truth)[hidden].detach()
     each = (
         error.square()
@@ -219,7 +227,7 @@ def test_all_hidden_tokens_are_predicted_though_the_tower_drops_tokens():
     model = model_of("masked_audio", {"drop_tokens": 0.6}).train()
     batch = batch_for(model)
     passes = model.passes(batch, 0.0)
-    _, truth, hidden = model.tasks["masked_audio"]._predict(passes, batch)
+    _, truth, hidden = predict(model.tasks["masked_audio"], passes, batch)
     assert int(hidden.sum()) == 6 * round(0.5 * 25)
     assert not next(iter(passes._done.values())).pad_PN.any()
     assert not truth.requires_grad
@@ -230,7 +238,7 @@ def test_padding_is_neither_hidden_nor_predicted():
     batch = batch_for(model, 3)
     view = batch.views["audio"]
     batch.views["audio"] = replace(view, lengths_P=torch.tensor([16000, 6400, 16000]))
-    _, _, hidden = model.tasks["masked_audio"]._predict(model.passes(batch), batch)
+    _, _, hidden = predict(model.tasks["masked_audio"], model.passes(batch), batch)
     tower = model.towers["audio"]
     pad = tower.padding(batch.views["audio"], (25, 1))
     assert pad[1].sum() == 15
@@ -247,7 +255,7 @@ def test_a_rows_mask_does_not_depend_on_its_batch(name):
     batch, task = batch_for(model), model.tasks[name]
 
     def hidden_of(b):
-        return task._predict(model.passes(b, 0.0), b)[2]
+        return predict(task, model.passes(b, 0.0), b)[2]
 
     whole = hidden_of(batch)
     assert torch.equal(hidden_of(take_rows(batch, [1, 4])), whole[[1, 4]])
@@ -263,7 +271,7 @@ def test_two_masked_tasks_of_one_view_hide_different_cells():
     model = tiny_model(tiny_spec(tasks={"one": task, "two": task}, joints={}))
     batch = tiny_batch(missing=False)
     passes = model.passes(batch)
-    one, two = (model.tasks[n]._predict(passes, batch)[2] for n in ("one", "two"))
+    one, two = (predict(model.tasks[n], passes, batch)[2] for n in ("one", "two"))
     assert not torch.equal(one, two)
     assert len(passes._done) == 2
 
@@ -279,7 +287,7 @@ def test_special_pieces_are_never_predicted_and_padding_neither():
     data[:, 0], data[:, 5], data[:, 6:] = SPECIAL["bos"], SPECIAL["eos"], SPECIAL["pad"]
     data[2, 3] = SPECIAL["unk"]
     batch.views["text"] = replace(view, data=data, lengths_P=torch.full((6,), 6))
-    _, truth, hidden = model.tasks["masked_text"]._predict(model.passes(batch, 0.0), batch)
+    _, truth, hidden = predict(model.tasks["masked_text"], model.passes(batch, 0.0), batch)
     assert not set(truth[hidden].tolist()) & set(SPECIAL.values())
     assert hidden.sum(1).tolist() == [4, 4, 3, 4, 4, 4]  # round(0.9 * 4), round(0.9 * 3)
 
@@ -289,7 +297,7 @@ def test_ids_are_replaced_eighty_ten_ten():
     batch = batch_for(model, 2000)
     task, view = model.tasks["masked_text"], batch.views["text"]
     hidden = task._hidden(model.towers["text"], view, 0.0)
-    ids = task.target.replacement(view, hidden)
+    ids = task.target.altered(model.towers["text"], view, hidden)
     assert torch.equal(ids[~hidden], view.data[~hidden])
     new, old = ids[hidden], view.data[hidden]
     masked, kept = new == SPECIAL["mask"], new == old
@@ -306,12 +314,12 @@ def test_the_term_of_text_is_the_cross_entropy_of_the_true_ids():
     model = model_of("masked_text").eval()
     batch = batch_for(model)
     task = model.tasks["masked_text"]
-    prediction, truth, hidden = task._predict(model.passes(batch), batch)
+    prediction, truth, hidden = predict(task, model.passes(batch), batch)
     want = nn.functional.cross_entropy(prediction[hidden], truth[hidden])
     _, terms = model(batch, 0, 10)
     got = terms["masked_text"]
     assert float(got.sum / got.count) == pytest.approx(float(want.detach()), rel=1e-5)
-    assert task.head[-1].out_features == VOCABULARY
+    assert task.target.head.layers[-1].out_features == VOCABULARY
 
 
 # ---------------------------------------------------------------- rows
@@ -370,7 +378,7 @@ def test_stats_hold_what_the_mean_and_the_unigram_baseline_need():
     model, batch = tiny_model(spec), tiny_batch(missing=False)
     stats = model.masked_stats(batch)
     task = model.eval().tasks["masked_video"]
-    _, truth, hidden = task._predict(model.passes(batch), batch)
+    _, truth, hidden = predict(task, model.passes(batch), batch)
     cells = truth[hidden].double()
     video = stats["masked_video"]
     mean_error = float(video["square_sum"] - (video["target_sum"] ** 2 / video["cells"]).sum())
@@ -382,7 +390,7 @@ def test_stats_hold_what_the_mean_and_the_unigram_baseline_need():
 
 def test_a_hidden_layer_in_the_head():
     model = model_of("masked_audio", hidden=12)
-    shapes = [tuple(p.shape) for p in model.tasks["masked_audio"].head.parameters()]
+    shapes = [tuple(p.shape) for p in model.tasks["masked_audio"].target.head.parameters()]
     assert shapes == [(12, 16), (12,), (64, 12), (64,)]
 
 

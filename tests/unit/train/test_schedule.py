@@ -37,3 +37,17 @@ def test_a_warmup_longer_than_the_run_never_decays() -> None:
 def test_a_step_outside_of_the_run_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match="outside of a run of 5 steps"):
         learning_rate(OptimSpec(), step, 5)
+
+
+def test_linear_decay_and_a_held_peak() -> None:
+    optim = OptimSpec(lr=1.0, warmup=2, hold=0.2, decay="linear")
+    rates = [learning_rate(optim, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+
+
+def test_exponential_decay_has_equal_ratios() -> None:
+    optim = OptimSpec(lr=2.0, warmup=0, decay="exponential", final_lr=0.0625)
+    rates = [learning_rate(optim, step, 4) for step in range(4)]
+    assert rates == pytest.approx([1.0, 0.5, 0.25, 0.125])
+    with pytest.raises(ValueError, match="final_lr"):
+        OptimSpec(decay="exponential")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from mmssl import dist
 from mmssl.dist import MaskedSyncBatchNorm
-from mmssl.train import weights
-from mmssl.train.weights import Average, assemble, cut, piece, shapes, whole_state
+from mmssl.partition import assemble, cut, piece
+from mmssl.train.weights import Average, shapes, whole_state
 
 
 def model() -> nn.Module:
@@ -32,13 +33,11 @@ def test_pieces_of_all_ranks_assemble_to_the_whole(
 ) -> None:
     whole = nn.Parameter(torch.randn(shape))
     ranks = [partition(whole, rank, 2) for rank in range(2)]
-    monkeypatch.setattr(weights.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(
-        weights.dist, "gather_no_grad", lambda part: torch.cat([piece(p) for p in ranks])
-    )
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_no_grad", lambda part: torch.cat([piece(p) for p in ranks]))
     assert torch.equal(assemble(ranks[0], piece(ranks[0])), whole)
     for rank, rest in enumerate(ranks):
-        monkeypatch.setattr(weights.dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         real = max(0, min(piece(rest).numel(), whole.numel() - rank * piece(rest).numel()))
         back = cut(rest, whole.detach())
         assert back.shape == piece(rest).shape

@@ -1,0 +1,43 @@
+"""Parameters wherever ZeRO keeps their pieces.
+
+At ZeRO-3 each rank keeps a flat piece of every parameter (`ds_tensor`): rank r holds the elements
+[r * n, (r + 1) * n) of the flattened parameter, padded at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmssl import dist
+
+
+def piece(parameter: Tensor) -> Tensor:
+    """The part of a parameter this rank keeps: all of it, or a flat piece at ZeRO-3."""
+    kept: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return kept.data
+
+
+def assemble(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """The whole tensor from all ranks' pieces (laid out as `piece`); a collective at ZeRO-3."""
+    shape: torch.Size | None = getattr(parameter, "ds_shape", None)
+    if shape is None:
+        return part
+    return dist.gather_no_grad(part.reshape(-1))[: shape.numel()].view(shape)
+
+
+def cut(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This rank's piece of a whole tensor: the inverse of `assemble`.
+
+    Raises:
+        ValueError: the whole has another number of elements than the parameter.
+    """
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    if whole.numel() != size:
+        raise ValueError(f"expected {size} elements, got {tuple(whole.shape)}")
+    if not hasattr(parameter, "ds_tensor"):
+        return whole.view(parameter.shape)
+    length = piece(parameter).numel()
+    flat = whole.new_zeros(length * dist.world_size())
+    flat[:size] = whole.reshape(-1)
+    return flat.narrow(0, dist.rank() * length, length).clone()

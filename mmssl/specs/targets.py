@@ -1,0 +1,153 @@
+"""Records of what masked tasks predict."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmssl.specs.base import Number, Schedule, Spec
+from mmssl.specs.towers import TransformerSpec
+
+
+class PatchTargetSpec(Spec):
+    """The hidden input cells themselves; `normalize`: zero mean and unit variance per cell.
+
+    `decoder`: predicts them from the visible tokens alone (MAE); for masks with `hide: drop`.
+    """
+
+    kind: Literal["patches"]
+    normalize: bool = False
+    loss: Literal["mse", "smooth_l1"] = "mse"
+    decoder: TransformerSpec | None = None
+
+
+class IdTargetSpec(Spec):
+    """The hidden token ids."""
+
+    kind: Literal["ids"]
+
+
+class GumbelSpec(Spec):
+    """Product quantizer with Gumbel softmax (wav2vec 2.0).
+
+    `hidden`: width of a layer in front of the logits (vq-wav2vec); 0 = none.
+    """
+
+    kind: Literal["gumbel"]
+    groups: int = Field(2, gt=0)
+    entries: int = Field(320, gt=0)
+    width: int = Field(256, gt=0)  # of a quantised vector, all groups together
+    shared_codebook: bool = False
+    hidden: int = Field(0, ge=0)
+    temperature: Number = Schedule(kind="exponential", start=2.0, end=0.5, until=0.7)
+
+
+class NearestSpec(Spec):
+    """Nearest codebook entry of each group, straight through (VQ-VAE, vq-wav2vec's k-means)."""
+
+    kind: Literal["nearest"]
+    groups: int = Field(2, gt=0)
+    entries: int = Field(320, gt=0)
+    shared_codebook: bool = True
+    commitment: float = Field(0.25, ge=0)
+    project: bool = True
+
+
+class CodeTargetSpec(Spec):
+    """The own latent of a hidden frame among those of others (wav2vec 2.0).
+
+    Terms: `nce`, `diversity`, `commitment`, `features` (penalty on the stem's output); watched:
+    `accuracy`, `perplexity`. Without a `quantizer` the latents themselves are compared.
+    """
+
+    kind: Literal["codes"]
+    quantizer: Annotated[GumbelSpec | NearestSpec, Field(discriminator="kind")] | None = None
+    space: int = Field(256, gt=0)  # width in which context and target are compared
+    negatives: int = Field(100, gt=0)
+    temperature: float = Field(0.1, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the latents in front of the quantizer
+
+
+class UnitTargetSpec(Spec):
+    """Cluster ids of frames (HuBERT), from side-cars named in `data.frame_labels`.
+
+    `classes`: clusters by label set, a list for several codebooks of one set.
+    """
+
+    kind: Literal["units"]
+    classes: dict[str, int | list[int]] = Field(min_length=1)
+    space: int = Field(256, gt=0)
+    temperature: float = Field(0.1, gt=0)
+
+
+class TimeSpansSpec(Spec):
+    """Spans of frames (Mockingjay): see `mmssl.masking.TimeSpans`."""
+
+    share: float = Field(0.15, gt=0, le=1)
+    length: int = Field(7, gt=0)  # frames
+    zero: float = Field(0.8, ge=0, le=1)
+    swap: float = Field(0.1, ge=0, le=1)
+
+
+class FrequencyBandSpec(Spec):
+    """A band of features set to 0 (TERA); at most `share` of them."""
+
+    share: float = Field(0.2, ge=0, le=1)
+
+
+class SpecMasksSpec(Spec):
+    """Masks of SpecAugment: so many of at most such a width (features, frames)."""
+
+    bands: int = Field(2, ge=0)
+    band_width: int = Field(27, ge=0)
+    spans: int = Field(2, ge=0)
+    span_width: int = Field(100, ge=0)
+    span_share: float = Field(1.0, gt=0, le=1)
+
+
+class MagnitudeNoiseSpec(Spec):
+    """Gaussian noise on the input of some rows (TERA)."""
+
+    probability: float = Field(0.15, ge=0, le=1)
+    std: float = Field(0.2, ge=0)
+
+
+class FrameTargetSpec(Spec):
+    """Frames of a spectrogram, read in an altered form (Mockingjay, TERA); at least one part.
+
+    Stands with `mask: {rule: all}`: the alteration itself says what is predicted.
+    """
+
+    kind: Literal["frames"]
+    time: TimeSpansSpec | None = None
+    frequency: FrequencyBandSpec | None = None
+    masks: SpecMasksSpec | None = None
+    noise: MagnitudeNoiseSpec | None = None
+
+
+class LatentTargetSpec(Spec):
+    """Top layers of a teacher, the moving average of the backbone (data2vec).
+
+    The fields are explained at `mmssl.targets.latents.LatentTarget`; `beta` is that of smooth_l1.
+    """
+
+    kind: Literal["latents"]
+    layers: int = Field(8, gt=0)
+    tap: Literal["layer", "ffn"] = "ffn"
+    norm: Literal["instance", "layer"] = "instance"
+    again: bool = False
+    decay: Number = 0.999
+    loss: Literal["scaled_square", "smooth_l1", "smooth_l1_sum"] = "scaled_square"
+    beta: float = Field(1.0, gt=0)
+
+
+TargetSpec = Annotated[
+    PatchTargetSpec
+    | IdTargetSpec
+    | CodeTargetSpec
+    | UnitTargetSpec
+    | FrameTargetSpec
+    | LatentTargetSpec,
+    Field(discriminator="kind"),
+]

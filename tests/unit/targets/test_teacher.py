@@ -1,0 +1,65 @@
+"""The teacher: closed form of the average, no gradient, state, evaluation mode."""
+
+import torch
+from torch import nn
+
+from mmssl.backbones.transformer import Transformer
+from mmssl.specs import Schedule
+from mmssl.targets.teacher import Teacher
+
+
+def pair(decay=0.9, **options):
+    torch.manual_seed(0)
+    student = Transformer(16, 2, head_size=8, hidden=32, **options)
+    return student, Teacher(student, decay)
+
+
+def moved(student, by):
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(by)
+
+
+def test_a_teacher_starts_as_its_student_and_follows_the_closed_form():
+    student, teacher = pair(0.9)
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(teacher.twin(x)[0], student.eval()(x)[0])
+    start = {k: v.clone() for k, v in teacher.twin.state_dict().items()}
+    for _ in range(3):
+        moved(student, 1.0)
+        teacher.update(0.5)
+    # the student stood at +1, +2, +3
+    lead = 0.1 * (1 * 0.81 + 2 * 0.9 + 3)
+    for name, value in teacher.twin.state_dict().items():
+        torch.testing.assert_close(value, start[name] + lead, atol=1e-5, rtol=1e-5)
+
+
+def test_decay_follows_its_schedule():
+    student, teacher = pair(Schedule(kind="linear", start=1.0, end=0.0))
+    before = teacher.twin.state_dict()["blocks.0.norm1.parts.shared.weight"].clone()
+    moved(student, 1.0)
+    teacher.update(0.0)
+    same = teacher.twin.state_dict()["blocks.0.norm1.parts.shared.weight"]
+    assert torch.equal(same, before)
+    teacher.update(1.0)
+    assert all(
+        torch.equal(v, student.state_dict()[k]) for k, v in teacher.twin.state_dict().items()
+    )
+
+
+def test_a_teacher_has_no_parameters_but_is_saved():
+    student, teacher = pair()
+    assert list(teacher.parameters()) == []
+    assert set(teacher.twin.state_dict()) == set(student.state_dict())
+    assert all(v.ndim > 0 for v in teacher.state_dict().values())
+    x = torch.randn(1, 3, 16, requires_grad=True)
+    teacher.twin(x)[0].sum().backward()
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_a_teacher_never_drops_out():
+    student, teacher = pair(dropout=0.5)
+    holder = nn.ModuleList([student, teacher]).train()
+    assert student.training
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(holder[1].twin(x)[0], holder[1].twin(x)[0])
