@@ -35,7 +35,13 @@ CALLS = {
 
 
 def test_every_rule_is_in_the_table() -> None:
-    assert set(masking.RULES) == set(CALLS)
+    assert set(masking.RULES) == {"all", *CALLS}
+
+
+def test_all_hides_what_may_be_hidden() -> None:
+    valid = torch.arange(48) < (torch.arange(400) % 49)[:, None]
+    assert torch.equal(masking.all_mask(SEEDS, 48, valid_PN=valid), valid)
+    assert bool(masking.all_mask(SEEDS, (8, 6)).all())
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
