@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, UnitTargetSpec, ViewSpec
+    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
+BEGINS = tuple(i > max(SPECIAL.values()) and i % 3 > 0 for i in range(VOCABULARY))
 
 
 def show(file: str, overrides: Sequence[str] = ()) -> None:
@@ -123,6 +124,7 @@ def _fake_view(
             max(SPECIAL.values()) + 1, VOCABULARY, (count, *shape), generator=generator
         )
         data[:, -1] = SPECIAL["eos"]
+    segments = {} if view.segments is None else _fake_segments(data, view.segments, generator)
     return ViewBatch(
         modality=view.modality,
         data=data,
@@ -133,7 +135,27 @@ def _fake_view(
         start_s_P=torch.zeros(count),
         present_BL=present_B[:, None].expand(-1, view.candidates).clone(),
         rate={"audio": float(view.hz), "video": view.fps, "text": 0.0}[view.modality],
+        split_P=segments.get("split_P"),
+        order_P=segments.get("order_P"),
     )
+
+
+def _fake_segments(
+    data: torch.Tensor, spec: SegmentsSpec, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Puts the markers of one segment or two into random ids."""
+    import torch
+
+    count, length = data.shape
+    data[:, 0] = SPECIAL["bos"]
+    if spec.pairing == "single":
+        return {"split_P": torch.zeros(count).long(), "order_P": torch.full((count,), -1)}
+    split_P = torch.randint(3, length - 1, (count,), generator=generator)
+    data[torch.arange(count), split_P - 1] = SPECIAL["eos"]
+    return {
+        "split_P": split_P,
+        "order_P": torch.randint(0, 2, (count,), generator=generator),
+    }
 
 
 def _fake_units(
@@ -166,7 +188,7 @@ def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
 def _model(spec: RunSpec) -> Model:
     from mmssl.build import build_model
 
-    return build_model(spec, VOCABULARY, SPECIAL)
+    return build_model(spec, VOCABULARY, SPECIAL, BEGINS)
 
 
 def _millions(model: Model) -> str:

@@ -33,6 +33,18 @@ VERBS = {
     "localize": Verb(
         "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"
     ),
+    "import": Verb(
+        "mmssl.interop.huggingface:import_main",
+        ("FOLDER", "OUT"),
+        True,
+        "make a run folder of a checkpoint of transformers",
+    ),
+    "export": Verb(
+        "mmssl.interop.huggingface:export_main",
+        ("RUN", "OUT"),
+        True,
+        "write a tower of a run for transformers",
+    ),
     "list": Verb("mmssl.catalogue:main", (), False, "the methods at hand; --json for programs"),
     "show": Verb("mmssl.check:show", ("FILE",), True, "the flow table of a method"),
     "check": Verb("mmssl.check:check", ("FILE",), True, "dry run on a fake batch"),
@@ -40,7 +52,7 @@ VERBS = {
 }
 
 # verbs of the design that this version does not have
-LATER = ("embed", "index", "search", "demo", "plan", "import", "export", "scoreboard", "chaos")
+LATER = ("embed", "index", "search", "demo", "plan", "scoreboard", "chaos")
 
 USER_ERROR, INTERRUPTED = 2, 130
 

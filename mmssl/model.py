@@ -24,7 +24,7 @@ from mmssl.tasks.classify import Match
 from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Passes
-from mmssl.types import Batch, Term
+from mmssl.types import Batch, Term, UserError
 from mmssl.views.mix import mix_view
 
 
@@ -70,6 +70,7 @@ class Model(nn.Module):
         over ranks, which then gives exactly the gradient of global sum / global count. A term
         without any row is 0.
         """
+        need_tasks(self.spec)
         batch = self._mixed(batch)
         passes = self.passes(batch, step / max(1, total))
         terms = {
@@ -209,6 +210,19 @@ class Model(nn.Module):
 
     def _pairs(self) -> list[Pairs]:
         return [task for task in self.tasks.values() if isinstance(task, Pairs)]
+
+
+def need_tasks(spec: RunSpec) -> None:
+    """Refuse to train a run without tasks, e.g. an imported encoder.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not spec.tasks:
+        raise UserError(
+            f"{spec.name}: has no tasks and cannot be trained; name it in another run's "
+            "towers.NAME.init"
+        )
 
 
 def _join(task: str, term: str) -> str:

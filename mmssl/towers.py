@@ -18,6 +18,7 @@ from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
+from mmssl.frontends.summed import SummedEmbedding
 from mmssl.frontends.wave_stem import WaveStem
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
@@ -205,7 +206,7 @@ class Tower(nn.Module):
         if mask is not None and mask.altered is None and mask.hide == "cells":
             grid = self.grid_of(view.data.shape[1:])
             signal = hide_cells(signal, mask.hidden_PN, grid, self.cell)
-        cells = self._cells(signal, self._frames(view))
+        cells = self._cells(signal, self._frames(view), view.split_P)
         bins = self._bins(view)
         stem_pad = None if bins is None else padding_mask(bins, cells.grid)
         x, grid = cells.x_PMD, cells.grid
@@ -237,8 +238,10 @@ class Tower(nn.Module):
             return None
         return cells_of(signal[:, channel : channel + 1], grid, self.stem.strides).mean(-1)  # type: ignore[arg-type]
 
-    def _cells(self, signal: Tensor, frames_P: Tensor | None) -> Cells:
+    def _cells(self, signal: Tensor, frames_P: Tensor | None, split_P: Tensor | None) -> Cells:
         """The stem's cells; a stem that shows its latents gives them along."""
+        if isinstance(self.stem, SummedEmbedding):
+            return Cells(*self.stem(signal, split_P))
         if isinstance(self.stem, WaveStem):
             out = self.stem.encode(signal, frames_P)
             return Cells(out.tokens_PND, out.grid, out.features_PTC, out.raw_PTC)

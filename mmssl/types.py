@@ -56,6 +56,20 @@ class Clip:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class Pair(NamedTuple):
+    """Two neighbouring segments of a document before they are joined: ids without markers.
+
+    lent: what another row may have as its second segment. room: ids of both that the view may hold.
+    ends: the ids of [CLS] and [SEP].
+    """
+
+    first: list[int]
+    second: list[int]
+    lent: list[int]
+    room: int
+    ends: tuple[int, int]
+
+
 @dataclass
 class FrameLabels:
     """Integer ids along time, read from a side-car; label 0 belongs to the view's start.
@@ -77,6 +91,9 @@ class View:
     rate: Hz for audio, frames per second for video, 0 for text.
     start_s: place of the first unit on the clip's clock.
     seed: seeds everything random that happens to this view later (masks, dropped tokens).
+    split: where the second segment of a text pair begins; 0 for a single one.
+    order: 0 where a text pair is as in its document, 1 where it is not; -1 for a single segment.
+    pair: what other rows may borrow from until the batch is put together.
     labels: frame labels by name (`data.frame_labels`), cut as the view is.
     """
 
@@ -84,6 +101,9 @@ class View:
     rate: float
     start_s: float
     seed: int
+    split: int = 0
+    order: int = -1
+    pair: Pair | None = None
     labels: dict[str, FrameLabels] = field(default_factory=dict)
 
 
@@ -95,6 +115,7 @@ class ViewBatch:
     or ids.
     rows_P, slots_P: where item p sits in the (B, L) table; present_BL says which places are filled.
     seeds_P: int64 seeds of masks and dropped tokens, equal on every batch layout.
+    split_P, order_P: of text in segments, as in `View`; None elsewhere.
     labels: frame labels by name (`data.frame_labels`), padded with -1; none for text.
     A batch without any present item holds one dummy item and `dummy=True`: it is encoded with
     weight 0, so that every rank runs the same modules in the same order.
@@ -110,6 +131,8 @@ class ViewBatch:
     present_BL: Tensor
     rate: float
     dummy: bool = False
+    split_P: Tensor | None = None
+    order_P: Tensor | None = None
     labels: dict[str, FrameLabels] = field(default_factory=dict)
 
     @property

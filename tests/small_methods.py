@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mmssl import config
 from mmssl.build import build_model
-from mmssl.check import SPECIAL, VOCABULARY, fake_batch
+from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
-from mmssl.specs import RunSpec, TransformerSpec
+from mmssl.specs import RunSpec, SummedSpec, TransformerSpec
 from mmssl.types import Batch, Tokens, ViewBatch
 
 SAMPLES, FRAMES, SIDE = 6400, 8, 32
@@ -48,6 +48,8 @@ def _towers(spec: RunSpec) -> Iterator[str]:
             yield from _transformer(f"towers.{name}.backbone", tower.backbone)
         if tower.post:
             yield f"towers.{name}.post=16"
+        if isinstance(tower.cut, SummedSpec):
+            yield f"towers.{name}.cut.dropout=0"
         if tower.cut.kind == "wave_conv":
             yield f"towers.{name}.cut.channels=8"
         if hasattr(tower.positions, "dropout"):
@@ -93,7 +95,7 @@ def _heads(spec: RunSpec) -> Iterator[str]:
 def small_model(spec: RunSpec, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
     """The run's model with seeded weights."""
     torch.manual_seed(seed)
-    return build_model(spec, VOCABULARY, SPECIAL).to(dtype)
+    return build_model(spec, VOCABULARY, SPECIAL, BEGINS).to(dtype)
 
 
 def make_tokens(

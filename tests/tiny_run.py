@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmssl.build import build_model
-from mmssl.check import SPECIAL, VOCABULARY, fake_batch
+from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
 from mmssl.specs import RunSpec
 from mmssl.types import Batch, ViewBatch
@@ -143,7 +143,7 @@ def tiny_model(
 ) -> Model:
     """A model with seeded weights."""
     torch.manual_seed(seed)
-    return build_model(spec or tiny_spec(), VOCABULARY, SPECIAL).to(dtype)
+    return build_model(spec or tiny_spec(), VOCABULARY, SPECIAL, BEGINS).to(dtype)
 
 
 def tiny_batch(
@@ -173,8 +173,14 @@ def _take(view: ViewBatch, index: torch.Tensor) -> ViewBatch:
     dummy = len(kept) == 0
     kept = torch.zeros(1, dtype=torch.long) if dummy else kept
     rows = torch.zeros(1, dtype=torch.long) if dummy else place[view.rows_P[kept]]
+    segments = {
+        name: getattr(view, name)[kept]
+        for name in ("split_P", "order_P")
+        if getattr(view, name) is not None
+    }
     return replace(
         view,
+        **segments,
         data=view.data[kept],
         lengths_P=view.lengths_P[kept],
         rows_P=rows,

@@ -96,8 +96,8 @@ class ConformerBlock(nn.Module):
         mask: Tensor | None = None,
         modality: str | None = None,
         bias: Tensor | None = None,
-        taps: list[Tensor] | None = None,
-    ) -> Tensor:
+        tap: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, D), same shape out; arguments as in `Block`, mask (B, 1, 1, N) bool."""
         pad_BN = None if mask is None else ~mask[:, 0, 0]
         x = x_BND + 0.5 * self.dropout(self.ffn1(self.norm1(x_BND, modality), modality))
@@ -107,7 +107,5 @@ class ConformerBlock(nn.Module):
         if not self.conv_first:
             x = x + self.dropout(self.conv(self.norm3(x, modality), pad_BN))
         ffn = self.ffn2(self.norm4(x, modality), modality)
-        if taps is not None:
-            taps.append(ffn)
         out: Tensor = self.norm(x + 0.5 * self.dropout(ffn), modality)
-        return out
+        return (out, ffn) if tap else out

@@ -9,6 +9,7 @@ always shared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +53,21 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         modality: str | None = None,
         bias: Tensor | None = None,
-        taps: list[Tensor] | None = None,
-    ) -> Tensor:
+        tap: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, D), same shape out; mask and bias as in `Attention`.
 
-        taps: a list that receives the feed-forward's output, before dropout and residual.
+        tap: also return the feed-forward's output, before dropout and residual.
         """
         seen = x_BND if self.post_norm else self.norm1(x_BND, modality)
         x_BND = x_BND + self._branch(self.attention(seen, mask, bias), self.scale1_D)
         if self.post_norm:
             x_BND = self.norm1(x_BND, modality)
         ffn = self.ffn(x_BND if self.post_norm else self.norm2(x_BND, modality), modality)
-        if taps is not None:
-            taps.append(ffn)
         x_BND = x_BND + self._branch(ffn, self.scale2_D)
-        return self.norm2(x_BND, modality) if self.post_norm else x_BND
+        if self.post_norm:
+            x_BND = self.norm2(x_BND, modality)
+        return (x_BND, ffn) if tap else x_BND
 
     def _branch(self, y_BND: Tensor, scale_D: Tensor | None) -> Tensor:
         y_BND = self.dropout(y_BND)
@@ -213,12 +214,15 @@ class Transformer(nn.Module):
         bias = None if self.relative is None else self.relative(x_BND.shape[1]).to(x_BND.dtype)
         keep = self._kept(x_BND.device)
         hidden: list[Tensor] = []
-        taps: list[Tensor] | None = hidden if return_hidden and _known_tap(tap) == "ffn" else None
+        ffn = return_hidden and _known_tap(tap) == "ffn"
         for i, block in enumerate(self._depths()):
             near = bias if i == 0 or self.relative_use != "first" else None
-            new = self._run(block, x_BND, look, modality, near, taps)
+            new = self._run(block, x_BND, look, modality, near, ffn)
+            if ffn:
+                new, tapped = new
+                hidden.append(tapped)
             x_BND = new if keep is None else torch.where(keep[i], new, x_BND)
-            if return_hidden and taps is None:
+            if return_hidden and not ffn:
                 hidden.append(x_BND)
         if self.norm is not None:
             x_BND = self.norm(x_BND, modality)
@@ -228,10 +232,11 @@ class Transformer(nn.Module):
         """The layer of every depth; a shared one comes again and again."""
         return (self.blocks[i % len(self.blocks)] for i in range(self.layers))
 
-    def _run(self, block: nn.Module, *args: object) -> Tensor:
+    def _run(self, block: nn.Module, *args: object) -> Any:
+        # results come back as values: ZeRO-3's hooks hand a layer copies of lists and dictionaries
         if self.checkpointing and self.training:
-            return checkpoint(block, *args, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*args)  # type: ignore[no-any-return]
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def _kept(self, device: torch.device) -> Tensor | None:
         """(L,) bool: the layers that count in this pass; None when all do."""

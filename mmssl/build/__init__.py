@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmssl.build.policy import policy_of
+from mmssl.build.targets import Vocabulary
 from mmssl.build.tasks import TaskBuilder
-from mmssl.build.towers import data_shape, make_joint, make_tower, make_trunk, shared_by
+from mmssl.build.towers import data_shape, make_joint, make_towers, make_trunk, shared_by
 from mmssl.model import Model
 from mmssl.specs import KaldiSpec, RunSpec, SpectrumSpec
 from mmssl.types import UserError
@@ -15,24 +16,28 @@ __all__ = ["build_model", "data_shape"]
 
 
 def build_model(
-    spec: RunSpec, vocab_size: int = 0, special: Mapping[str, int] | None = None
+    spec: RunSpec,
+    vocab_size: int = 0,
+    special: Mapping[str, int] | None = None,
+    begins: Sequence[bool] = (),
 ) -> Model:
     """The model of a run, with fresh weights from torch's global generator.
 
-    vocab_size, special: size and special ids of the tokenizer, needed by text towers.
+    vocab_size, special, begins: size and special ids of the tokenizer, needed by text towers, and
+    which ids begin a word, needed by masks of whole words.
 
     Raises:
         UserError: names that do not exist, or parts that do not fit together.
     """
     _check_names(spec)
-    special = dict(special or {})
+    vocabulary = Vocabulary(vocab_size, dict(special or {}), tuple(begins))
     checkpointing = spec.train.checkpoint_activations
     trunk = make_trunk(spec.shared, checkpointing, shared_by(spec)) if spec.shared else None
-    towers = {name: make_tower(name, t, spec, trunk, vocab_size) for name, t in spec.towers.items()}
+    towers = make_towers(spec, trunk, vocab_size)
     tower_of = {name: v.tower_name for name, v in spec.views.items()}
     widths = {view: towers[tower].width for view, tower in tower_of.items()}
     joints = {name: make_joint(name, t, widths, spec) for name, t in spec.joints.items()}
-    make = TaskBuilder(spec, towers, joints, widths, vocab_size, special)
+    make = TaskBuilder(spec, towers, joints, widths, vocabulary)
     tasks = {name: make(name, t) for name, t in spec.tasks.items()}
     model = Model(spec, towers, joints, trunk, tasks)
     model.set_policy(policy_of(spec, model))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mmssl.build.towers import channels, data_shape, make_trunk
+from mmssl.build.towers import channels, data_shape, make_trunk, need_view
 from mmssl.frontends import FactorisedPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
+from mmssl.frontends.summed import EmbeddingTables, SummedEmbedding
 from mmssl.heads.predict import PatchDecoder, TokenHead
-from mmssl.masking import FrameAlteration, FrequencyBand, MagnitudeNoise, SpecMasks, TimeSpans
+from mmssl.heads.words import IdHead, SentenceHead, TiedHead
+from mmssl.masking import (
+    FrameAlteration,
+    FrequencyBand,
+    IdAlteration,
+    MagnitudeNoise,
+    SpecMasks,
+    TimeSpans,
+)
 from mmssl.objectives.regression import scaled_square, smooth_l1
 from mmssl.quantizers import GumbelQuantizer, Quantizer, VectorQuantizer
 from mmssl.specs import (
@@ -28,6 +38,7 @@ from mmssl.specs import (
     NearestSpec,
     Number,
     PatchTargetSpec,
+    ReplacedTargetSpec,
     RunSpec,
     Spec,
     SpectrumSpec,
@@ -41,9 +52,22 @@ from mmssl.targets.frames import FrameTarget
 from mmssl.targets.ids import IdTarget
 from mmssl.targets.latents import LatentTarget, Loss
 from mmssl.targets.patches import PatchTarget
+from mmssl.targets.replaced import ReplacedTarget
 from mmssl.targets.units import UnitTarget
-from mmssl.towers import Tower
+from mmssl.towers import AnyTower, Tower
 from mmssl.types import UserError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model must know of the tokenizer; empty without one.
+
+    special: ids of the special pieces by name. begins: of every id, whether it begins a word.
+    """
+
+    size: int
+    special: dict[str, int]
+    begins: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +78,8 @@ class TargetContext:
     task: MaskedSpec
     run: RunSpec
     tower: Tower
-    vocab_size: int
-    special: dict[str, int]
+    vocabulary: Vocabulary
+    towers: Mapping[str, AnyTower]
 
     @property
     def view(self) -> ViewSpec:
@@ -87,15 +111,77 @@ def shows_motion(tower: TowerSpec) -> bool:
     return isinstance(tower.frontend, FramesSpec) and tower.frontend.channels != "rgb"
 
 
-def _ids(context: TargetContext) -> Target:
+def word_begins(context: TargetContext) -> Tensor | None:
+    """(V,) bool of every id, it begins a word; None for masks that do not ask.
+
+    Raises:
+        UserError: no text, or no tokenizer that tells.
+    """
+    if context.task.mask.rule != "ngrams":
+        return None
+    begins = context.vocabulary.begins
+    if context.view.modality != "text" or not begins:
+        raise UserError(
+            f"tasks.{context.name}.mask.rule: `ngrams` needs a text view and a tokenizer that "
+            "tells where words begin; set data.tokenizer, or use words"
+        )
+    return torch.tensor(begins)
+
+
+def _alteration(context: TargetContext) -> IdAlteration:
+    """How the ids of the masked view are altered."""
     task, modality = context.task, context.view.modality
     if modality != "text":
         raise UserError(
-            f"tasks.{context.name}.target: `ids` needs a text view, {task.view} is {modality}"
+            f"tasks.{context.name}.target: `{task.target.kind}` needs a text view, {task.view} is "
+            f"{modality}"
         )
-    return IdTarget(
-        context.tower.width, task.hidden, context.vocab_size, context.special, task.mask.shares
-    )
+    words = context.vocabulary
+    return IdAlteration(words.size, words.special, task.mask.shares)
+
+
+def _ids(context: TargetContext) -> Target:
+    task, target, alter = context.task, context.task.target, _alteration(context)
+    assert isinstance(target, IdTargetSpec)
+    width = context.tower.width
+    if target.head == "bert":
+        head: IdHead | TiedHead = TiedHead(width, _tables(context))
+    else:
+        head = IdHead(width, task.hidden, context.vocabulary.size)
+    segments = context.view.segments
+    if target.sentence and (segments is None or segments.pairing == "single"):
+        raise UserError(
+            f"tasks.{context.name}.target.sentence: {task.view} has no pairs; set "
+            f"views.{task.view}.segments.pairing to next or order"
+        )
+    sentence = SentenceHead(width) if target.sentence else None
+    return IdTarget(head, alter, sentence)
+
+
+def _tables(context: TargetContext) -> EmbeddingTables:
+    """The tables that a tied head decodes with."""
+    stem = context.tower.stem
+    if not isinstance(stem, SummedEmbedding):
+        raise UserError(
+            f"tasks.{context.name}.target: a tied head needs the token table of the tower; set "
+            f"towers.{context.view.tower_name}.cut.kind to summed"
+        )
+    return stem.tables
+
+
+def _replaced(context: TargetContext) -> Target:
+    target = context.task.target
+    assert isinstance(target, ReplacedTargetSpec)
+    where = f"tasks.{context.name}.target.view"
+    tower = context.towers[need_view(context.run, target.view, where).tower_name]
+    if not isinstance(tower, Tower) or tower.modality != "text" or tower is context.tower:
+        raise UserError(
+            f"{where}: {target.view} must be read by another transformer tower for text than "
+            f"{context.task.view}, which the generator reads"
+        )
+    alter = _alteration(context)
+    generator = IdTarget(TiedHead(context.tower.width, _tables(context)), alter)
+    return ReplacedTarget(generator, TokenHead(tower.width, tower.width, 1), target.view)
 
 
 def _patches(context: TargetContext) -> Target:
@@ -196,10 +282,10 @@ def _frames(context: TargetContext) -> Target:
 def _latents(context: TargetContext) -> Target:
     target, tower = context.task.target, context.tower
     assert isinstance(target, LatentTargetSpec)
-    if target.layers > len(tower.trunk.blocks):
+    if target.layers > tower.trunk.layers:
         raise UserError(
-            f"tasks.{context.name}.target.layers: {target.layers} of {len(tower.trunk.blocks)} "
-            "layers; give no more than the backbone has"
+            f"tasks.{context.name}.target.layers: {target.layers} of {tower.trunk.layers} layers; "
+            "give no more than the backbone has"
         )
     losses: dict[str, Loss] = {
         "scaled_square": scaled_square,
@@ -215,6 +301,7 @@ def _latents(context: TargetContext) -> Target:
         target.norm,
         target.again,
         losses[target.loss],
+        _alteration(context) if context.view.modality == "text" else None,
     )
 
 
@@ -224,5 +311,6 @@ TARGETS: dict[type[Spec], Callable[[TargetContext], Target]] = {
     IdTargetSpec: _ids,
     LatentTargetSpec: _latents,
     PatchTargetSpec: _patches,
+    ReplacedTargetSpec: _replaced,
     UnitTargetSpec: _units,
 }

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mmssl.build.targets import TARGETS, TargetContext, check_mask, shows_motion
+from mmssl.build.targets import (
+    TARGETS,
+    TargetContext,
+    Vocabulary,
+    check_mask,
+    shows_motion,
+    word_begins,
+)
 from mmssl.build.towers import need_view
 from mmssl.heads.dense import MapScore, PairScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
@@ -15,9 +22,7 @@ from mmssl.specs import (
     ClassifySpec,
     DistanceSpec,
     DotSpec,
-    FrameTargetSpec,
     FusionSpec,
-    IdTargetSpec,
     LabelSpec,
     MapSpec,
     MaskedSpec,
@@ -51,11 +56,10 @@ class TaskBuilder:
         towers: Mapping[str, AnyTower],
         joints: Mapping[str, JointTower],
         widths: Mapping[str, int],
-        vocab_size: int,
-        special: dict[str, int],
+        vocabulary: Vocabulary,
     ) -> None:
         self.spec, self.towers, self.joints = spec, towers, joints
-        self.widths, self.vocab_size, self.special = widths, vocab_size, special
+        self.widths, self.vocabulary = widths, vocabulary
         self.embedders: dict[str, Embedder] = {}  # of the pairs tasks made so far
 
     def __call__(self, name: str, task: TaskSpec) -> Task:
@@ -216,11 +220,10 @@ class TaskBuilder:
     def _masked(self, name: str, task: MaskedSpec) -> Task:
         need_view(self.spec, task.view, f"tasks.{name}.view")
         tower = self._transformer_tower(f"tasks.{name}.view", task.view)
-        context = TargetContext(name, task, self.spec, tower, self.vocab_size, self.special)
+        context = TargetContext(name, task, self.spec, tower, self.vocabulary, self.towers)
         check_mask(context)
         target = TARGETS[type(task.target)](context)
-        alters = isinstance(task.target, IdTargetSpec | FrameTargetSpec)
-        marks = task.mask.hide != "drop" and not alters  # what is altered tells by itself
+        marks = task.mask.hide != "drop" and not target.alters
         return Masked(
             name,
             task.view,
@@ -230,6 +233,7 @@ class TaskBuilder:
             task.rows,
             task.weight,
             task.weights,
+            word_begins(context),
         )
 
     # classify

@@ -18,9 +18,11 @@ from mmssl.frontends.fixed_positions import SinusoidPositions
 from mmssl.frontends.kaldi import Kaldi, KaldiParams, UtteranceFeatures
 from mmssl.frontends.spectra import Spectrum
 from mmssl.frontends.stems import CellMerge
+from mmssl.frontends.summed import EmbeddingTables, SummedEmbedding
 from mmssl.frontends.video import CHANNELS
 from mmssl.frontends.wave_stem import WaveStem
 from mmssl.specs import (
+    BorrowedSpec,
     ConvPositionSpec,
     ConvSpec,
     EmbeddingSpec,
@@ -33,6 +35,7 @@ from mmssl.specs import (
     RunSpec,
     SpectrumSpec,
     StemSpec,
+    SummedSpec,
     TowerSpec,
     Trainable,
     TransformerSpec,
@@ -88,14 +91,27 @@ def make_trunk(
     )
 
 
+def make_towers(run: RunSpec, trunk: Transformer | None, vocab_size: int) -> dict[str, AnyTower]:
+    """All towers; one that borrows tables is made after their owner."""
+    made: dict[str, AnyTower] = {}
+    for name in sorted(run.towers, key=lambda n: isinstance(run.towers[n].cut, BorrowedSpec)):
+        made[name] = make_tower(name, run, trunk, vocab_size, made)
+    return {name: made[name] for name in run.towers}
+
+
 def make_tower(
-    name: str, spec: TowerSpec, run: RunSpec, trunk: Transformer | None, vocab_size: int
+    name: str,
+    run: RunSpec,
+    trunk: Transformer | None,
+    vocab_size: int,
+    others: Mapping[str, AnyTower],
 ) -> AnyTower:
     """Front-end, stem, positions and backbone of one modality.
 
     Raises:
         UserError: parts that do not fit together.
     """
+    spec = run.towers[name]
     signal = _signal(spec)
     if isinstance(spec.backbone, ConvSpec):
         if signal is None:
@@ -112,7 +128,10 @@ def make_tower(
         raise UserError(
             f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
         )
-    stem = _stem(name, spec, encoder.width, vocab_size)
+    if isinstance(spec.cut, BorrowedSpec):
+        stem: nn.Module = _borrowed(name, spec.cut, encoder.width, others)
+    else:
+        stem = _stem(name, spec, encoder.width, vocab_size)
     merge = _merge(name, spec, encoder.width)
     return Tower(
         spec.modality,
@@ -148,19 +167,42 @@ def _whole(spectrum: Spectrum | Kaldi, spec: UtteranceSpec | None) -> nn.Module:
     return spectrum if spec is None else UtteranceFeatures(spectrum, **spec.model_dump())
 
 
+def _text_stem(
+    name: str, spec: TowerSpec, cut: EmbeddingSpec | SummedSpec, width: int, vocab_size: int
+) -> nn.Module:
+    if isinstance(cut, SummedSpec) and cut.vocabulary:
+        vocab_size = _agreed(name, cut.vocabulary, vocab_size)
+    if vocab_size <= 0:
+        raise UserError(f"towers.{name}: a text tower needs a tokenizer; set data.tokenizer")
+    if isinstance(cut, SummedSpec):
+        if spec.positions.kind != "none":
+            raise UserError(f"towers.{name}.positions: a `summed` cut has its own; set kind: none")
+        options = cut.model_dump(exclude={"kind", "vocabulary", "width"})
+        return SummedEmbedding(EmbeddingTables(vocab_size, cut.width or width, **options), width)
+    if cut.kind == "embedding":
+        stem: nn.Module = TEXTS["embedding"](vocab_size, width)
+        return stem
+    table = _word_table(cut.table) if cut.table else None
+    generator = torch.Generator().manual_seed(0)
+    stem = TEXTS["frozen"](vocab_size, width, cut.table_width, table, generator)
+    return stem
+
+
+def _agreed(name: str, vocabulary: int, vocab_size: int) -> int:
+    """The size that a tower says its vocabulary has, which a tokenizer must have, too."""
+    if vocab_size not in (0, vocabulary):
+        raise UserError(
+            f"towers.{name}.cut.vocabulary: {vocabulary} ids, the tokenizer has {vocab_size}; set "
+            "data.tokenizer to the one that the tower was made with"
+        )
+    return vocabulary
+
+
 def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
     cut = spec.cut
     stem: nn.Module
-    if isinstance(cut, EmbeddingSpec):
-        if vocab_size <= 0:
-            raise UserError(f"towers.{name}: a text tower needs a tokenizer; set data.tokenizer")
-        if cut.kind == "embedding":
-            stem = TEXTS["embedding"](vocab_size, width)
-            return stem
-        table = _word_table(cut.table) if cut.table else None
-        generator = torch.Generator().manual_seed(0)
-        stem = TEXTS["frozen"](vocab_size, width, cut.table_width, table, generator)
-        return stem
+    if isinstance(cut, EmbeddingSpec | SummedSpec):
+        return _text_stem(name, spec, cut, width, vocab_size)
     if isinstance(cut, PatchSpec):
         stem = STEMS["patches"](cut.patch, width, channels(spec))
         return stem
@@ -178,6 +220,18 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
         stem = STEMS["conv"](width, **options, rank=rank)
         return stem
     raise UserError(f"towers.{name}.cut: `whole` needs a convolutional backbone")
+
+
+def _borrowed(
+    name: str, cut: BorrowedSpec, width: int, others: Mapping[str, AnyTower]
+) -> SummedEmbedding:
+    owner = others.get(cut.of)
+    if not isinstance(owner, Tower) or not isinstance(owner.stem, SummedEmbedding):
+        raise UserError(
+            f"towers.{name}.cut.of: {cut.of!r} is no tower with a `summed` cut; there are "
+            f"{', '.join(others) or 'none'}"
+        )
+    return SummedEmbedding(owner.stem.tables, width, borrowed=True)
 
 
 def _word_table(path: str) -> torch.Tensor:

@@ -21,6 +21,7 @@ from mmssl import rng
 from mmssl.data.labels import NO_LABEL, LabelKind, label_count
 from mmssl.specs import ViewSpec
 from mmssl.types import Batch, FrameLabels, UserError, View, ViewBatch
+from mmssl.views.segments import with_strangers
 
 _ALIGN = 64  # bytes
 _DUMMY_S = 1.0  # length of a dummy item whose view has no fixed length
@@ -88,6 +89,8 @@ class PackedBatch:
                     if _label_place(name, label) in tensors
                 },
                 **{f: tensors[f"{name}/{f}"] for f in _VIEW_FIELDS},
+                split_P=tensors.get(f"{name}/split_P"),
+                order_P=tensors.get(f"{name}/order_P"),
             )
             for name, (modality, rate, dummy) in self.views.items()
         }
@@ -150,6 +153,7 @@ def pack(
     }
     for name, column in columns.items():
         small |= {f"{name}/{f}": t for f, t in column.indices(len(items)).items()}
+        small |= {f"{name}/{f}": t for f, t in column.segments().items()}
         small |= {_label_place(name, label): t for label, t in column.frame_labels()}
     places, size = _lay_out(
         {
@@ -199,8 +203,18 @@ class _Column:
             for row, item in enumerate(items)
             for slot, view in enumerate(item.views.get(name, ())[: self.slots])
         ]
+        if spec.segments is not None and spec.segments.pairing == "next":
+            self._lend([item.source for item in items])
         self.rate = {"audio": float(spec.hz), "video": spec.fps, "text": 0.0}[spec.modality]
         self.length = self._padded_length()
+
+    def _lend(self, sources: Sequence[str]) -> None:
+        """Let rows borrow a second segment from each other."""
+        views = [view for _, _, view in self.entries]
+        mixed = with_strangers(views, [sources[row] for row, _, _ in self.entries])
+        self.entries = [
+            (row, slot, view) for (row, slot, _), view in zip(self.entries, mixed, strict=True)
+        ]
 
     def _nominal(self, seconds: float) -> int:
         if self.spec.modality == "text":
@@ -247,6 +261,16 @@ class _Column:
                 [v.start_s for _, _, v in self.entries] + [0.0] * len(dummy), dtype=torch.float32
             ),
             "present_BL": present_BL,
+        }
+
+    def segments(self) -> dict[str, Tensor]:
+        """Where second segments begin, and whether they belong there; nothing without segments."""
+        if self.spec.segments is None:
+            return {}
+        views = [view for _, _, view in self.entries]
+        return {
+            "split_P": torch.tensor([v.split for v in views] or [0]),
+            "order_P": torch.tensor([v.order for v in views] or [-1]),
         }
 
     def frame_labels(self) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 from mmssl.types import UserError
 
 MASK = "<mask>"
+_WORD = "\u2581"  # SentencePiece's mark of a space in front
 
 
 class Tokenizer:
@@ -71,6 +72,12 @@ class Tokenizer:
             "eos": self.eos_id,
             "mask": self.mask_id,
         }
+
+    @property
+    def begins(self) -> list[bool]:
+        """Of every id, whether its piece begins a word."""
+        pieces = (self._processor.id_to_piece(i) for i in range(self.vocab_size))
+        return [piece.startswith(_WORD) for piece in pieces]
 
     def encode(self, text: str, length: int) -> list[int]:
         """At most `length` ids, the last of which is always the end marker; no padding."""

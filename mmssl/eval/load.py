@@ -37,10 +37,11 @@ def load_model(
     tokenizer = Tokenizer.load(file) if file.is_file() else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(spec.train.seed, "random baseline"))
-        size, special = (
-            (0, None) if tokenizer is None else (tokenizer.vocab_size, tokenizer.special)
-        )
-        model = build_model(spec, size, special)
+        if tokenizer is None:
+            model = build_model(spec)
+        else:
+            words = (tokenizer.vocab_size, tokenizer.special, tokenizer.begins)
+            model = build_model(spec, *words)
     if not random:
         averaged = which == "ema" and (folder / "ema.safetensors").is_file()
         model.load_state_dict(checkpoint.load_weights(folder, ema=averaged))

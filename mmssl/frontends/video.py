@@ -8,8 +8,19 @@ from torch import Tensor, nn
 from mmssl.frontends.patches import zero_behind
 from mmssl.types import UserError
 
+Numbers = float | tuple[float, ...]
+
 CHANNELS = {"rgb": 3, "motion": 1, "rgb_motion": 4, "foreground": 4}
-RANGES = {"signed": (2 / 255, -1.0), "unit": (1 / 255, 0.0)}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours in [0, 1]
+# factors and summands of bytes, of all colours or of each
+RANGES: dict[str, tuple[Numbers, Numbers]] = {
+    "signed": (2 / 255, -1.0),
+    "unit": (1 / 255, 0.0),
+    "imagenet": (
+        tuple(1 / (255 * std) for std in _STD),
+        tuple(-mean / std for mean, std in zip(_MEAN, _STD, strict=True)),
+    ),
+}
 NETWORK = (
     *((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3)),
     *((5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2)),
@@ -19,7 +30,8 @@ NETWORK = (
 class Frames(nn.Module):
     """uint8 frames (P, T, H, W, 3) to fp32 (P, C, T, H, W).
 
-    values: `signed` for [-1, 1], `unit` for [0, 1].
+    values: `signed` for [-1, 1], `unit` for [0, 1], `imagenet` for colours standardised by the
+    statistics of ImageNet.
     channels: `rgb`; `motion`, one channel that shows what moves, tanh(motion_gain * d) with d the
     largest difference of a colour from the clip's background, in [0, 1]; `rgb_motion`, both; or
     `foreground`, both with the colours multiplied by the motion. The background is the median of
@@ -68,13 +80,20 @@ class Frames(nn.Module):
             )
         parts = []
         if self.channels != "motion":
-            parts.append(frames_PTHWC.float().mul_(self.gain).add_(self.shift))
+            gain, shift = (_like(x, frames_PTHWC) for x in (self.gain, self.shift))
+            parts.append(frames_PTHWC.float().mul_(gain).add_(shift))
         if self.channels != "rgb":
             parts.append(motion(frames_PTHWC, lengths_P).mul_(self.motion_gain).tanh_())
         if self.channels == "foreground":
             parts[0].mul_(parts[1])
         signal = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return zero_behind(signal, lengths_P, axis=1).movedim(-1, 1)
+
+
+def _like(numbers: Numbers, frames: Tensor) -> float | Tensor:
+    if isinstance(numbers, float):
+        return numbers
+    return torch.tensor(numbers, device=frames.device)
 
 
 def motion(frames_PTHWC: Tensor, lengths_P: Tensor | None = None) -> Tensor:

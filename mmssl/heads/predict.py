@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmssl.backbones.transformer import Transformer
 from mmssl.types import Tokens
+
+
+def layers(width: int, hidden: int, out: int) -> nn.Sequential:
+    """A linear map, behind one GELU layer of width `hidden` unless that is 0."""
+    first = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
+    return nn.Sequential(*first, nn.Linear(hidden or width, out))
 
 
 class TokenHead(nn.Module):
@@ -17,8 +24,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
-        layers = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden or width, out))
+        self.layers = layers(width, hidden, out)
 
     def forward(self, tokens: Tokens, hidden_PN: Tensor) -> Tensor:
         """(P, N, K)."""
@@ -30,7 +36,7 @@ class PatchDecoder(nn.Module):
     """A small transformer over visible tokens and mask tokens (MAE, He et al. 2022).
 
     Visible tokens are mapped to the decoder's width, a learned vector stands for the hidden ones,
-    and all get the decoder's positions.
+    and all get the decoder's positions. The tower's global tokens come along, without a position.
     """
 
     def __init__(self, width: int, positions: nn.Module, trunk: Transformer, out: int) -> None:
@@ -45,9 +51,12 @@ class PatchDecoder(nn.Module):
 
         What is neither visible nor hidden is padding.
         """
-        x_PNE = self.enter(tokens.x_PND)
-        x_PNE = torch.where(hidden_PN[..., None], self.mask_E.to(x_PNE.dtype), x_PNE)
+        globals_PGD = [x_PD.unsqueeze(1) for x_PD in tokens.extra.values()]
+        front = len(globals_PGD)
+        x_PME = self.enter(torch.cat([*globals_PGD, tokens.x_PND], dim=1))
+        x_PNE = torch.where(hidden_PN[..., None], self.mask_E.to(x_PME.dtype), x_PME[:, front:])
         x_PNE = self.positions(x_PNE, tokens.grid)
-        x_PNE, _ = self.trunk(x_PNE, tokens.pad_PN & ~hidden_PN)
-        out: Tensor = self.head(x_PNE)
+        pad_PM = F.pad(tokens.pad_PN & ~hidden_PN, (front, 0))
+        x_PME, _ = self.trunk(torch.cat([x_PME[:, :front], x_PNE], dim=1), pad_PM)
+        out: Tensor = self.head(x_PME[:, front:])
         return out

@@ -28,7 +28,7 @@ from mmssl.masking.blocks import beit_block_mask, block_mask
 from mmssl.masking.order import Grid
 from mmssl.masking.rules import all_mask, random_mask, tube_mask
 from mmssl.masking.spans import channel_mask, equalise, span_mask
-from mmssl.masking.words import corrupt_tokens, ngram_mask, token_mask
+from mmssl.masking.words import IdAlteration, corrupt_tokens, ngram_mask, token_mask
 
 __all__ = [
     "RULES",
@@ -36,6 +36,7 @@ __all__ = [
     "FrameAlteration",
     "FrequencyBand",
     "Grid",
+    "IdAlteration",
     "MagnitudeNoise",
     "SpecMasks",
     "TimeSpans",

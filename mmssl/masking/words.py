@@ -5,6 +5,9 @@ Letters in shapes: P rows, N tokens, W words of a row, K lengths of an n-gram.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,6 +117,30 @@ def corrupt_tokens(
     swapped_PN = ~masked_PN & (u_PN < shares[0] + shares[1])
     out_PN = torch.where(hidden_PN & masked_PN, torch.full_like(ids_PN, mask_id), ids_PN)
     return torch.where(hidden_PN & swapped_PN, random_PN.to(ids_PN.dtype), out_PN)
+
+
+@dataclass(frozen=True)
+class IdAlteration:
+    """Which ids of a text may be hidden, and what is read in their place.
+
+    special: the tokenizer's special ids by name, all below the ordinary ones. shares: of hidden ids
+    that become the mask and a random ordinary id; the rest stay as they are.
+    """
+
+    vocabulary: int
+    special: Mapping[str, int]
+    shares: tuple[float, float] = (0.8, 0.1)
+
+    def candidates(self, ids_PN: Tensor) -> Tensor:
+        """(P, N) bool: everything but special pieces."""
+        special = torch.tensor(sorted(self.special.values()), device=ids_PN.device)
+        return ~torch.isin(ids_PN, special)
+
+    def __call__(self, ids_PN: Tensor, hidden_PN: Tensor, seeds_P: Tensor) -> Tensor:
+        """(P, N) ids with the hidden ones replaced as `corrupt_tokens` does."""
+        ordinary = (max(self.special.values()) + 1, self.vocabulary)
+        mask = self.special["mask"]
+        return corrupt_tokens(ids_PN, hidden_PN, seeds_P, mask, ordinary, self.shares)
 
 
 def _reach(size_PW: Tensor, u_PW: Tensor, longest: int) -> Tensor:

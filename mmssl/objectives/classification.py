@@ -45,15 +45,19 @@ def binary_cross_entropy(
 
 
 def token_cross_entropy(
-    logits_PNV: Tensor, ids_PN: Tensor, hidden_PN: Tensor
+    logits_PNV: Tensor, ids_PN: Tensor, hidden_PN: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Masked-token prediction: (sum, count) of the cross-entropy at the hidden places.
+
+    Leading axes are free: (H, V) logits of the hidden tokens alone need no `hidden_PN`.
 
     Args:
         logits_PNV: one logit per vocabulary entry.
         ids_PN: int64 true ids.
-        hidden_PN: bool, the places to predict.
+        hidden_PN: bool, the places to predict; default all.
     """
+    if hidden_PN is None:
+        hidden_PN = torch.ones_like(ids_PN, dtype=torch.bool)
     loss_PN = softmax_cross_entropy(
         logits_PNV.flatten(0, -2), ids_PN.flatten(), hidden_PN.flatten()
     )

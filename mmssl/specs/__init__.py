@@ -35,6 +35,7 @@ from mmssl.specs.targets import (
     MagnitudeNoiseSpec,
     NearestSpec,
     PatchTargetSpec,
+    ReplacedTargetSpec,
     SpecMasksSpec,
     TargetSpec,
     TimeSpansSpec,
@@ -56,6 +57,7 @@ from mmssl.specs.tasks import (
 )
 from mmssl.specs.towers import (
     BackboneSpec,
+    BorrowedSpec,
     ConvAV8Spec,
     ConvPositionSpec,
     ConvSpec,
@@ -72,6 +74,7 @@ from mmssl.specs.towers import (
     PositionSpec,
     SpectrumSpec,
     StemSpec,
+    SummedSpec,
     TowerSpec,
     Trainable,
     TransformerSpec,
@@ -80,4 +83,4 @@ from mmssl.specs.towers import (
     WaveSpec,
     WholeSpec,
 )
-from mmssl.specs.views import AugmentSpec, MixSpec, ViewSpec
+from mmssl.specs.views import AugmentSpec, MixSpec, SegmentsSpec, ViewSpec

@@ -94,7 +94,7 @@ class RunSpec(Spec):
     towers: dict[str, TowerSpec] = Field(min_length=1)
     joints: dict[str, JointSpec] = {}
     views: dict[str, ViewSpec] = Field(min_length=1)
-    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    tasks: dict[str, TaskSpec]  # empty: towers to start from or to evaluate, see `mmssl import`
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
     data: DataSpec = DataSpec()

@@ -23,9 +23,27 @@ class PatchTargetSpec(Spec):
 
 
 class IdTargetSpec(Spec):
-    """The hidden token ids."""
+    """The hidden token ids.
+
+    `head`: `linear`, behind one layer of the task's `hidden`, or `bert`: Linear, GELU, LayerNorm
+    and the token table of the tower's own `summed` cut, with a bias. `sentence`: from [CLS] of the
+    same pass, whether the pair of the view's `segments` is as in its document.
+    """
 
     kind: Literal["ids"]
+    head: Literal["linear", "bert"] = "linear"
+    sentence: bool = False
+
+
+class ReplacedTargetSpec(Spec):
+    """Which tokens the generator, the tower of the masked view, has replaced (ELECTRA).
+
+    `view`: a view of the discriminator's tower, which reads the masked view's replaced ids. Terms:
+    `generator`, `replaced`.
+    """
+
+    kind: Literal["replaced"]
+    view: str
 
 
 class GumbelSpec(Spec):
@@ -148,6 +166,7 @@ TargetSpec = Annotated[
     | CodeTargetSpec
     | UnitTargetSpec
     | FrameTargetSpec
-    | LatentTargetSpec,
+    | LatentTargetSpec
+    | ReplacedTargetSpec,
     Field(discriminator="kind"),
 ]

@@ -109,7 +109,7 @@ class ClassifySpec(Spec):
 class MaskSpec(Spec):
     """Which tokens are hidden, and how (`hide`, see `mmssl.towers.Mask`)."""
 
-    rule: Literal["all", "random", "blocks", "beit_blocks", "tubes", "spans", "words"]
+    rule: Literal["all", "random", "blocks", "beit_blocks", "tubes", "spans", "words", "ngrams"]
     hide: Literal["cells", "latents", "drop"] = "cells"
     ratio: Number = 0.5
     length: int = Field(10, gt=0)  # spans: tokens per span
@@ -118,7 +118,9 @@ class MaskSpec(Spec):
     block: tuple[int, int] = (5, 5)  # blocks: cells per side
     inverse: bool = True  # blocks: stay visible instead of being hidden
     smallest: int = Field(16, gt=0)  # beit_blocks: cells of a block, at least
-    shares: tuple[float, float] = (0.8, 0.1)  # words: share replaced by the mask and by random ids
+    replacement: bool = False  # words: drawn with replacement, so that a few less differ (ELECTRA)
+    longest: int = Field(3, gt=0)  # ngrams: whole words of the longest; 1 = whole-word masking
+    shares: tuple[float, float] = (0.8, 0.1)  # ids: replaced by the mask, and by random ids
 
 
 class MaskedSpec(Spec):

@@ -72,10 +72,13 @@ class WaveSpec(Spec):
 
 
 class FramesSpec(Spec):
-    """Frames scaled to [-1, 1] (`signed`) or [0, 1] (`unit`), and what moves in them."""
+    """Frames scaled to [-1, 1] (`signed`) or [0, 1] (`unit`), and what moves in them.
+
+    `imagenet` standardises each colour by ImageNet's statistics.
+    """
 
     kind: Literal["frames"]
-    values: Literal["signed", "unit"] = "signed"
+    values: Literal["signed", "unit", "imagenet"] = "signed"
     channels: Literal["rgb", "motion", "rgb_motion", "foreground"] = "rgb"  # see `Frames`
     motion_gain: float = Field(8.0, gt=0)
 
@@ -131,6 +134,30 @@ class EmbeddingSpec(Spec):
     table: str = ""
 
 
+class SummedSpec(Spec):
+    """Token, place and segment vectors, LayerNorm, dropout; a linear map if narrower (BERT).
+
+    Stands with `positions: {kind: none}`. `vocabulary`: ids; 0 = the tokenizer's. The other fields
+    are explained at `mmssl.frontends.summed.EmbeddingTables`.
+    """
+
+    kind: Literal["summed"]
+    vocabulary: int = Field(0, ge=0)
+    width: int = Field(0, ge=0)  # of the tables; 0 = the backbone's
+    places: int = Field(512, gt=0)
+    segments: int = Field(0, ge=0)
+    norm: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    eps: float = Field(1e-12, gt=0)
+
+
+class BorrowedSpec(Spec):
+    """The tables of another tower's `summed` cut, with a linear map of its own (ELECTRA)."""
+
+    kind: Literal["borrowed"]
+    of: str  # a tower further up
+
+
 class WaveConvSpec(Spec):
     """Unpadded convolutions on the waveform, a LayerNorm and a linear map (wav2vec 2.0).
 
@@ -156,7 +183,8 @@ class WholeSpec(Spec):
 
 
 CutSpec = Annotated[
-    PatchSpec | StemSpec | WaveConvSpec | EmbeddingSpec | WholeSpec, Field(discriminator="kind")
+    PatchSpec | StemSpec | WaveConvSpec | EmbeddingSpec | SummedSpec | BorrowedSpec | WholeSpec,
+    Field(discriminator="kind"),
 ]
 
 
@@ -226,9 +254,11 @@ class TransformerSpec(Spec):
     eps: float = Field(1e-6, gt=0)
     fresh: Literal["xavier", "normal"] = "xavier"  # how linear maps start without `init`
     input_norm: bool = False
+    final_norm: bool | None = None
     share_layers: bool = False
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     activation_dropout: float | None = Field(None, ge=0, lt=1)
+    output_dropout: float | None = Field(None, ge=0, lt=1)
     layer_drop: float = Field(0.0, ge=0, lt=1)
     keep_first: bool = False  # layer_drop spares the first layer
     drop_path: float = Field(0.0, ge=0, lt=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmssl.specs.base import Modality, Spec
 
@@ -26,6 +26,18 @@ class MixSpec(Spec):
     db: tuple[float, float] = (-5.0, 5.0)  # power of the row relative to what is laid over it
 
 
+class SegmentsSpec(Spec):
+    """A text view of the whole document, the captions of a sample in their order.
+
+    `single`: [CLS] text [SEP]. `next` and `order`: [CLS] A [SEP] B [SEP], where half of the B are
+    from another document of the batch (BERT), or half of the pairs are swapped (ALBERT). `short`:
+    share of rows that are shortened to a random number of ids.
+    """
+
+    pairing: Literal["single", "next", "order"]
+    short: float = Field(0.0, ge=0, le=1)
+
+
 class ViewSpec(Spec):
     """One cut of a clip: which modality, how long, at which rate.
 
@@ -43,9 +55,20 @@ class ViewSpec(Spec):
     )  # video side in pixels after resize and centre/random crop; 0 = as stored
     length: int = Field(16, gt=0)  # text ids, end marker included
     candidates: int = Field(1, gt=0)  # text candidates per row
+    segments: SegmentsSpec | None = None  # text: not captions one by one, but documents
     normalize: bool = False  # audio: zero mean, unit variance per crop
     augment: list[AugmentSpec] = []
     mix: MixSpec | None = None  # audio, in training
+
+    @model_validator(mode="after")
+    def _holds_segments(self) -> ViewSpec:
+        if self.segments is None:
+            return self
+        if self.modality != "text" or self.candidates > 1 or self.length < 5:
+            raise ValueError(
+                "`segments` needs a text view of at least 5 ids with one candidate per row"
+            )
+        return self
 
     @property
     def tower_name(self) -> str:

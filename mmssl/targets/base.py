@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from mmssl.masking import IdAlteration
 from mmssl.towers import Passes, Tower
 from mmssl.types import Term, Tokens, UserError, ViewBatch
 
@@ -56,21 +57,27 @@ class Target(nn.Module):
     does not ask which target it has.
 
     weights: of the terms by name unless the configuration gives others, 1 if not listed. Terms of
-    weight 0 are there to be watched.
+    weight 0 are there to be watched. ids: how the ids of a text are altered; None elsewhere.
     """
 
     weights: ClassVar[Mapping[str, float]] = {}
+    ids: IdAlteration | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Another input is read instead, so that no vector needs to mark what is hidden."""
+        return self.ids is not None
 
     def candidates(self, view: ViewBatch) -> Tensor | None:
         """(P, N) tokens that may be hidden; None = all but padding."""
-        return None
+        return None if self.ids is None else self.ids.candidates(view.data)
 
     def altered(self, tower: Tower, view: ViewBatch, hidden_PN: Tensor) -> Tensor | None:
         """The stem's input to read instead of the view's own: corrupted ids, altered frames.
 
         None where the task itself hides the tokens.
         """
-        return None
+        return None if self.ids is None else self.ids(view.data, hidden_PN, view.seeds_P)
 
     def forward(self, seen: Seen) -> dict[str, Term]:
         """Terms by name; one named "" is called like its task."""

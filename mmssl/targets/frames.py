@@ -32,6 +32,11 @@ class FrameTarget(Target):
             nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, cell)
         )
 
+    @property
+    def alters(self) -> bool:
+        """Altered frames are read; a mark would be missing outside of pretraining."""
+        return True
+
     def altered(self, tower: Tower, view: ViewBatch, hidden_PN: Tensor) -> Tensor:
         """(P, 1, T, F) frames to read."""
         return self._altered(tower, view).x_PTF[:, None]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmssl.backbones.transformer import Transformer
 from mmssl.heads.predict import TokenHead
+from mmssl.masking import IdAlteration
 from mmssl.objectives.precision import wide
 from mmssl.specs import Number
 from mmssl.targets.base import Seen, Stats, Target
@@ -33,6 +34,8 @@ class LatentTarget(Target):
     front-end and positions make of the whole view, in evaluation mode and without gradient.
 
     layers: so many top layers are averaged. tap: what is read of a layer (`Transformer.forward`).
+    ids: how a text is altered for the student.
+
     norm: of each layer before the average, without parameters: `instance` over the valid tokens of
     a row, each channel by itself, or `layer` over the channels of a token; `again` norms the
     average over its channels, too. Watched: `target_std` and `prediction_std` over the hidden
@@ -51,8 +54,10 @@ class LatentTarget(Target):
         norm: Norm,
         again: bool,
         loss: Loss,
+        ids: IdAlteration | None = None,
     ) -> None:
         super().__init__()
+        self.ids = ids
         self.head, self.teacher = head, Teacher(trunk, decay)
         self.layers, self.tap, self.norm, self.again, self.loss = layers, tap, norm, again, loss
 

@@ -2,7 +2,7 @@
 
 Targets are objects (`mmssl.targets`): each says what is read instead of the hidden input, what is
 predicted and how far off it is; the task does not ask which one it has.
-Letters: P items, N tokens, D width.
+Letters: P items, N tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from mmssl.tasks.base import Task
 from mmssl.towers import Mask, Passes, Tower, item_weight
 from mmssl.types import Batch, Term, ViewBatch
 
+_COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
+
 
 class Masked(Task):
     """Masked prediction on one view.
 
     embedding: width of the vector that marks or replaces hidden tokens behind the stem; 0 where the
-    target alters the input itself. weights: of the target's terms, its own unless given.
+    target alters the input itself. weights: of the target's terms, its own unless given. begins:
+    bool of every id, it begins a word; for the rule `ngrams`.
     """
+
+    begins_V: Tensor | None
 
     def __init__(
         self,
@@ -41,12 +46,14 @@ class Masked(Task):
         rows: float,
         weight: Number,
         weights: Mapping[str, Number],
+        begins: Tensor | None = None,
     ) -> None:
         super().__init__(weight)
         self.name, self.view, self.mask, self.rows = name, view, mask, rows
         self.weights = {**target.weights, **weights}
         self.embedding = nn.Parameter(torch.randn(embedding) * 0.02) if embedding else None
         self.target = target
+        self.register_buffer("begins_V", begins, persistent=False)  # the tokenizer is kept anyway
 
     def weight(self, term: str) -> list[Number]:
         """The task's weight and the term's own."""
@@ -89,6 +96,8 @@ class Masked(Task):
         if pad is not None:
             valid = ~pad if valid is None else valid & ~pad
         options = _mask_options(self.mask, position)
+        if self.begins_V is not None:
+            options["begins_PN"] = self.begins_V[view.data]
         rule = RULES[self.mask.rule]
         return rule(view.seeds_P, grid, valid_PN=valid, stream=self.name, **options)
 
@@ -108,6 +117,10 @@ def _mask_options(spec: MaskSpec, position: float) -> dict[str, Any]:
         return {**ratio, "block": spec.block, "inverse": spec.inverse}
     if spec.rule == "beit_blocks":
         return {**ratio, "smallest": spec.smallest}
+    if spec.rule == "words":
+        return {**ratio, "replacement": spec.replacement}
+    if spec.rule == "ngrams":
+        return {**ratio, "longest": spec.longest}
     return ratio
 
 
@@ -122,8 +135,7 @@ def keep_items(view: ViewBatch, keep_P: Tensor) -> ViewBatch:
     if not dummy:
         present[view.rows_P[index], view.slots_P[index]] = True
     columns = {
-        name: getattr(view, name)[index]
-        for name in ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P")
+        name: getattr(view, name)[index] for name in _COLUMNS if getattr(view, name) is not None
     }
     labels = {name: replace(kept, ids=kept.ids[index]) for name, kept in view.labels.items()}
     return replace(view, **columns, labels=labels, present_BL=present, dummy=dummy)

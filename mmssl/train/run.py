@@ -23,7 +23,7 @@ from mmssl import config, dist
 from mmssl.build import build_model
 from mmssl.data.loader import train_loader
 from mmssl.data.text import Tokenizer
-from mmssl.model import Model
+from mmssl.model import Model, need_tasks
 from mmssl.rng import seed_of
 from mmssl.specs import RunSpec
 from mmssl.train import checkpoint
@@ -131,6 +131,7 @@ def open_folder(spec: RunSpec, folder: Path) -> None:
     Raises:
         UserError: the folder holds another run, or files as of a run; a data key is wrong.
     """
+    need_tasks(spec)
     text, path = config.dump(spec), folder / "config.yaml"
     elsewhere = f"choose another folder with out=..., or remove {folder}"
     if path.is_file() and path.read_text() != text:
@@ -194,9 +195,9 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
     )
 
     def make_model() -> nn.Module:
-        return build_model(
-            spec, tokenizer.vocab_size if tokenizer else 0, tokenizer.special if tokenizer else None
-        )
+        if tokenizer is None:
+            return build_model(spec)
+        return build_model(spec, tokenizer.vocab_size, tokenizer.special, tokenizer.begins)
 
     def load_start(model: nn.Module) -> None:
         load_start_weights(cast("Model", model), spec)

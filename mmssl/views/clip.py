@@ -14,7 +14,7 @@ from torch import Tensor
 from mmssl import rng
 from mmssl.specs import AugmentSpec, ViewSpec
 from mmssl.types import Clip, UserError, View
-from mmssl.views import text, video, wave
+from mmssl.views import segments, text, video, wave
 from mmssl.views.plan import Cut
 
 WAVE_OPS: dict[str, Callable[..., Tensor]] = {"gain": wave.gain, "noise": wave.noise}
@@ -85,8 +85,10 @@ def cut_video(clip: Clip, cut: Cut, training: bool) -> View | None:
     return View(video.fit(data, spec.size, place), spec.fps, cut.start_s, cut.seed)
 
 
-def cut_text(captions: Sequence[str], cut: Cut, tokenizer: text.Encoder) -> list[View]:
-    """One view per caption candidate; each has a seed of its own."""
+def cut_text(captions: Sequence[str], cut: Cut, tokenizer: segments.Encoder) -> list[View]:
+    """One view per caption candidate, each with a seed of its own; or one of all captions."""
+    if cut.spec.segments is not None:
+        return segments.cut_segments(captions, cut, tokenizer)
     ids = text.tokenise(captions, tokenizer, cut.spec.length, cut.spec.candidates)
     seeds = [cut.seed if i == 0 else rng.seed_of(cut.seed, i) for i in range(len(ids))]
     return [View(data, 0.0, 0.0, seed) for data, seed in zip(ids, seeds, strict=True)]

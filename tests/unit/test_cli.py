@@ -40,6 +40,11 @@ def calls(monkeypatch):
         ("resume runs/x", ("mmssl.train.run:resume", "runs/x", [])),
         ("eval bouncing r limit=3", ("mmssl.eval.suites:main", "bouncing", "r", ["limit=3"])),
         ("localize a.mp4 run=runs/x", ("mmssl.demos.localize:main", "a.mp4", ["run=runs/x"])),
+        ("import peer out", ("mmssl.interop.huggingface:import_main", "peer", "out", [])),
+        (
+            "export run out format=hubert",
+            ("mmssl.interop.huggingface:export_main", "run", "out", ["format=hubert"]),
+        ),
         ("list", ("mmssl.catalogue:main",)),
         ("list --json", ("mmssl.catalogue:main", "--json")),
         ("show avt/flagship", ("mmssl.check:show", "avt/flagship", [])),

@@ -7,8 +7,8 @@ import torch
 
 from mmssl import rng
 from mmssl.data.collate import Item, collate, failed, pack, text_id
-from mmssl.specs import ViewSpec
-from mmssl.types import UserError, View
+from mmssl.specs import SegmentsSpec, ViewSpec
+from mmssl.types import Pair, UserError, View
 
 SPECS = {
     "a": ViewSpec(modality="audio", crop_s=0.5, hz=100),
@@ -107,6 +107,33 @@ def test_view_without_items_holds_a_dummy():
             [0],
             [0],
         )
+
+
+def pairs(count, seed=0):
+    made = []
+    for k in range(count):
+        first, second = [10 * k + 5], [10 * k + 6, 10 * k + 7]
+        data = torch.tensor([1, *first, 2, *second, 2])
+        pair = Pair(first, second, second, 5, (1, 2))
+        view = View(data, 0.0, 0.0, seed + k, split=3, order=0, pair=pair)
+        made.append(item(2 * k, t=[view]))
+    return made
+
+
+def test_pairs_borrow_their_second_segment_in_the_batch():
+    segments = {"pairing": "next"}
+    specs = {"t": ViewSpec(modality="text", length=8, segments=segments), "a": SPECS["a"]}
+    t = collate(pairs(40), specs).views["t"]
+    assert t.split_P.tolist() == [3] * 40
+    assert t.data.shape == (40, 8)
+    own = t.data[:, 3] - t.data[:, 1] == 1
+    assert torch.equal(t.order_P, (~own).long())
+    assert 10 < int(t.order_P.sum()) < 30
+    kept = {"t": specs["t"].model_copy(update={"segments": SegmentsSpec(pairing="order")})}
+    assert not collate(pairs(40), kept).views["t"].order_P.any()
+    assert collate(pairs(1), specs).views["a"].split_P is None
+    empty = collate([item(0)], specs).views["t"]
+    assert (empty.split_P.tolist(), empty.order_P.tolist()) == ([0], [-1])
 
 
 def test_empty_batch():

@@ -330,7 +330,7 @@ KINDS = {"x": LabelKind(100.0, 2)}
 def view(length, rate, ids):
     data = torch.zeros(length, 6, 6, 3, dtype=torch.uint8) if rate == 4.0 else torch.ones(length)
     found = {"x": FrameLabels(torch.from_numpy(times(ids, 2)), 100.0)}
-    return View(data, rate, 0.0, 1, found)
+    return View(data, rate, 0.0, 1, labels=found)
 
 
 def row(key, **views):

@@ -164,6 +164,30 @@ def test_continues_exactly_around_epoch_borders(shards, tokenizer, tmp_path, sto
     assert take(loader, 12) == take(other, 12)
 
 
+def test_borrowed_segments_are_the_same_after_a_restore(shards, tokenizer):
+    segments = {"pairing": "next", "short": 0.3}
+    views = {"text": ViewSpec(modality="text", length=16, segments=segments)}
+
+    def rows(loader, count):
+        found = [next(loader).views["text"] for _ in range(count)]
+        return [(v.data.tolist(), v.split_P.tolist(), v.order_P.tolist()) for v in found]
+
+    loader = make(shards, tokenizer, micro_batch=8, views=views)
+    rows(loader, 3)
+    state, after = loader.state(), rows(loader, 6)
+    loader.close()
+    other = make(shards, tokenizer, micro_batch=8, views=views)
+    other.restore(state)
+    assert rows(other, 6) == after
+    other.close()
+    orders = [o for _, _, order in after for o in order]
+    assert {0, 1} <= set(orders)
+    whole = list(eval_batches(shards, spec(shards), views, 8, tokenizer))
+    again = list(eval_batches(shards, spec(shards), views, 8, tokenizer))
+    for a, b in zip(whole, again, strict=True):
+        assert torch.equal(a.views["text"].data, b.views["text"].data)
+
+
 def test_pinning_covers_the_whole_batch(shards, tokenizer, monkeypatch):
     """torch's loader pins what has a `pin_memory` method; there is one block to pin."""
     from torch.utils.data._utils.pin_memory import pin_memory

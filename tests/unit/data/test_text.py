@@ -36,6 +36,16 @@ def test_ids_lie_in_the_vocabulary(tokenizer):
     assert all(0 < i < tokenizer.vocab_size for i in ids)
 
 
+def test_pieces_behind_a_space_begin_words(tokenizer):
+    begins = tokenizer.begins
+    assert len(begins) == tokenizer.vocab_size
+    assert not any(begins[i] for i in tokenizer.special.values())
+    text = "clip number 3 shows a moving pattern"
+    ids = tokenizer.encode(text, 100)[:-1]
+    assert sum(begins[i] for i in ids) == len(text.split())
+    assert begins[ids[0]]
+
+
 def test_pickle_keeps_the_model(tokenizer):
     other = pickle.loads(pickle.dumps(tokenizer))
     assert other.sha256 == tokenizer.sha256

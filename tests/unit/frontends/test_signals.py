@@ -19,6 +19,13 @@ def test_frames_scale_to_both_ranges():
     assert Frames().grid((2, 4, 6, 3)) == (2, 4, 6)
 
 
+def test_frames_standardised_by_the_statistics_of_imagenet():
+    frames = torch.randint(256, (1, 2, 4, 6, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = ((frames / 255 - mean) / std).movedim(-1, 1)
+    torch.testing.assert_close(Frames("imagenet")(frames), wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_folded_frames_are_channels_last_without_a_copy():
     signal = Frames()(torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8))
     folded = signal.transpose(1, 2).flatten(0, 1)

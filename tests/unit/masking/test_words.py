@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.masking import corrupt_tokens, ngram_mask, token_mask
+from mmssl.masking import IdAlteration, corrupt_tokens, ngram_mask, token_mask
 from mmssl.rng import row_uniform
 
 ROWS = torch.arange(1000)
@@ -117,3 +117,15 @@ def test_single_words_and_rows_without_room():
     assert not ngram_mask(ROWS, 40, none, valid_PN=none).any()
     with pytest.raises(ValueError, match=r"begins \(1000, 39\)"):
         ngram_mask(ROWS, 40, none[:, 1:])
+
+
+def test_an_alteration_spares_special_ids_and_draws_ordinary_ones():
+    special = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
+    ids = torch.tensor([[2, 9, 1, 7, 3, 0]]).expand(500, -1)
+    alter = IdAlteration(12, special, (0.4, 0.5))
+    assert alter.candidates(ids)[0].tolist() == [False, True, False, True, False, False]
+    hidden = alter.candidates(ids)
+    read = alter(ids, hidden, torch.arange(500))
+    assert torch.equal(read[~hidden], ids[~hidden])
+    assert set(read[hidden].tolist()) == {4, *range(5, 12)}
+    assert torch.equal(read, corrupt_tokens(ids, hidden, torch.arange(500), 4, (5, 12), (0.4, 0.5)))

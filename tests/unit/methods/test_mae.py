@@ -83,6 +83,26 @@ def test_hidden_pixels_change_no_encoding_and_visible_ones_do():
         assert torch.equal(again.tokens.x_PND, seen.tokens.x_PND) == wanted
 
 
+def test_the_decoder_sees_the_class_token_and_no_padding():
+    model, batch = model_of("mae_tiny")
+    model.eval()
+    head, seen = model.tasks["mae"].target.head, seen_of(model, batch)
+    with torch.no_grad():
+        before = head(seen.tokens, seen.hidden_PN)
+        other = {name: x + 1.0 for name, x in seen.tokens.extra.items()}
+        assert list(other) == ["cls"]
+        moved = head(replace(seen.tokens, extra=other), seen.hidden_PN)
+        assert before.shape == moved.shape == (3, 144, 192)
+        assert float((moved - before).abs().amax(-1).min()) > 0
+        # a patch that is neither visible nor hidden is padding
+        hidden = seen.hidden_PN.clone()
+        hidden[:, hidden[0].nonzero()[0]] = False
+        fewer = head(seen.tokens, hidden)
+        noise = seen.tokens.x_PND + 9.0 * (seen.tokens.pad_PN & ~hidden)[..., None]
+        again = head(replace(seen.tokens, x_PND=noise), hidden)
+    torch.testing.assert_close(again[hidden], fewer[hidden])
+
+
 def test_a_decoder_and_dropped_tokens_need_each_other():
     from mmssl.types import UserError
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmssl.check import SPECIAL, VOCABULARY
 from mmssl.frontends.patches import cells_of
+from mmssl.targets.ids import IdTarget
 from mmssl.tasks.masked import keep_items
 from mmssl.towers import hide_cells
 from mmssl.types import UserError
@@ -37,7 +38,9 @@ def predict(task, passes, batch):
     """Prediction and truth of every token, and which ones count."""
     seen = task._seen(passes, batch)
     target = task.target
-    truth = target.truth(seen.tower, seen.view) if hasattr(target, "truth") else seen.view.data
+    if isinstance(target, IdTarget):
+        return target.head(seen.tokens.x_PND), seen.view.data, seen.hidden_PN
+    truth = target.truth(seen.tower, seen.view)
     return target.head(seen.tokens, seen.hidden_PN), truth, seen.hidden_PN
 
 

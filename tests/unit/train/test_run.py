@@ -37,6 +37,13 @@ def test_a_new_folder_gets_the_configuration_and_the_tokenizer(tmp_path: Path) -
     run.open_folder(spec, folder)  # the same run again is welcome
 
 
+def test_a_run_without_tasks_is_not_begun(tmp_path: Path) -> None:
+    spec = shards_spec(tmp_path).model_copy(update={"tasks": {}})
+    with pytest.raises(UserError, match=r"has no tasks and cannot be trained; .*init"):
+        run.open_folder(spec, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_copy_of_the_tokenizer_suffices_later(tmp_path: Path) -> None:
     spec, folder = shards_spec(tmp_path), tmp_path / "run"
     run.open_folder(spec, folder)
