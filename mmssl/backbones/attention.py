@@ -23,7 +23,7 @@ class Attention(nn.Module):
         inner = self.heads * self.head_size
         self.qkv = linear(options.width, 3 * inner, options.init)
         self.out = linear(inner, options.width, options.init)
-        self.dropout = Dropout(options.attention_dropout, options.fast_dropout)
+        self.dropout = Dropout(options.attention_dropout)
         self.gate: RelativeGate | None = None
         if options.gated:
             self.gate = RelativeGate(options.width, self.heads, options.init)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     def _mix(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, mask: Tensor | None) -> Tensor:
         rate = self.dropout.rate if self.training else 0.0
-        if rate == 0.0 or not self.dropout.fast or q_BHNE.device.type != "cpu":
+        if rate == 0.0 or q_BHNE.device.type != "cpu":
             return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, mask, dropout_p=rate)
         # with dropout torch has no fused kernel for a CPU either, only slower random numbers
         scores = (q_BHNE * self.head_size**-0.5) @ k_BHNE.transpose(-2, -1)

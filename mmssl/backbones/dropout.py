@@ -17,25 +17,25 @@ _STEPS = 1 << 16  # a draw of 16 bits decides one number
 class Dropout(nn.Module):
     """Zeros numbers with probability `rate` in training and scales the others by 1 / (1 - rate).
 
-    fast: on a CPU, decide by 16 random bits per number instead of torch's Bernoulli draws: half
-    of the time, and one byte of memory per number until the backward pass instead of four. The rate
-    is then rounded to a multiple of 2^-16 (and the scale belongs to the rounded rate, so the mean
-    is kept); the draws differ from torch's for equal seeds. On other devices torch's kernel serves.
+    On a CPU 16 random bits decide on a number instead of torch's Bernoulli draws: half of the time,
+    and one byte of memory per number until the backward pass instead of four. The rate is then
+    rounded to a multiple of 2^-16 (and the scale belongs to the rounded rate, so the mean is kept).
+    On other devices torch's kernel serves.
     """
 
-    def __init__(self, rate: float = 0.0, fast: bool = False) -> None:
+    def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        self.rate, self.fast = rate, fast
+        self.rate = rate
 
     def extra_repr(self) -> str:
-        """Rate and kind."""
-        return f"{self.rate}{', fast' if self.fast else ''}"
+        """Rate."""
+        return str(self.rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, same shape out."""
         if not self.training or self.rate == 0.0:
             return x
-        if self.fast and x.device.type == "cpu":
+        if x.device.type == "cpu":
             return cast("Tensor", _BitDropout.apply(x, self.rate))  # type: ignore[no-untyped-call]
         out: Tensor = F.dropout(x, self.rate, training=True)
         return out

@@ -34,7 +34,6 @@ class LayerOptions:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
-    fast_dropout: bool = False
     norms_for: tuple[str, ...] = ()
     post_norm: bool = False
     eps: float = 1e-6
@@ -54,7 +53,7 @@ class LayerOptions:
 
     def branch_dropout(self) -> Dropout:
         """The dropout of a residual branch."""
-        return Dropout(self.dropout, self.fast_dropout)
+        return Dropout(self.dropout)
 
 
 class PerModality(nn.Module):
@@ -92,7 +91,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         self.up = linear(options.width, options.hidden, options.init)
-        self.dropout = Dropout(options.activation_dropout, options.fast_dropout)
+        self.dropout = Dropout(options.activation_dropout)
         self.down = linear(options.hidden, options.width, options.init)
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ class Transformer(nn.Module):
 
     Dropout: `dropout` of residual branches; attention_dropout and activation_dropout follow it
     where None. It is also applied before the first layer (input_dropout) where there is an
-    input_norm, else to the output (output_dropout), unless these are given. fast_dropout: see
-    `Dropout`. drop_path: rate of the last layer, growing linearly from 0 at the first.
+    input_norm, else to the output (output_dropout), unless these are given. drop_path:
+    rate of the last layer, growing linearly from 0 at the first.
 
     layer_drop: probability that a layer is left out of a forward pass, for the whole batch; never
     the first one with keep_first (WavLM). A layer left out is run and its result thrown away: its
@@ -127,7 +127,6 @@ class Transformer(nn.Module):
         activation_dropout: float | None = None,
         input_dropout: float | None = None,
         output_dropout: float | None = None,
-        fast_dropout: bool = False,
         layer_drop: float = 0.0,
         keep_first: bool = False,
         drop_path: float = 0.0,
@@ -161,7 +160,6 @@ class Transformer(nn.Module):
             dropout,
             dropout if attention_dropout is None else attention_dropout,
             dropout if activation_dropout is None else activation_dropout,
-            fast_dropout,
             tuple(norms_for),
             post_norm,
             eps,
@@ -184,10 +182,8 @@ class Transformer(nn.Module):
             final_norm = not post_norm and layer == "transformer"
         self.norm = options.norm() if final_norm else None
         first, last = (dropout, 0.0) if input_norm else (0.0, dropout)
-        self.input_dropout = Dropout(
-            first if input_dropout is None else input_dropout, fast_dropout
-        )
-        self.dropout = Dropout(last if output_dropout is None else output_dropout, fast_dropout)
+        self.input_dropout = Dropout(first if input_dropout is None else input_dropout)
+        self.dropout = Dropout(last if output_dropout is None else output_dropout)
 
     def forward(
         self,

@@ -17,7 +17,11 @@ from mmssl.types import Clip, UserError, View
 from mmssl.views import segments, text, video, wave
 from mmssl.views.plan import Cut
 
-WAVE_OPS: dict[str, Callable[..., Tensor]] = {"gain": wave.gain, "noise": wave.noise}
+WAVE_OPS: dict[str, Callable[..., Tensor]] = {
+    "gain": wave.gain,
+    "noise": wave.noise,
+    "pitch": wave.pitch,
+}
 VIDEO_OPS: dict[str, Callable[..., Tensor]] = {
     "horizontal_flip": video.horizontal_flip,
     "random_resized_crop": video.random_resized_crop,

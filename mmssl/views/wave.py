@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torchaudio
 from torch import Tensor
 
 
@@ -21,6 +24,31 @@ def noise(
     share = low + (high - low) * torch.rand((), generator=generator).item()
     peak = wave_S.abs().max() if wave_S.numel() else wave_S.new_zeros(())
     return wave_S + share * peak * torch.randn(wave_S.shape, generator=generator)
+
+
+_PITCH_STEP = 20  # ratios are multiples of 1/20: resampling by larger numbers is slow
+
+
+def pitch(
+    wave_S: Tensor, generator: torch.Generator, ratio: tuple[float, float] = (0.8, 1.25)
+) -> Tensor:
+    """Another voice: all frequencies (pitch and formants) times a random ratio, at the same tempo.
+
+    The ratio is uniform in its logarithm, rounded to a twentieth. Time is stretched by a phase
+    vocoder in windows of 512 samples, then resampled.
+    """
+    low, high = (math.log(value) for value in ratio)
+    drawn = math.exp(low + (high - low) * torch.rand((), generator=generator).item())
+    up = round(drawn * _PITCH_STEP)
+    if up == _PITCH_STEP or not wave_S.numel():
+        return wave_S
+    window = torch.hann_window(512)
+    spectrum = torch.stft(wave_S, 512, 128, window=window, return_complex=True, pad_mode="constant")
+    advance = torch.linspace(0, math.pi * 128, spectrum.shape[0])[:, None]
+    slow = torchaudio.functional.phase_vocoder(spectrum, _PITCH_STEP / up, advance)
+    stretched = torch.istft(slow, 512, 128, window=window)
+    out = torchaudio.functional.resample(stretched, up, _PITCH_STEP)[: len(wave_S)]
+    return torch.nn.functional.pad(out, (0, len(wave_S) - len(out)))
 
 
 def normalize(wave_S: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ def _seed():
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("fast", [False, True])
-def test_share_of_zeros_and_mean(rate, fast):
+def test_share_of_zeros_and_mean(rate):
     count = 400_000
-    out = Dropout(rate, fast)(torch.ones(4, count // 4))
+    out = Dropout(rate)(torch.ones(4, count // 4))
     zeros = (out == 0).float().mean().item()
     sigma = (rate * (1 - rate) / count) ** 0.5
     assert abs(zeros - rate) < 5 * sigma + 2**-16
@@ -25,26 +24,26 @@ def test_share_of_zeros_and_mean(rate, fast):
     assert kept[0].item() == pytest.approx(1 / (1 - rate), rel=2e-4)
 
 
-def test_fast_scale_belongs_to_the_rounded_rate():
-    out = Dropout(0.1, fast=True)(torch.ones(1000))
+def test_scale_belongs_to_the_rounded_rate():
+    out = Dropout(0.1)(torch.ones(1000))
     assert out.max().item() == pytest.approx(65536 / (65536 - 6554), rel=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_gradient_is_the_mask_of_the_forward(dtype):
+def test_gradient_is_the_mask_of_the_forward(dtype):
     x = torch.randn(7, 33, dtype=dtype, requires_grad=True)  # no multiple of four numbers
-    out = Dropout(0.3, fast=True)(x)
+    out = Dropout(0.3)(x)
     out.sum().backward()
     assert out.dtype == x.grad.dtype == dtype
     assert torch.equal(out, x.detach() * x.grad)
     assert 0 < (x.grad == 0).float().mean() < 0.6
 
 
-def test_fast_draws_follow_the_global_seed_and_neighbours_are_independent():
+def test_draws_follow_the_global_seed_and_neighbours_are_independent():
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(Dropout(0.5, fast=True)(torch.ones(40_000)))
+        results.append(Dropout(0.5)(torch.ones(40_000)))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
     kept = (results[0] > 0).float().view(-1, 4)  # the four draws of one random word
@@ -52,7 +51,7 @@ def test_fast_draws_follow_the_global_seed_and_neighbours_are_independent():
     assert together.abs().max() < 0.05
 
 
-@pytest.mark.parametrize("module", [Dropout(0.5), Dropout(0.5, fast=True), DropPath(0.5)])
+@pytest.mark.parametrize("module", [Dropout(0.5), DropPath(0.5)])
 def test_evaluation_and_rate_zero_change_nothing(module):
     x = torch.randn(3, 4)
     assert module.eval()(x) is x

@@ -66,7 +66,7 @@ def test_sixteen_bits_follow_the_wide_result(kind, how):
 def test_training_with_all_dropouts_runs(how):
     torch.manual_seed(0)
     trunk = Transformer(
-        **SIZE, dropout=0.1, fast_dropout=True, layer_drop=0.3, input_dropout=0.1,
+        **SIZE, dropout=0.1, layer_drop=0.3, input_dropout=0.1,
         relative_buckets=8, relative_use="gated",
     )  # fmt: skip
     x = torch.randn(2, 9, 32)

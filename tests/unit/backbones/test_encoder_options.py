@@ -102,7 +102,6 @@ def test_layers_are_dropped_for_the_whole_batch_at_the_rate_and_never_in_evaluat
 
 def test_hidden_dropouts_follow_unless_given():
     model = Transformer(layers=1, dropout=0.1, **SIZE)
-    block = model.blocks[0]
 
     def rates(m):
         b = m.blocks[0]
@@ -113,40 +112,37 @@ def test_hidden_dropouts_follow_unless_given():
         ]  # fmt: skip
 
     assert rates(model) == [0.0, 0.1, 0.1, 0.1, 0.1]
-    assert not block.dropout.fast
     speech = Transformer(
         layers=1, dropout=0.1, attention_dropout=0.2, activation_dropout=0.0, post_norm=True,
-        input_norm=True, fast_dropout=True, **SIZE,
+        input_norm=True, **SIZE,
     )  # fmt: skip
     assert rates(speech) == [0.1, 0.2, 0.0, 0.1, 0.0]
-    assert speech.blocks[0].attention.dropout.fast
     both = Transformer(layers=1, dropout=0.1, input_dropout=0.3, output_dropout=0.4, **SIZE)
     assert rates(both) == [0.3, 0.1, 0.1, 0.1, 0.4]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("relative", [{}, {"relative_buckets": 8, "relative_use": "gated"}])
-def test_attention_with_fast_dropout_is_the_fused_one_where_nothing_falls(masked, relative):
+def test_attention_with_dropout_is_the_fused_one_where_nothing_falls(masked, relative):
     tiny = 2.0**-40  # rounds to a rate of zero, so only the path differs
-    fast = Transformer(layers=2, attention_dropout=tiny, fast_dropout=True, **SIZE, **relative)
+    own = Transformer(layers=2, attention_dropout=tiny, **SIZE, **relative)
     plain = Transformer(layers=2, **SIZE, **relative)
-    plain.load_state_dict(fast.state_dict())
+    plain.load_state_dict(own.state_dict())
     x = torch.randn(2, 6, 16)
     pad = torch.tensor([[False] * 6, [False] * 4 + [True] * 2]) if masked else None
-    torch.testing.assert_close(fast(x, pad)[0], plain(x, pad)[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(own(x, pad)[0], plain(x, pad)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_attention_dropout_acts_in_training_only():
-    for fast in (False, True):
-        model = Transformer(layers=1, attention_dropout=0.5, fast_dropout=fast, **SIZE)
-        x = torch.randn(2, 6, 16)
-        assert not torch.equal(model(x)[0], model(x)[0])
-        assert torch.equal(model.eval()(x)[0], model(x)[0])
+    model = Transformer(layers=1, attention_dropout=0.5, **SIZE)
+    x = torch.randn(2, 6, 16)
+    assert not torch.equal(model(x)[0], model(x)[0])
+    assert torch.equal(model.eval()(x)[0], model(x)[0])
 
 
-def test_checkpointing_keeps_fast_dropout_and_taps():
+def test_checkpointing_keeps_dropout_and_taps():
     options = {
-        "layers": 3, "dropout": 0.2, "fast_dropout": True, "layer_drop": 0.4, "drop_path": 0.3,
+        "layers": 3, "dropout": 0.2, "layer_drop": 0.4, "drop_path": 0.3,
     }  # fmt: skip
     plain = Transformer(**SIZE, **options)
     saving = Transformer(checkpointing=True, **SIZE, **options)

@@ -47,3 +47,22 @@ def test_normalize():
     out = wave.normalize(torch.randn(1000, generator=generator()) * 0.01 + 5)
     assert out.mean().abs() < 1e-3
     assert out.square().mean().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_pitch_multiplies_frequencies_and_keeps_the_tempo():
+    seconds = torch.arange(8000) / 8000
+    tone = torch.sin(2 * math.pi * 500 * seconds)
+    bursts = tone * ((seconds % 0.25) < 0.05)  # begin at every quarter of a second
+    seen = set()
+    for seed in range(40):
+        out = wave.pitch(tone, torch.Generator().manual_seed(seed))
+        assert out.shape == tone.shape
+        peak = torch.fft.rfft(out * torch.hann_window(8000)).abs().argmax().item()  # Hz
+        seen.add(round(peak / 25))
+        assert peak == pytest.approx(25 * round(peak / 25), abs=2)
+        moved = wave.pitch(bursts, torch.Generator().manual_seed(seed))
+        power = moved.square().unfold(0, 400, 400).mean(1).reshape(4, 5)  # windows of 50 ms
+        assert power[:, 0].sum() > 0.75 * power.sum()
+    assert seen == set(range(16, 26))  # twentieths of 500 Hz from 0.8 to 1.25
+    assert wave.pitch(tone, torch.Generator(), (1.0, 1.0)) is tone
+    assert not wave.pitch(torch.zeros(0), torch.Generator()).numel()
