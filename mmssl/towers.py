@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.backbones.transformer import Transformer
+from mmssl.frontends.frame_stem import FrameStem
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
@@ -25,7 +26,8 @@ from mmssl.schedules import resolve
 from mmssl.specs import Number
 from mmssl.types import Batch, Tokens, UserError, ViewBatch
 
-Hide = Literal["cells", "latents", "drop"]
+Hide = Literal["cells", "latents", "features", "drop"]
+LatentStem = WaveStem | FrameStem
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Mask:
     name: distinguishes passes of one view. hidden_PN: True where a token is hidden.
     hide: `cells` zeroes the input cells before the stem reads them, and adds the embedding to the
     tokens behind it; `latents` puts the embedding in the place of what the stem makes of them
-    (wav2vec 2.0); `drop` leaves the tokens out of the backbone (MAE).
+    (wav2vec 2.0); `features` puts it in the place of the stem's latents, before they are mapped to
+    the tower's width; `drop` leaves the tokens out of the backbone (MAE).
     embedding_D: marks hidden tokens; None with `altered`.
     altered: the stem's input to read instead of the view's own: ids (80/10/10) or changed frames.
     """
@@ -66,7 +69,7 @@ def hide_cells(
 class Cells:
     """What a stem makes of a signal: (P, M, D) cells of a grid, and the latents behind them.
 
-    features_PME, raw_PME: behind and before the norm of a stem that shows them (`WaveStem`).
+    features_PME, raw_PME: behind and before the norm of a stem that shows them (`LatentStem`).
     """
 
     x_PMD: Tensor
@@ -130,7 +133,7 @@ class Tower(nn.Module):
     @property
     def latent_width(self) -> int | None:
         """Width of the stem's latents, None where it shows none."""
-        return self.stem.proj.in_features if isinstance(self.stem, WaveStem) else None
+        return self.stem.proj.in_features if isinstance(self.stem, LatentStem) else None
 
     def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Token grid of one item whose data has this shape."""
@@ -213,6 +216,9 @@ class Tower(nn.Module):
         if self.merge is not None:
             x, grid = self.merge(x, grid, stem_pad)
         pad = None if bins is None else padding_mask(self._steps(bins), grid)
+        if mask is not None and mask.hide == "features" and mask.embedding_D is not None:
+            assert cells.features_PME is not None  # `build` refuses other stems
+            x, mask = self.stem.project(_marked(cells.features_PME, mask)), None  # type: ignore[operator]
         x = self._placed(x, grid, pad, mask)
         return Entry(x, pad, grid, signal, cells, stem_pad)
 
@@ -242,7 +248,7 @@ class Tower(nn.Module):
         """The stem's cells; a stem that shows its latents gives them along."""
         if isinstance(self.stem, SummedEmbedding):
             return Cells(*self.stem(signal, split_P))
-        if isinstance(self.stem, WaveStem):
+        if isinstance(self.stem, LatentStem):
             out = self.stem.encode(signal, frames_P)
             return Cells(out.tokens_PND, out.grid, out.features_PTC, out.raw_PTC)
         return Cells(*(self.stem(signal) if self.signal is None else self.stem(signal, frames_P)))
@@ -326,7 +332,7 @@ def _marked(x_PND: Tensor, mask: Mask) -> Tensor:
     """Tokens whose hidden ones carry, or are, the mask embedding."""
     assert mask.embedding_D is not None
     hidden, vector = mask.hidden_PN[..., None], mask.embedding_D.to(x_PND.dtype)
-    return torch.where(hidden, vector, x_PND) if mask.hide == "latents" else x_PND + hidden * vector
+    return x_PND + hidden * vector if mask.hide == "cells" else torch.where(hidden, vector, x_PND)
 
 
 def _scatter(

@@ -201,8 +201,8 @@ class Tokens:
       cells of the stem, finer than `grid` where the tower merges cells.
     extra: the global tokens by name, each (P, D).
     hide: how the pass hid tokens (`mmssl.towers.Mask`), None without a mask.
-    features_PNE, raw_PNE: latents of a stem that shows them (`wave_conv`), behind and before its
-      norm; a mask of latents does not touch them. None elsewhere.
+    features_PNE, raw_PNE: latents of a stem that shows them (`mmssl.towers.LatentStem`), behind and
+      before its norm; a mask of latents does not touch them. None elsewhere.
     motion_PM: how much moves inside each cell of the stem, in [0, 1]; None where the front-end does
       not tell.
     rate_hz, stem_rate_hz: tokens and cells of the stem per second (0 for text).

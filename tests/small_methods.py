@@ -16,6 +16,7 @@ from mmssl.specs import RunSpec, SummedSpec, TransformerSpec
 from mmssl.types import Batch, Tokens, ViewBatch
 
 SAMPLES, FRAMES, SIDE = 6400, 8, 32
+LATENTS = {"wave_conv": "channels", "frame_latents": "latent"}
 
 
 def small(name: str, *overrides: str) -> RunSpec:
@@ -34,6 +35,8 @@ def shrinking(spec: RunSpec) -> list[str]:
 
 def _transformer(key: str, spec: TransformerSpec) -> list[str]:
     values = {"width": 16, "layers": 1, "heads": 0, "head_size": 8, "hidden": 32, "dropout": 0}
+    if spec.layer == "conformer":
+        values["conv_kernels"] = 3
     values["own_ffn"] = min(spec.own_ffn, 1)
     return [f"{key}.{name}={value}" for name, value in values.items()]
 
@@ -50,8 +53,8 @@ def _towers(spec: RunSpec) -> Iterator[str]:
             yield f"towers.{name}.post=16"
         if isinstance(tower.cut, SummedSpec):
             yield f"towers.{name}.cut.dropout=0"
-        if tower.cut.kind == "wave_conv":
-            yield f"towers.{name}.cut.channels=8"
+        if tower.cut.kind in LATENTS:
+            yield f"towers.{name}.cut.{LATENTS[tower.cut.kind]}=8"
         if hasattr(tower.positions, "dropout"):
             yield f"towers.{name}.positions.dropout=0"
         if isinstance(tower.backbone, TransformerSpec) and tower.backbone.relative_grid:

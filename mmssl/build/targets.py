@@ -216,7 +216,7 @@ def _codes(context: TargetContext) -> Target:
     if latent is None:
         raise UserError(
             f"tasks.{context.name}.target: `codes` needs latents of the stem; use a tower whose "
-            "cut is `wave_conv`"
+            "cut is `wave_conv` or `frame_latents`"
         )
     quantizer, tau = _quantizer(target, latent)
     return CodeTarget(

@@ -223,18 +223,31 @@ class TaskBuilder:
         context = TargetContext(name, task, self.spec, tower, self.vocabulary, self.towers)
         check_mask(context)
         target = TARGETS[type(task.target)](context)
-        marks = task.mask.hide != "drop" and not target.alters
+        marked = 0
+        if task.mask.hide != "drop" and not target.alters:
+            marked = self._marked(name, task, tower)
         return Masked(
             name,
             task.view,
             target,
             task.mask,
-            tower.trunk_width if marks else 0,
+            marked,
             task.rows,
             task.weight,
             task.weights,
             word_begins(context),
         )
+
+    def _marked(self, name: str, task: MaskedSpec, tower: Tower) -> int:
+        """Width of the vector that marks or replaces what is hidden."""
+        if task.mask.hide != "features":
+            return tower.trunk_width
+        if tower.latent_width is None:
+            raise UserError(
+                f"tasks.{name}.mask.hide: `features` are latents of the stem; use a tower whose "
+                "cut is `wave_conv` or `frame_latents`, or hide cells"
+            )
+        return tower.latent_width
 
     # classify
 

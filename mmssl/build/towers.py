@@ -15,6 +15,7 @@ from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
 from mmssl.frontends.conv_positions import ConvPositions, ConvStackPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
+from mmssl.frontends.frame_stem import FrameStem
 from mmssl.frontends.kaldi import Kaldi, KaldiParams, UtteranceFeatures
 from mmssl.frontends.spectra import Spectrum
 from mmssl.frontends.stems import CellMerge
@@ -27,6 +28,7 @@ from mmssl.specs import (
     ConvSpec,
     EmbeddingSpec,
     FixedPositionSpec,
+    FrameLatentsSpec,
     FramesSpec,
     JointSpec,
     KaldiSpec,
@@ -130,6 +132,8 @@ def make_tower(
         )
     if isinstance(spec.cut, BorrowedSpec):
         stem: nn.Module = _borrowed(name, spec.cut, encoder.width, others)
+    elif isinstance(spec.cut, FrameLatentsSpec):
+        stem = _frame_stem(name, spec.cut, signal, encoder.width)
     else:
         stem = _stem(name, spec, encoder.width, vocab_size)
     merge = _merge(name, spec, encoder.width)
@@ -220,6 +224,17 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
         stem = STEMS["conv"](width, **options, rank=rank)
         return stem
     raise UserError(f"towers.{name}.cut: `whole` needs a convolutional backbone")
+
+
+def _frame_stem(
+    name: str, cut: FrameLatentsSpec, signal: nn.Module | None, width: int
+) -> FrameStem:
+    if not isinstance(signal, Spectrum | Kaldi | UtteranceFeatures):
+        raise UserError(
+            f"towers.{name}.cut: `frame_latents` reads a spectrogram; set frontend.kind to "
+            "log_mel, log_spectrogram or kaldi"
+        )
+    return FrameStem(width, signal.bands, **cut.model_dump(exclude={"kind"}))
 
 
 def _borrowed(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +26,13 @@ class _Convolved(nn.Module):
     ) -> Tensor:
         """Tokens with their positions added.
 
-        grid: of one axis; asked for only to refuse others. pad_PN: True at padding, which becomes
-        zeros before any convolution sees it.
+        grid: of one axis, any other of size 1; asked for only to refuse others. pad_PN: True at
+        padding, which becomes zeros before any convolution sees it.
 
         Raises:
             UserError: a grid of several axes.
         """
-        if grid is not None and len(grid) != 1:
+        if grid is not None and prod(grid[1:]) != 1:
             raise UserError(
                 f"positions: a convolution runs along one axis, the grid is {tuple(grid)}; merge "
                 "the axes or use learned positions"

@@ -26,8 +26,8 @@ KERNELS = (10, 3, 3, 3, 3, 2, 2)
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
 
 
-class WaveTokens(NamedTuple):
-    """What the stem makes of a batch of waveforms.
+class LatentTokens(NamedTuple):
+    """What a stem that shows its latents makes of a batch.
 
     tokens_PND: projected. features_PTC: normed outputs of the convolutions (inputs of a quantiser).
     raw_PTC: the outputs themselves (wav2vec 2.0 penalises their mean square). All are finite and
@@ -123,7 +123,12 @@ class WaveStem(nn.Module):
         out = self.encode(x_P1S, lengths_P)
         return out.tokens_PND, out.grid
 
-    def encode(self, x_P1S: Tensor, lengths_P: Tensor | None = None) -> WaveTokens:
+    def project(self, features_PTC: Tensor) -> Tensor:
+        """(P, T, C) features, perhaps masked, to (P, T, D) tokens."""
+        out: Tensor = self.dropout(self.proj(features_PTC))
+        return out
+
+    def encode(self, x_P1S: Tensor, lengths_P: Tensor | None = None) -> LatentTokens:
         """Tokens, and the features they are made of.
 
         lengths_P: valid samples; what lies behind influences no valid frame, the statistics of
@@ -142,7 +147,7 @@ class WaveStem(nn.Module):
             raw = raw.abs().log1p()
         raw = scale_gradient(raw, self.gradient_scale)
         features = self.features(raw)
-        return WaveTokens(self.dropout(self.proj(features)), features, raw, grid)
+        return LatentTokens(self.project(features), features, raw, grid)
 
     def _channels_first(self, x_PCS: Tensor, lengths_P: Tensor | None) -> Tensor:
         """(P, 1, S) to (P, C, T); torch's convolutions, and its group norm, like this layout."""

@@ -65,6 +65,7 @@ from mmssl.specs.towers import (
     EfficientNetSpec,
     EmbeddingSpec,
     FixedPositionSpec,
+    FrameLatentsSpec,
     FramesSpec,
     FrontendSpec,
     IdsSpec,

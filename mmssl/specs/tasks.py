@@ -110,7 +110,7 @@ class MaskSpec(Spec):
     """Which tokens are hidden, and how (`hide`, see `mmssl.towers.Mask`)."""
 
     rule: Literal["all", "random", "blocks", "beit_blocks", "tubes", "spans", "words", "ngrams"]
-    hide: Literal["cells", "latents", "drop"] = "cells"
+    hide: Literal["cells", "latents", "features", "drop"] = "cells"
     ratio: Number = 0.5
     length: int = Field(10, gt=0)  # spans: tokens per span
     start_prob: float = Field(0.065, gt=0, le=1)  # spans: started per token

@@ -176,6 +176,18 @@ class WaveConvSpec(Spec):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class FrameLatentsSpec(Spec):
+    """One latent per frame of a spectrogram, a LayerNorm and a linear map.
+
+    `layers`: of an LSTM; 0 = a linear map. See `mmssl.frontends.frame_stem.FrameStem`.
+    """
+
+    kind: Literal["frame_latents"]
+    latent: int = Field(256, gt=0)
+    layers: int = Field(0, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
 class WholeSpec(Spec):
     """No cutting: the backbone reads the map itself (convolutional networks)."""
 
@@ -183,7 +195,14 @@ class WholeSpec(Spec):
 
 
 CutSpec = Annotated[
-    PatchSpec | StemSpec | WaveConvSpec | EmbeddingSpec | SummedSpec | BorrowedSpec | WholeSpec,
+    PatchSpec
+    | StemSpec
+    | WaveConvSpec
+    | FrameLatentsSpec
+    | EmbeddingSpec
+    | SummedSpec
+    | BorrowedSpec
+    | WholeSpec,
     Field(discriminator="kind"),
 ]
 

@@ -45,7 +45,7 @@ class Seen:
         if self.tokens.features_PNE is None:
             raise UserError(
                 f"tasks.{self.task}.target: needs latents of the stem; use a tower whose cut is "
-                "`wave_conv`"
+                "`wave_conv` or `frame_latents`"
             )
         return self.tokens.features_PNE
 
