@@ -16,6 +16,7 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmssl.data import energon
+from mmssl.data.blend import train_weights
 from mmssl.data.collate import Item, PackedBatch, failed, pack
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
 from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
@@ -55,8 +56,8 @@ def train_loader(
         UserError: a folder is missing or not prepared, has fewer samples than there are readers, or
             has no side-car among those of a name in `data.frame_labels`.
     """
-    weights = data.train if isinstance(data.train, dict) else {data.train: 1.0}
-    shards = {folder: _train_shards(folder, weights[folder]) for folder in weights}
+    weights = train_weights(data)
+    shards = {folder: read_manifest(Path(folder)) for folder in weights}
     readers = world * max(1, data.workers)
     for folder, listed in shards.items():
         _check_readers(folder, listed, readers, world, data.workers)
@@ -91,14 +92,6 @@ def train_loader(
     if data.frame_labels:
         identity["frame_labels"] = labels.digests
     return TrainLoader(loader, identity)
-
-
-def _train_shards(folder: str, weight: float) -> list[Shard]:
-    if not folder:
-        raise UserError("data.train is empty: name a shard folder made by data_tools.make_shards")
-    if not weight > 0:
-        raise UserError(f"data.train: the weight of {folder} is {weight}, it must be above 0")
-    return read_manifest(Path(folder))
 
 
 def _check_readers(

@@ -15,7 +15,10 @@ from mmssl.specs.views import ViewSpec
 class DataSpec(Spec):
     """Shard folders and how to read them."""
 
-    train: str | dict[str, float] = ""  # folder, or {folder: blend weight}
+    # folder, [folders], which weigh as many samples as they hold, or {folder: weight}
+    train: str | list[str] | dict[str, float] = ""
+    # rows come from a folder in proportion to its weight to this power: 1 = as often as it weighs
+    alpha: float = Field(1.0, ge=0, le=1)
     val: str = ""
     test: str = ""
     tokenizer: str = ""  # SentencePiece model, made by data_tools/train_tokenizer.py
