@@ -182,7 +182,12 @@ def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
     targets = [
         t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"
     ]
-    return {t.field: t.classes[row % len(t.classes)] for t in targets}
+    known = {t.field: t.classes[row % len(t.classes)] for t in targets}
+    for task in spec.tasks.values():
+        if task.kind == "masked" and task.target.kind == "codes" and row > 0:
+            said = task.target.transcripts  # the first row has none
+            known |= {} if said is None else {said.field: " ".join(said.symbols[:row])}
+    return known
 
 
 def _model(spec: RunSpec) -> Model:

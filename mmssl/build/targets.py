@@ -52,6 +52,7 @@ from mmssl.targets.frames import FrameTarget
 from mmssl.targets.ids import IdTarget
 from mmssl.targets.latents import LatentTarget, Loss
 from mmssl.targets.patches import PatchTarget
+from mmssl.targets.readers import Consistency, Reader, Transcription
 from mmssl.targets.replaced import ReplacedTarget
 from mmssl.targets.units import UnitTarget
 from mmssl.towers import AnyTower, Tower
@@ -227,7 +228,32 @@ def _codes(context: TargetContext) -> Target:
         target.negatives,
         (target.temperature, tau),
         target.dropout,
+        target.negatives_of == "all",
+        target.compare_in == "width",
+        _readers(context, target, latent if quantizer is None else quantizer.width_out),
     )
+
+
+def _readers(context: TargetContext, target: CodeTargetSpec, code: int) -> dict[str, Reader]:
+    """What else reads the codes, which are `code` numbers wide."""
+    readers: dict[str, Reader] = {}
+    if target.decoder is not None:
+        cell = channels(context.tower_spec) * prod(context.tower.cell)
+        readers["consistency"] = Consistency(
+            code, target.decoder.hidden, target.decoder.layers, cell
+        )
+    if target.transcripts is not None:
+        where, field = f"tasks.{context.name}.target", target.transcripts.field
+        if target.compare_in != "width":
+            raise UserError(f"{where}.transcripts: replaces frames by codes; set compare_in: width")
+        if field not in context.run.data.labels:
+            raise UserError(
+                f"{where}.transcripts.field: {field!r} is not read; add it to data.labels"
+            )
+        readers["transcripts"] = Transcription(
+            context.tower.width, **target.transcripts.model_dump()
+        )
+    return readers
 
 
 def _quantizer(target: CodeTargetSpec, latent: int) -> tuple[Quantizer | None, Number]:

@@ -72,11 +72,32 @@ class NearestSpec(Spec):
     project: bool = True
 
 
+class DecoderSpec(Spec):
+    """LSTM that rebuilds the stem's input from the codes of all frames (wav2vec-C)."""
+
+    layers: int = Field(3, gt=0)
+    hidden: int = Field(768, gt=0)
+
+
+class TranscriptSpec(Spec):
+    """CTC on the tower's output (UniSpeech): `field` of `data.labels`, symbols between spaces.
+
+    The fields are explained at `mmssl.targets.readers.Transcription`.
+    """
+
+    field: str
+    symbols: list[str] = Field(min_length=1)
+    replace: float = Field(0.5, ge=0, le=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
 class CodeTargetSpec(Spec):
     """The own latent of a hidden frame among those of others (wav2vec 2.0).
 
-    Terms: `nce`, `diversity`, `commitment`, `features` (penalty on the stem's output); watched:
-    `accuracy`, `perplexity`. Without a `quantizer` the latents themselves are compared.
+    Terms: `nce`, `diversity`, `commitment`, `features` (penalty on the stem's output), with a
+    `decoder` `consistency`, with `transcripts` `ctc`; watched: `accuracy`, `perplexity`,
+    `transcribed`. Without a `quantizer` the latents themselves are compared. `negatives_of`: the
+    hidden frames or all. `compare_in`: `space`, or the width of the tower.
     """
 
     kind: Literal["codes"]
@@ -85,6 +106,10 @@ class CodeTargetSpec(Spec):
     negatives: int = Field(100, gt=0)
     temperature: float = Field(0.1, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)  # of the latents in front of the quantizer
+    negatives_of: Literal["hidden", "all"] = "hidden"
+    compare_in: Literal["space", "width"] = "space"
+    decoder: DecoderSpec | None = None
+    transcripts: TranscriptSpec | None = None
 
 
 class UnitTargetSpec(Spec):

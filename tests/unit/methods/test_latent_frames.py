@@ -1,6 +1,7 @@
-"""wav2vec 2.0 on frames of spectrograms: the Conformer for audio in general."""
+"""wav2vec 2.0 on frames of spectrograms: the Conformer for audio in general, wav2vec-C."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,3 +92,68 @@ def test_the_targets_of_the_conformer_are_trained_too():
     unused = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     # a softmax does not see what is added to all keys
     assert all("qkv.bias" in n for n in unused)
+
+
+# ---------------------------------------------------------------- wav2vec-C
+
+REBUILDING = "runs/wav2vec_c_tiny"
+
+
+def test_without_its_weight_the_consistency_of_wav2vec_c_changes_nothing():
+    own, spec = model_of(REBUILDING, "tasks.mam.weights.consistency=0")
+    plain, _ = model_of(REBUILDING, "tasks.mam.target.decoder=null")
+    plain.load_state_dict(own.state_dict(), strict=False)
+    batch, losses = fake_batch(spec, 4, missing=False), []
+    for model in (own, plain):
+        torch.manual_seed(1)  # of dropout
+        loss, _ = model(batch, 3, 10)
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses)
+    grads = dict(own.named_parameters())
+    assert all(torch.equal(p.grad, grads[n].grad) for n, p in plain.named_parameters())
+
+
+def test_an_empty_decoder_of_wav2vec_c_costs_the_power_of_normalised_frames():
+    model, spec = model_of(REBUILDING)
+    with torch.no_grad():
+        for parameter in model.tasks["mam"].target.readers["consistency"].out.parameters():
+            parameter.zero_()
+    batch = fake_batch(spec, 4, missing=False)
+    _, terms = model(batch, 0, 10)
+    # 98 frames, of which the unbiased deviation is 1
+    assert value(terms, "mam.consistency") == pytest.approx(97 / 98, abs=1e-4)
+    assert int(terms["mam.consistency"].count) == 4 * 49
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_consistency_reaches_codes_encoder_and_decoder_alone(quantizer):
+    where = "tasks.mam.target.quantizer"
+    change = [f"{where}.kind=nearest", f"{where}.width=null", f"{where}.temperature=null"]
+    change = [] if quantizer == "gumbel" else change
+    model, spec = model_of(REBUILDING, *change)
+    batch = fake_batch(spec, 4, missing=False)
+    model.tasks["mam"](model.passes(batch, 0.0), batch)["consistency"].sum.backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    parts = ("stem.encoder.", "stem.features.", "target.quantizer.", "target.readers.")
+    assert all(any(part in name for part in parts) for name in moved)
+    # the straight-through codebook of `nearest` learns from its own loss
+    parts += (".codebook",) if quantizer == "gumbel" else ()
+    assert all(any(part in name for name in moved) for part in parts)
+
+
+def test_the_decoder_sees_codes_of_every_frame_and_padding_counts_nowhere():
+    model, spec = model_of(REBUILDING)
+    model.eval()
+    batch = fake_batch(spec, 2, missing=False)
+    view = batch.views["x"]
+    short = replace(view, lengths_P=torch.tensor([8000, 4200]))
+    wild = short.data.clone()
+    wild[1, 4200:] = 3.0
+    task = model.tasks["mam"]
+    found = []
+    for data in (short.data, wild):
+        changed = replace(batch, views={"x": replace(short, data=data)})
+        found.append(task(model.passes(changed), changed)["consistency"])
+    assert torch.equal(found[0].sum, found[1].sum)
+    assert int(found[0].count) == 49 + 25
