@@ -58,6 +58,7 @@ METHODS = (
 LABELS = {"hubert_it1": "mfcc", "hubert_it2": "it1", "wavlm_base": "it1"}
 CLUSTERS = {"mfcc": 50, "it1": 100}
 IT1_LAYER = 3
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = 6
 LIMIT_MINUTES = 30
 RATE = 8000  # Hz of the recordings
@@ -86,7 +87,8 @@ def make_shards(data: Path, work: Path) -> Path:
     rows = []
     for file in files:
         digit, speaker, index = file.stem.split("_")
-        meta = {"digit": digit, "speaker": speaker, "index": int(index)}
+        letters = " ".join(NAMES[int(digit)])  # read by configs/runs/unispeech_tiny.yaml alone
+        meta = {"digit": digit, "speaker": speaker, "index": int(index), "letters": letters}
         row = {"media": str(file.resolve()), "source": file.stem, "split": "train"}
         rows.append({**row, "meta": meta})
     work.mkdir(parents=True, exist_ok=True)
