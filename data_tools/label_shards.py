@@ -20,9 +20,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from data_tools.label_features import Floats, FrameSource, frame_source
@@ -31,30 +32,11 @@ from mmssl.data.labels import check
 from mmssl.data.loader import eval_batches
 from mmssl.data.sidecars import LabelInfo, SideCar, shards_digest, writing
 from mmssl.rng import numpy_generator
+from mmssl.specs import LabellingSpec
 from mmssl.targets.clusters import Clusters, fit
 from mmssl.types import UserError
 
-
-@dataclass(frozen=True)
-class Options:
-    """What to label with what.
-
-    features: `mfcc` or a run folder. layer: 0 = the tower's output, L = behind its L-th layer.
-    clusters: size of every codebook. kmeans: clusterings to use instead of fitting any. fit_share:
-    share of the samples they are fitted to. sweeps, points, restarts: see `clusters.fit`.
-    """
-
-    features: str = "mfcc"
-    layer: int = 0
-    tower: str = ""
-    clusters: tuple[int, ...] = (100,)
-    kmeans: tuple[Path, ...] = ()
-    fit_share: float = 0.1
-    sweeps: int = 5
-    points: int = 100_000
-    restarts: int = 3
-    seed: int = 0
-    workers: int = 0
+DEFAULTS = LabellingSpec()
 
 
 @dataclass(frozen=True)
@@ -81,7 +63,7 @@ class Frames(NamedTuple):
 # ---------------------------------------------------------------- the passes
 
 
-def label_shards(shards: str | Path, out: str | Path, options: Options) -> Labelled:
+def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) -> Labelled:
     """Fit, unless clusterings are given, and label every sample of a folder.
 
     Args:
@@ -90,11 +72,10 @@ def label_shards(shards: str | Path, out: str | Path, options: Options) -> Label
         options: what to do.
 
     Raises:
-        UserError: bad options, no such shards or run, features that cannot be clustered, or a
+        UserError: no such shards or run, features that cannot be clustered, or a
             clustering of other features.
     """
     shards, out = Path(shards), Path(out)
-    _check(options)
     total = sum(shard.samples for shard in read_manifest(shards))
     source = frame_source(options.features, options.tower, options.layer)
     files = options.kmeans or tuple(_kmeans_file(out, k) for k in options.clusters)
@@ -120,20 +101,11 @@ def label_shards(shards: str | Path, out: str | Path, options: Options) -> Label
     return Labelled(out, len(writer), unread, writer.labels, files, codebooks, warnings)
 
 
-def _check(options: Options) -> None:
-    if not 0 < options.fit_share <= 1:
-        raise UserError(f"--fit-share {options.fit_share:g}: must be above 0 and at most 1")
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers}: must be 0 or more")
-    if len(set(options.clusters)) < len(options.clusters) or not options.clusters:
-        raise UserError(f"--clusters {options.clusters}: give one or several different sizes")
-
-
 def _kmeans_file(out: Path, clusters: int) -> Path:
     return out.with_name(f"{out.stem}.kmeans-{clusters}.safetensors")
 
 
-def _share(total: int, options: Options) -> list[int]:
+def _share(total: int, options: LabellingSpec) -> list[int]:
     """Numbers of the samples that are fitted to."""
     count = math.ceil(options.fit_share * total)
     rng = numpy_generator(options.seed, "fit share")
@@ -141,7 +113,7 @@ def _share(total: int, options: Options) -> list[int]:
 
 
 def _fit(
-    shards: Path, source: FrameSource, rows: Sequence[int], clusters: int, options: Options
+    shards: Path, source: FrameSource, rows: Sequence[int], clusters: int, options: LabellingSpec
 ) -> Clusters:
     number = 0
 
@@ -201,18 +173,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shards", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--features", default=Options.features, metavar="mfcc|RUN")
+    parser.add_argument("--features", default=DEFAULTS.features, metavar="mfcc|RUN")
     parser.add_argument("--layer", type=int, default=0, help="of a run; 0 = the output")
     parser.add_argument("--tower", default="", help="of a run with several audio towers")
-    parser.add_argument("--clusters", type=_several(int), default=Options.clusters)
+    parser.add_argument("--clusters", type=_several(int), default=DEFAULTS.clusters)
     parser.add_argument("--kmeans", type=_several(Path), default=(), metavar="FILE[,FILE]")
-    parser.add_argument("--fit-share", type=float, default=Options.fit_share)
-    parser.add_argument("--sweeps", type=int, default=Options.sweeps)
-    parser.add_argument("--points", type=int, default=Options.points, help="frames held in memory")
-    parser.add_argument("--restarts", type=int, default=Options.restarts)
+    parser.add_argument("--fit-share", type=float, default=DEFAULTS.fit_share)
+    parser.add_argument("--sweeps", type=int, default=DEFAULTS.sweeps)
+    parser.add_argument("--points", type=int, default=DEFAULTS.points, help="frames held in memory")
+    parser.add_argument("--restarts", type=int, default=DEFAULTS.restarts)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
     return parser
+
+
+def _options(args: dict[str, Any]) -> LabellingSpec:
+    try:
+        return LabellingSpec(**args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {first['input']}: {first['msg']}") from error
 
 
 def _several(kind: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
@@ -228,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     shards, out = args.pop("shards"), args.pop("out")
     try:
-        made = label_shards(shards, out, Options(**args))
+        made = label_shards(shards, out, _options(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

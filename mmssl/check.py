@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmssl import config
+from mmssl.stages import LABELS, Stage, about, is_staged, plan
 from mmssl.types import Batch, FrameLabels, Term, UserError, ViewBatch
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ BEGINS = tuple(i > max(SPECIAL.values()) and i % 3 > 0 for i in range(VOCABULARY
 
 def show(file: str, overrides: Sequence[str] = ()) -> None:
     """Print what a run reads, encodes and learns, with the shape of every view."""
+    if is_staged(file):
+        rows = [_stage_row(stage) for stage in plan(file, overrides)]
+        print(_table(rows, ("stage", "does", "with", "into")))
+        return
     spec = config.load(file, list(overrides))
     model = _model(spec)
     print(f"{spec.name}  (config {config.digest(spec)}, {_millions(model)} parameters)\n")
@@ -34,14 +39,26 @@ def show(file: str, overrides: Sequence[str] = ()) -> None:
 
 
 def check(file: str, overrides: Sequence[str] = ()) -> None:
-    """Build a run and take one step on a made-up batch in which some rows lack a modality.
+    """Build a run, or every run of a file with stages, and take one step on a made-up batch.
+
+    Some of its rows lack a modality.
 
     Raises:
         UserError: the run cannot work; every problem is named.
     """
+    if not is_staged(file):
+        _check_run(file, config.load(file, list(overrides)))
+        return
+    for stage in plan(file, overrides):
+        print("  ".join(_stage_row(stage)))
+        if stage.run is not None:
+            with about(stage.place):
+                _check_run(stage.name, stage.run)
+
+
+def _check_run(file: str, spec: RunSpec) -> None:
     import torch
 
-    spec = config.load(file, list(overrides))
     torch.manual_seed(spec.train.seed)
     model = _model(spec).train()
     batch = fake_batch(spec, rows=4)
@@ -57,6 +74,16 @@ def check(file: str, overrides: Sequence[str] = ()) -> None:
     rows = [(name, f"{value:.4f}", f"{int(terms[name].count)}") for name, value in values.items()]
     print(_table(rows, ("term", "value", "count")))
     print("ok: every parameter is used, every term is finite")
+
+
+def _stage_row(stage: Stage) -> tuple[str, ...]:
+    if stage.run is not None:
+        return (stage.name, "train", stage.run.name, str(stage.folder))
+    assert stage.label is not None
+    clusters = ", ".join(map(str, stage.label.clusters))
+    layer = f", layer {stage.label.layer}" if stage.label.layer else ""
+    what = f"{clusters} clusters of {stage.label.features}{layer}"
+    return (stage.name, "label", what, str(stage.folder / LABELS))
 
 
 def _problems(model: Model, loss: torch.Tensor, terms: dict[str, Term]) -> list[str]:

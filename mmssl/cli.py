@@ -25,7 +25,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb("mmssl.train.run:main", ("FILE",), True, "train a run or a method"),
+    "train": Verb(
+        "mmssl.train.stages:main", ("FILE",), True, "train a run, its stages, or a method"
+    ),
     "resume": Verb("mmssl.train.run:resume", ("RUN",), True, "go on with an interrupted run"),
     "eval": Verb(
         "mmssl.eval.suites:main", ("SUITE", "RUN"), True, "evaluate: retrieval, localize, bouncing"

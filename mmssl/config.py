@@ -117,10 +117,10 @@ def resolve(
     path_or_name: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[Layer]]:
     """The merged plain tree before validation, and its layers, lowest first (for messages)."""
-    changes = [_override_layer(text) for text in overrides]
+    changes = [override_layer(text) for text in overrides]
     run = read_yaml(find(path_or_name))
     layers = [*_method_layers(run, changes), run, *changes]
-    tree = _merge(layers)
+    tree = merge(layers)
     tree.pop("method", None)
     presets = _expand(tree, layers)
     return _drop_null(tree), [*presets, *layers]
@@ -137,7 +137,12 @@ def _method_layers(run: Layer, changes: Sequence[Layer]) -> list[Layer]:
     return [layer]
 
 
-def _override_layer(text: str) -> Layer:
+def override_layer(text: str) -> Layer:
+    """The layer of one `a.b=c`.
+
+    Raises:
+        UserError: no key, no `=` or no value.
+    """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"override `{text}`: write it as key=value, e.g. train.steps=100")
@@ -151,7 +156,12 @@ def _override_layer(text: str) -> Layer:
     return Layer(origin, tree, {path[:i]: 0 for i in range(1, len(path) + 1)})
 
 
-def _merge(layers: Sequence[Layer]) -> dict[str, Any]:
+def merge(layers: Sequence[Layer], resolve: bool = True) -> dict[str, Any]:
+    """The layers' trees in one, later ones on top; `resolve` replaces `${...}`.
+
+    Raises:
+        UserError: a layer does not fit the ones below it, or a `${...}` names nothing.
+    """
     merged = OmegaConf.create({})
     for layer in layers:
         try:
@@ -159,7 +169,7 @@ def _merge(layers: Sequence[Layer]) -> dict[str, Any]:
         except (OmegaConfBaseException, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{layer.origin}: cannot be merged: {_first_line(error)}") from error
     try:
-        tree: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+        tree: dict[str, Any] = OmegaConf.to_container(merged, resolve=resolve)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"{layers[-1].origin}: {_first_line(error)}") from error
     return tree

@@ -25,6 +25,7 @@ from mmssl.specs.run import (
     TrunkSpec,
     ValidateSpec,
 )
+from mmssl.specs.stages import LabellingSpec, LabelStageSpec, StagesSpec
 from mmssl.specs.targets import (
     CodeTargetSpec,
     FrameTargetSpec,

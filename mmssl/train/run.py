@@ -48,10 +48,15 @@ def main(file: str, overrides: Sequence[str] = ()) -> None:
         UserError: bad configuration or data, or the folder belongs to another run.
     """
     spec = config.load(file, overrides)
-    folder = run_folder(spec)
     with session(spec.train.threads) as device:
-        on_rank0(lambda: open_folder(spec, folder))
-        _run(spec, folder, device)
+        start(spec, device)
+
+
+def start(spec: RunSpec, device: torch.device) -> None:
+    """As `main`, in an open `engine.session`."""
+    folder = run_folder(spec)
+    on_rank0(lambda: open_folder(spec, folder))
+    _run(spec, folder, device)
 
 
 def resume(run_dir: str, overrides: Sequence[str] = ()) -> None:

@@ -21,10 +21,16 @@ def resolved() -> dict[str, str]:
 
     root = config.builtin_root()
     files = sorted(p for kind in config.LAUNCHABLE for p in (root / kind).rglob("*.yaml"))
-    return {
-        file.relative_to(root).with_suffix("").as_posix(): config.dump(config.load(file))
-        for file in files
-    }
+    return {file.relative_to(root).with_suffix("").as_posix(): text(file) for file in files}
+
+
+def text(file: Path) -> str:
+    """Canonical YAML of a method, of a run, or of a run's stages."""
+    from mmssl import config, stages
+
+    if stages.is_staged(file):
+        return stages.dump(stages.load(file)[0])
+    return config.dump(config.load(file))
 
 
 def losses() -> list[dict[str, float]]:

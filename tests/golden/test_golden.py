@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mmssl import config
-
 HERE = Path(__file__).resolve().parent
 REMEDY = "if this is wanted: python tests/golden/regenerate.py"
 
@@ -46,7 +44,7 @@ def test_a_configuration_resolves_as_before(name):
 
 @pytest.mark.parametrize("name", NOW)
 def test_the_golden_text_loads_to_the_same_run(name):
-    assert config.dump(config.load(HERE / "configs" / f"{name}.yaml")) == NOW[name], REMEDY
+    assert golden.text(HERE / "configs" / f"{name}.yaml") == NOW[name], REMEDY
 
 
 def test_three_seeded_steps_have_their_golden_losses():

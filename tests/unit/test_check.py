@@ -11,10 +11,12 @@ from torch import nn
 from mmssl import check, config
 from mmssl.frontends import SpectrumParams
 from mmssl.frontends.spectra import LogMel
+from mmssl.stages import is_staged, plan
 from mmssl.types import UserError
 from mmssl.yamlfile import write_yaml
 
-BUILT_IN = config.names()
+STAGED = [name for name in config.names() if is_staged(name)]
+BUILT_IN = sorted(set(config.names()) - set(STAGED))
 
 
 @pytest.fixture
@@ -81,6 +83,20 @@ def test_every_method_and_run_shows_its_views(name, capsys):
     check.show(name, shrinking(spec))
     out = capsys.readouterr().out
     assert all(re.search(rf"^{view}  ", out, re.MULTILINE) for view in spec.views)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_every_stage_is_checked_and_shown(name, capsys):
+    stages = plan(name)
+    small = [f"{s.name}.{text}" for s in stages if s.run is not None for text in shrinking(s.run)]
+    check.show(name, small)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[s.name, "train" if s.run else "label"] for s in stages]
+    check.check(name, small)
+    out = capsys.readouterr().out
+    runs = [s for s in stages if s.run is not None]
+    assert out.count("ok: every parameter is used") == len(runs) > 0
+    assert all(s.run.name in out for s in runs)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

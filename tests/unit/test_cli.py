@@ -36,7 +36,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "call"),
     [
-        ("train f.yaml a.b=1 c=x=y", ("mmssl.train.run:main", "f.yaml", ["a.b=1", "c=x=y"])),
+        ("train f.yaml a.b=1 c=x=y", ("mmssl.train.stages:main", "f.yaml", ["a.b=1", "c=x=y"])),
         ("resume runs/x", ("mmssl.train.run:resume", "runs/x", [])),
         ("eval bouncing r limit=3", ("mmssl.eval.suites:main", "bouncing", "r", ["limit=3"])),
         ("localize a.mp4 run=runs/x", ("mmssl.demos.localize:main", "a.mp4", ["run=runs/x"])),

@@ -1,7 +1,5 @@
 """From shards to side-cars: MFCCs and layers, the same bytes from any number of workers."""
 
-import json
-import wave as wavefile
 from dataclasses import replace as changed
 
 import numpy as np
@@ -9,48 +7,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_run import TREE, tiny_model, tiny_spec
+from tone_shards import HZ, PART_S, SCORES, tones, write_tones
 
 from data_tools import label_features, label_shards
 from data_tools.label_features import Mfcc, TowerFrames, encode_frames, frame_source
-from data_tools.label_shards import Options
-from data_tools.make_shards import make_shards
 from mmssl.data.collate import Item, collate
 from mmssl.data.labels import check
 from mmssl.data.sidecars import SideCar
 from mmssl.eval.units import joint_counts, unit_quality
 from mmssl.files import sha256
-from mmssl.specs import ViewSpec
+from mmssl.specs import LabellingSpec, ViewSpec
 from mmssl.targets.clusters import Clusters
 from mmssl.types import Tokens, UserError, View
-
-HZ, PART_S = 16000, 0.5
-TONES_HZ = (220.0, 900.0, 3500.0)
-
-
-def tones(numbers):
-    """Half a second of each tone, one behind the other."""
-    time = np.arange(round(PART_S * HZ)) / HZ
-    noise = np.random.default_rng(len(numbers)).standard_normal(len(numbers) * len(time))
-    wave = np.concatenate([0.4 * np.sin(2 * np.pi * TONES_HZ[n] * time) for n in numbers])
-    return wave + 1e-3 * noise
-
-
-SCORES = [[0, 1, 2], [2, 0], [1, 1, 0, 2], [2, 2, 1], [0, 2, 1, 0, 1]]
-
-
-def write_tones(folder, scores, silent=()):
-    folder.mkdir()
-    lines = []
-    for k, score in enumerate(scores):
-        with wavefile.open(str(folder / f"{k}.wav"), "wb") as out:
-            out.setparams((1, 2, HZ, 0, "NONE", ""))
-            out.writeframes(np.round(tones(score) * 32767).astype("<i2").tobytes())
-        has = ["text"] if k in silent else ["audio"]
-        line = {"media": f"{k}.wav", "has": has, "caption": "x", "source": f"s{k}"}
-        lines.append(line)
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    make_shards(folder, folder / "shards", shard_samples=3, workers=1)
-    return folder / "shards"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +32,7 @@ def score_of(key):
 
 def options(**changes):
     small = {"clusters": (3,), "fit_share": 1.0, "sweeps": 2, "points": 1000, "restarts": 2}
-    return Options(**{**small, **changes})
+    return LabellingSpec(**{**small, **changes})
 
 
 def test_tones_become_units(shards, tmp_path):
@@ -156,11 +124,6 @@ def test_the_fit_reads_its_share_only(shards, tmp_path, monkeypatch):
 
 def test_errors(shards, tmp_path):
     for changes, message in (
-        ({"fit_share": 0.0}, "--fit-share 0: must be above 0"),
-        ({"fit_share": 1.5}, "--fit-share 1.5"),
-        ({"workers": -1}, "--workers -1"),
-        ({"clusters": ()}, "give one or several different sizes"),
-        ({"clusters": (3, 3)}, "give one or several different sizes"),
         ({"layer": 2}, "--features mfcc has neither --layer nor --tower"),
         ({"clusters": (9999,), "points": 99999}, "9999 clusters of"),
         ({"features": "no/such/run"}, "no/such/run"),
@@ -185,8 +148,14 @@ def test_command_line(shards, tmp_path, capsys):
     assert f"{out}: {SideCar(out).labels} labels of 5 samples" in text
     assert "l.kmeans-3.safetensors: 3 clusters, mean squared distance " in text
     assert "warning" not in text
-    assert label_shards.main([str(shards), str(out), "--fit-share", "2"]) == 2
-    assert "error: --fit-share 2" in capsys.readouterr().err
+    for option, value, message in (
+        ("fit-share", "2", "2.0: Input should be less than or equal to 1"),
+        ("fit-share", "0", "0.0: Input should be greater than 0"),
+        ("workers", "-1", "-1: Input should be greater than or equal to 0"),
+        ("clusters", "3,3", "(3, 3): Value error, give one or several different sizes"),
+    ):
+        assert label_shards.main([str(shards), str(out), f"--{option}", value]) == 2
+        assert capsys.readouterr().err == f"error: --{option} {message}\n"
     with pytest.raises(SystemExit):
         label_shards.main([*arguments[:2], "--clusters", "many"])
     assert "invalid comma-separated list value: 'many'" in capsys.readouterr().err
