@@ -86,7 +86,8 @@ class FactorisedPositions(nn.Module):
                 f"positions: {size} places on axis {axis}, but only {native} were learned; "
                 "shorten the view, enlarge the table, or use fit: interpolate"
             )
-        return table[:size]
+        # a view taken under no_grad still says that it needs a gradient; counting FLOPs then fails
+        return table[:size].clone()
 
     def vectors(self, grid: Sequence[int] | None = None) -> Tensor:
         """(N, D) vectors of a grid in row-major order; None means the native grid.

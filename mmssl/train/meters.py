@@ -24,6 +24,10 @@ from mmssl.train.health import Monitor
 from mmssl.train.sinks import Sinks
 from mmssl.types import Batch, Term
 
+# The counter takes composite operations apart, which rounds otherwise: a resumed run, which counts
+# at another step than the uninterrupted one, would not be equal to it. These stay whole.
+_WHOLE = {torch.ops.aten.silu_backward.default: lambda *_, **__: 0}
+
 
 @dataclass
 class Rates:
@@ -115,7 +119,7 @@ class Meters:
         if self.flops is not None:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_WHOLE) as counter:
             yield
         self.flops = float(counter.get_total_flops())
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_LIMIT_S)]
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
+KINDS = (".pt", ".safetensors")
 STAGES = {stage: {"zero": stage} for stage in range(4)}
 
 
@@ -41,13 +42,15 @@ def same(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
-def compare(whole: Path, resumed: Path) -> None:
+def compare(whole: Path, resumed: Path, last: int = 6, averaged: bool = True) -> None:
     """Every file of the last checkpoints, and the logged losses."""
-    a, b = (folder / "checkpoints" / "step-00000006" for folder in (whole, resumed))
-    names = sorted(
-        p.relative_to(a).as_posix() for p in a.rglob("*") if p.suffix in (".pt", ".safetensors")
+    a, b = (folder / "checkpoints" / f"step-{last:08d}" for folder in (whole, resumed))
+    names, others = (
+        sorted(p.relative_to(f).as_posix() for p in f.rglob("*.*") if p.suffix in KINDS)
+        for f in (a, b)
     )
-    assert "ema.safetensors" in names
+    assert names == others
+    assert ("ema.safetensors" in names) == averaged
     assert any(name.startswith("deepspeed/") for name in names)
     for name in names:
         if name.endswith(".pt"):

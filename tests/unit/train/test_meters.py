@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "dist"))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_run import ToyBatch
 
+from mmssl.frontends.positions import FactorisedPositions
 from mmssl.specs import TrainSpec
 from mmssl.train.flops import peak_flops
 from mmssl.train.meters import Meters
@@ -155,3 +157,25 @@ def test_a_collapse_is_announced(meters: Meters, capsys: pytest.CaptureFixture[s
         meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)})
     out = capsys.readouterr().out
     assert "warning: step 3: embedding `common` has collapsed: effective rank 0.00 of 4" in out
+
+
+def test_counting_changes_no_digit_of_a_gradient(meters: Meters) -> None:
+    """A resumed run counts at another step than the uninterrupted one, and must be equal to it."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.GELU()]
+    net, x = nn.Sequential(*parts), torch.randn(2, 3, 9, 9)
+    found = []
+    for counting in (meters.counting, nullcontext):
+        net.zero_grad()
+        with counting():
+            net(x).square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert meters.flops > 0
+
+
+def test_a_part_of_a_table_can_be_counted_without_gradients(meters: Meters) -> None:
+    """As the teacher of a text run reads its positions; torch's counter trips over plain views."""
+    table = FactorisedPositions((8,), 4, fit="crop")
+    with meters.counting(), torch.no_grad():
+        assert torch.equal(table.vectors((5,)), table.axis0[:5])
