@@ -1,8 +1,8 @@
 """Writes the golden files anew: `python tests/golden/regenerate.py`.
 
-configs/: every method and run as it resolves, with all defaults. losses.json: the terms of the tiny
-run of tests/tiny_run.py over three seeded steps. Read the difference (`git diff tests/golden`)
-before committing it: a change here changes what users get.
+configs/: every method and run as it resolves, with all defaults. losses.json: the terms of each of
+them at a small size, and of the tiny run of tests/tiny_run.py, over three seeded steps. Read the
+difference (`git diff tests/golden`) before committing it: a change here changes what users get.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STEPS = 3
+STEPS, ROWS = 3, 6
 
 
 def resolved() -> dict[str, str]:
@@ -33,24 +33,36 @@ def text(file: Path) -> str:
     return config.dump(config.load(file))
 
 
-def losses() -> list[dict[str, float]]:
+def trained() -> list[str]:
+    """What has golden losses: every built-in method and run, and the run of tests/tiny_run.py."""
+    from mmssl import config, stages
+
+    return ["tiny", *(name for name in config.names() if not stages.is_staged(name))]
+
+
+def losses(name: str) -> list[dict[str, float]]:
     """Mean of every term at each of three steps of plain descent; a step ends with its loss.
 
     Not Adam: it makes whole steps of rounding errors where a gradient is zero.
     """
     import torch
-    from tiny_run import tiny_batch, tiny_model
+    from small_methods import small, small_model
+    from tiny_run import tiny_spec
 
+    from mmssl.check import fake_batch
+
+    spec = tiny_spec() if name == "tiny" else small(name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = tiny_model(seed=0).train()
-    optimiser = torch.optim.SGD(model.parameters(), 1e-2)
+    model = small_model(spec).train()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     steps = []
     for step in range(STEPS):
-        loss, terms = model(tiny_batch(seed=step), step, STEPS)
+        loss, terms = model(fake_batch(spec, ROWS, step), step, STEPS)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        model.after_step(step, STEPS)
         means = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
         steps.append({**means, "loss": float(loss.detach())})
     torch.set_num_threads(threads)
@@ -68,9 +80,12 @@ def main() -> None:
         path = folder / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    rounded = [{k: float(f"{v:.8g}") for k, v in step.items()} for step in losses()]
-    (HERE / "losses.json").write_text(json.dumps(rounded, indent=1) + "\n")
-    print(f"{len(texts)} configurations and the losses of {STEPS} steps -> {HERE}")
+    found = {
+        name: [{k: float(f"{v:.8g}") for k, v in step.items()} for step in losses(name)]
+        for name in trained()
+    }
+    (HERE / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{len(texts)} configurations, {STEPS} steps of {len(found)} -> {HERE}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def _regenerate():
 
 golden = _regenerate()
 NOW = golden.resolved()
+LOSSES = json.loads((HERE / "losses.json").read_text())
 
 
 def test_every_configuration_has_its_golden_text_and_no_other():
@@ -47,12 +48,17 @@ def test_the_golden_text_loads_to_the_same_run(name):
     assert golden.text(HERE / "configs" / f"{name}.yaml") == NOW[name], REMEDY
 
 
-def test_three_seeded_steps_have_their_golden_losses():
-    before, now = json.loads((HERE / "losses.json").read_text()), golden.losses()
+def test_every_method_and_run_has_its_golden_losses_and_no_other():
+    assert list(LOSSES) == golden.trained(), REMEDY
+
+
+@pytest.mark.parametrize("name", golden.trained())
+def test_three_seeded_steps_have_their_golden_losses(name):
+    before, now = LOSSES.get(name, []), golden.losses(name)
     assert [list(step) for step in now] == [list(step) for step in before], REMEDY
     for step, (a, b) in enumerate(zip(before, now, strict=True)):
-        for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=2e-4, abs=1e-5), (
-                f"{name} at step {step}; {REMEDY}"
+        for term, value in a.items():
+            assert b[term] == pytest.approx(value, rel=2e-4, abs=1e-5), (
+                f"{term} at step {step}; {REMEDY}"
             )
     assert len({step["loss"] for step in before}) == len(before)
