@@ -311,11 +311,14 @@ def test_views_of_one_window_share_their_start(shards, tokenizer):
     assert len({round(v, 3) for v in starts["audio"].values()}) > 3
 
 
-def test_blend_follows_the_weights(shards, tokenizer, tmp_path):
+@pytest.mark.parametrize(("power", "share"), [(0.5, 1 / 11), (1.0, 0.0099), (0.0, 0.5)])
+def test_blend_follows_the_weights(shards, tokenizer, tmp_path, power, share):
+    """Languages of 1000 and 10 hours under XLS-R's temperature: the weights are n^power."""
     shutil.copytree(shards, tmp_path / "twin")
-    data = DataSpec(train={str(shards): 3.0, str(tmp_path / "twin"): 1.0}, workers=0)
+    weights = {str(shards): 1000**power, str(tmp_path / "twin"): 10**power}
+    data = DataSpec(train=weights, workers=0)
     views = {"text": VIEWS["text"]}
-    loader = train_loader(data, views, 8, 0, 0, 1, tokenizer)
+    loader = train_loader(data, views, 40, 0, 0, 1, tokenizer)
     # Both hold the same clips; Energon's key of the visit tells which one was drawn.
     drawn = Counter()
     original = loading.to_sample
@@ -327,7 +330,9 @@ def test_blend_follows_the_weights(shards, tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "to_sample", spy)
         take(loader, 50)
-    assert drawn["train"] / sum(drawn.values()) == pytest.approx(0.75, abs=0.07)
+    # 2000 draws: four standard errors
+    width = 4 * (share * (1 - share) / 2000) ** 0.5
+    assert drawn["twin"] / sum(drawn.values()) == pytest.approx(share, abs=width)
 
 
 def test_workers_use_one_thread(shards, tokenizer, monkeypatch):

@@ -77,6 +77,21 @@ def test_depth_of_audio_albert_costs_no_parameters():
     assert len(sizes) == 1
 
 
+def test_audio_albert_of_depth_one_is_mockingjay_of_depth_one():
+    one = "towers.audio.backbone.layers=1"
+    ours, batch = model_of("audio_albert", one, "tasks.frames.target.time.length=2")
+    peer, _ = model_of(
+        "mockingjay",
+        one,
+        "towers.audio.frontend.utterance.stack=3",
+        "towers.audio.cut.patch=[1,120]",
+        "tasks.frames.target.time.length=2",
+    )
+    peer.load_state_dict(ours.state_dict())
+    losses = [float(m.eval()(batch, 0, 10)[0].detach()) for m in (ours, peer)]
+    assert losses[0] == losses[1] > 0
+
+
 def test_mockingjay_base_has_the_size_of_the_paper():
     with torch.device("meta"):
         model = build_model(config.load("speech/mockingjay"), 0, None)

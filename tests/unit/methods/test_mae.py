@@ -8,6 +8,8 @@ import torch
 from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import fake_batch
+from mmssl.masking import random_mask
+from mmssl.objectives.regression import patch_normalise
 
 SMALL = (
     "towers.x.backbone.width=24",
@@ -56,6 +58,13 @@ def test_predicting_nothing_costs_the_variance_of_a_patch(name):
     assert loss == pytest.approx((values - 1) / values, rel=2e-3)
 
 
+@pytest.mark.parametrize(("values", "loss"), [(192, 0.99478), (768, 0.998698)])
+def test_zero_costs_the_biased_variance_of_unbiased_patches(values, loss):
+    x = torch.rand(4, 49, values, generator=torch.Generator().manual_seed(0)).double()
+    assert float(patch_normalise(x).square().mean()) == pytest.approx(loss, abs=2e-5)
+    assert loss == pytest.approx((values - 1) / values, abs=2e-5)
+
+
 def test_three_quarters_are_hidden_and_only_the_rest_is_encoded():
     model, batch = model_of("mae_tiny")
     seen = seen_of(model, batch)
@@ -66,6 +75,8 @@ def test_three_quarters_are_hidden_and_only_the_rest_is_encoded():
     trunk.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
     seen_of(model, batch)
     assert lengths == [1 + 36]
+    ratio = config.load("general/mae").tasks["mae"].mask.ratio
+    assert random_mask(torch.arange(5), (14, 14), ratio).sum(1).tolist() == [147] * 5
 
 
 def test_hidden_pixels_change_no_encoding_and_visible_ones_do():

@@ -83,6 +83,17 @@ def test_an_empty_head_of_wav2vec2_scores_as_many_negatives_as_differ():
     assert 2 <= value(terms, "mam.perplexity") <= 128
 
 
+def test_a_fresh_wav2vec2_costs_a_little_less_or_more_than_chance():
+    """Heads and codebook of BASE on a narrow tower: the card's range for random weights."""
+    sizes = ("quantizer.entries=320", "quantizer.width=256", "space=256", "negatives=100")
+    changes = [f"tasks.mam.target.{text}" for text in sizes]
+    model, spec = model_of("wav2vec2_base", *changes, "views.x.crop_s=4.0")
+    with torch.no_grad():
+        _, terms = model(batch_of(spec), 0, 10)
+    assert int(terms["mam.nce"].count) > 400
+    assert 4.58 < value(terms, "mam.nce") < 4.67
+
+
 def test_gradients_of_wav2vec2_reach_every_part_and_the_penalty_the_convolutions_alone():
     model, spec = model_of("wav2vec2_base")
     task = masked(model)
@@ -148,7 +159,10 @@ def test_only_masked_frames_with_a_label_count():
 def test_wavlm_mixes_in_training_and_not_in_evaluation():
     model, spec = model_of("wavlm_base", "views.x.mix.probability=1.0")
     batch = batch_of(spec)
-    assert not torch.equal(model._mixed(batch).views["x"].data, batch.views["x"].data)
+    mixed = model._mixed(batch).views["x"]
+    assert not torch.equal(mixed.data, batch.views["x"].data)
+    for name, labels in batch.views["x"].labels.items():  # those of the utterance without the mix
+        assert torch.equal(mixed.labels[name].ids, labels.ids)
     assert torch.equal(model.eval()._mixed(batch).views["x"].data, batch.views["x"].data)
 
 
@@ -170,6 +184,18 @@ def test_an_empty_head_of_data2vec_costs_the_root_of_the_width():
     # instance norm: every channel of a row has unit variance over all its frames
     assert value(terms, "latents") == pytest.approx(math.sqrt(32), rel=0.05)
     assert value(terms, "latents.target_std") == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_averaged_layers_cost_what_independent_ones_would_or_more(layers):
+    """sqrt(D) / K if the layers are independent, sqrt(D) if they are equal (27.71 / 8 for BASE)."""
+    model, spec = data2vec(f"tasks.latents.target.layers={layers}")
+    with torch.no_grad():
+        for parameter in masked(model).target.head.parameters():
+            parameter.zero_()
+        _, terms = model(batch_of(spec), 0, 10)
+    assert 0.9 / layers < value(terms, "latents") / math.sqrt(32) < 1.05
+    assert math.sqrt(768) / 8 == pytest.approx(3.46, abs=0.005)
 
 
 def test_the_teacher_sees_everything_and_learns_nothing_by_gradient():
