@@ -254,6 +254,9 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
         elif task.kind == "masked":
             what = f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
             rows.append((name, "masked", task.view, what, str(task.weight)))
+        elif task.kind == "future":
+            what = f"{task.target.kind}, {task.steps} steps"
+            rows.append((name, "future", task.view, what, str(task.weight)))
         elif task.target.kind == "match":
             what = f"match by {task.score.kind}"
             rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))

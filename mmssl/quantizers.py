@@ -12,7 +12,6 @@ zeros (their ids mean nothing). A row's codes are a function of its own latents 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -21,32 +20,10 @@ from torch.nn import functional as F
 
 from mmssl.objectives.precision import wide
 from mmssl.rng import row_uniform
-from mmssl.types import UserError
+from mmssl.types import Codes, UserError
 
 # The smallest uniform number is 0, whose Gumbel number is minus infinity; the largest is 1 - 2^-24.
 _SMALLEST = 2.0**-25
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What a quantizer returns.
-
-    vectors_PNQ: chosen entries, groups side by side; with gradient to latents and codebook.
-    ids_PNG: int64 chosen entries.
-    soft_GV: probabilities of the entries without noise and temperature, summed over valid frames,
-      with gradient (`mmssl.objectives.codes.diversity`); `hard_GV` where there are none.
-    hard_GV: how many valid frames chose each entry, without gradient.
-    commitment: loss that ties codebook and latents, summed over valid frames; 0 where there is
-      none.
-    count: number of valid frames.
-    """
-
-    vectors_PNQ: Tensor
-    ids_PNG: Tensor
-    soft_GV: Tensor
-    hard_GV: Tensor
-    commitment: Tensor
-    count: Tensor
 
 
 class GumbelQuantizer(nn.Module):

@@ -6,13 +6,14 @@ Letters: P items of a view, N tokens, K kept tokens, D width, S input units alon
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mmssl.backbones.causal import Trunk
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.frame_stem import FrameStem
@@ -21,10 +22,11 @@ from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
 from mmssl.frontends.summed import SummedEmbedding
 from mmssl.frontends.wave_stem import WaveStem
+from mmssl.quantizers import Quantizer
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
 from mmssl.specs import Number
-from mmssl.types import Batch, Tokens, UserError, ViewBatch
+from mmssl.types import Batch, Codes, Tokens, UserError, ViewBatch
 
 Hide = Literal["cells", "latents", "features", "drop"]
 LatentStem = WaveStem | FrameStem
@@ -70,12 +72,14 @@ class Cells:
     """What a stem makes of a signal: (P, M, D) cells of a grid, and the latents behind them.
 
     features_PME, raw_PME: behind and before the norm of a stem that shows them (`LatentStem`).
+    codes: of a quantizer, whose vectors the cells then are.
     """
 
     x_PMD: Tensor
     grid: tuple[int, ...]
     features_PME: Tensor | None = None
     raw_PME: Tensor | None = None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Tower(nn.Module):
     """Front-end, cut, positions and backbone of one modality.
 
     The trunk is passed in by the model and is not registered here when it is shared, so that its
-    parameters have one name. `width` is the width of the tokens it returns.
+    parameters have one name. `width` is the width of the tokens it returns. A quantizer, with its
+    temperature, turns the stem's cells into codes, which the backbone then reads.
     """
 
     def __init__(
@@ -108,15 +113,18 @@ class Tower(nn.Module):
         stem: nn.Module,
         positions: nn.Module | None,
         extra: ExtraTokens,
-        trunk: Transformer,
+        trunk: Trunk,
         shared: bool,
         drop: Number = 0.0,
         pre: nn.Module | None = None,
         post: DenseGelu | None = None,
         merge: CellMerge | None = None,
+        quantizer: Quantizer | None = None,
+        temperature: Number = 1.0,
     ) -> None:
         super().__init__()
         self.modality, self.merge = modality, merge
+        self.quantizer, self.temperature = quantizer, temperature
         self.signal, self.stem, self.positions, self.extra = signal, stem, positions, extra
         self.own_trunk = None if shared else trunk
         self._trunk = (trunk,)  # a tuple hides the shared trunk from this module's parameters
@@ -126,14 +134,14 @@ class Tower(nn.Module):
         self.width = trunk.width if post is None else post.linear.out_features
 
     @property
-    def trunk(self) -> Transformer:
+    def trunk(self) -> Trunk:
         """The backbone, shared or not."""
         return self._trunk[0]
 
     @property
     def latent_width(self) -> int | None:
         """Width of the stem's latents, None where it shows none."""
-        return self.stem.proj.in_features if isinstance(self.stem, LatentStem) else None
+        return self.stem.channels if isinstance(self.stem, LatentStem) else None
 
     def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Token grid of one item whose data has this shape."""
@@ -162,7 +170,7 @@ class Tower(nn.Module):
         position: share of the run that is done, for scheduled numbers. A pass that does not read
         one of the global tokens simply leaves it; registers are thrown away.
         """
-        entry = self.enter(view, mask)
+        entry = self.enter(view, mask, position)
         cells = entry.cells
         x, index, kept_pad = self._kept(entry, view, position, mask)
         x, front_pad = self.extra(x, kept_pad, self.extra.names)
@@ -187,6 +195,7 @@ class Tower(nn.Module):
             hide=None if mask is None else mask.hide,
             features_PNE=cells.features_PME,
             raw_PNE=cells.raw_PME,
+            codes=cells.codes,
             motion_PM=None if mask is not None else self._motion(entry.signal, cells.grid),
         )
 
@@ -203,8 +212,11 @@ class Tower(nn.Module):
         found = [entry.x_PND, *(self.extra.split(h, names)[1] for h in hidden)]
         return found, _filled(entry.pad_PN, entry.x_PND)
 
-    def enter(self, view: ViewBatch, mask: Mask | None = None) -> Entry:
-        """What enters the backbone: cells of the stem, merged and marked, with positions."""
+    def enter(self, view: ViewBatch, mask: Mask | None = None, position: float = 1.0) -> Entry:
+        """What enters the backbone: cells of the stem, merged and marked, with positions.
+
+        position: as in `encode`.
+        """
         signal = self.inputs(view) if mask is None or mask.altered is None else mask.altered
         if mask is not None and mask.altered is None and mask.hide == "cells":
             grid = self.grid_of(view.data.shape[1:])
@@ -212,6 +224,8 @@ class Tower(nn.Module):
         cells = self._cells(signal, self._frames(view), view.split_P)
         bins = self._bins(view)
         stem_pad = None if bins is None else padding_mask(bins, cells.grid)
+        if self.quantizer is not None:
+            cells = self._quantised(self.quantizer, cells, stem_pad, view, position)
         x, grid = cells.x_PMD, cells.grid
         if self.merge is not None:
             x, grid = self.merge(x, grid, stem_pad)
@@ -252,6 +266,21 @@ class Tower(nn.Module):
             out = self.stem.encode(signal, frames_P)
             return Cells(out.tokens_PND, out.grid, out.features_PTC, out.raw_PTC)
         return Cells(*(self.stem(signal) if self.signal is None else self.stem(signal, frames_P)))
+
+    def _quantised(
+        self,
+        quantizer: Quantizer,
+        cells: Cells,
+        pad_PM: Tensor | None,
+        view: ViewBatch,
+        position: float,
+    ) -> Cells:
+        """The cells as vectors of a codebook; those of padding and of dummy items are zero."""
+        valid_PM = (item_weight(view) > 0)[:, None] & ~_filled(pad_PM, cells.x_PMD)
+        noise = quantizer.noise(view.seeds_P, valid_PM.shape[1]) if self.training else None
+        tau = resolve(self.temperature, position)
+        codes: Codes = quantizer(cells.x_PMD, valid_PM, tau, noise)
+        return replace(cells, x_PMD=codes.vectors_PNQ.to(cells.x_PMD.dtype), codes=codes)
 
     def _placed(
         self, x_PND: Tensor, grid: tuple[int, ...], pad: Tensor | None, mask: Mask | None = None

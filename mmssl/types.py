@@ -190,12 +190,35 @@ class Term(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody needs
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What a quantizer returns for N frames: G groups of V entries, Q numbers in all groups.
+
+    vectors_PNQ: chosen entries, groups side by side; with gradient to latents and codebook.
+    ids_PNG: int64 chosen entries.
+    soft_GV: probabilities of the entries without noise and temperature, summed over valid frames,
+      with gradient (`mmssl.objectives.codes.diversity`); `hard_GV` where there are none.
+    hard_GV: how many valid frames chose each entry, without gradient.
+    commitment: loss that ties codebook and latents, summed over valid frames; 0 where there is
+      none.
+    count: number of valid frames.
+    """
+
+    vectors_PNQ: Tensor
+    ids_PNG: Tensor
+    soft_GV: Tensor
+    hard_GV: Tensor
+    commitment: Tensor
+    count: Tensor
+
+
 @dataclass
 class Tokens:
     """What a tower returns for the P items of one view.
 
     x_PND: token outputs after the final norm; pad_PN: True where a token is padding or was dropped.
-    stem_PMD: the stem's cells, which know their own place only; stem_pad_PM: their padding.
+    stem_PMD: the stem's cells, quantised where the tower does that; they know their own place only.
+      stem_pad_PM: their padding.
     grid: token grid, (T, F) for spectrograms, (T,) for waveforms and text, (T, H, W) for video;
       N is its product, tokens are in row-major order of the grid. stem_grid: the same for the M
       cells of the stem, finer than `grid` where the tower merges cells.
@@ -203,6 +226,7 @@ class Tokens:
     hide: how the pass hid tokens (`mmssl.towers.Mask`), None without a mask.
     features_PNE, raw_PNE: latents of a stem that shows them (`mmssl.towers.LatentStem`), behind and
       before its norm; a mask of latents does not touch them. None elsewhere.
+    codes: what the tower's quantizer made of the stem's cells; None without one.
     motion_PM: how much moves inside each cell of the stem, in [0, 1]; None where the front-end does
       not tell.
     rate_hz, stem_rate_hz: tokens and cells of the stem per second (0 for text).
@@ -222,3 +246,4 @@ class Tokens:
     motion_PM: Tensor | None = None
     features_PNE: Tensor | None = None
     raw_PNE: Tensor | None = None
+    codes: Codes | None = None

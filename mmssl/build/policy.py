@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmssl.specs import RunSpec, Trainable, TransformerSpec
+from mmssl.specs import CausalConvSpec, RunSpec, Trainable, TransformerSpec
 
 _ON_TOP = ("norm.", "trunk.norm.", "own_trunk.norm.", "post.")
 
@@ -15,7 +15,8 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
     if spec.shared is not None:
         groups.append(("trunk.", spec.shared, spec.shared.layers))
     for name, tower in spec.towers.items():
-        own = tower.backbone.layers if isinstance(tower.backbone, TransformerSpec) else 0
+        stacked = isinstance(tower.backbone, TransformerSpec | CausalConvSpec)
+        own = tower.backbone.layers if stacked else 0
         groups.append((f"towers.{name}.", tower, own))
     for name, joint in spec.joints.items():
         groups.append((f"joints.{name}.", joint, joint.backbone.layers))

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from mmssl.build.towers import channels, data_shape, make_trunk, need_view
+from mmssl.backbones.transformer import Transformer
+from mmssl.build.towers import channels, data_shape, make_quantizer, make_trunk, need_view
 from mmssl.frontends import FactorisedPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
 from mmssl.frontends.summed import EmbeddingTables, SummedEmbedding
@@ -25,7 +26,6 @@ from mmssl.masking import (
     TimeSpans,
 )
 from mmssl.objectives.regression import scaled_square, smooth_l1
-from mmssl.quantizers import GumbelQuantizer, Quantizer, VectorQuantizer
 from mmssl.specs import (
     CodeTargetSpec,
     FixedPositionSpec,
@@ -35,8 +35,6 @@ from mmssl.specs import (
     KaldiSpec,
     LatentTargetSpec,
     MaskedSpec,
-    NearestSpec,
-    Number,
     PatchTargetSpec,
     ReplacedTargetSpec,
     RunSpec,
@@ -219,7 +217,8 @@ def _codes(context: TargetContext) -> Target:
             f"tasks.{context.name}.target: `codes` needs latents of the stem; use a tower whose "
             "cut is `wave_conv` or `frame_latents`"
         )
-    quantizer, tau = _quantizer(target, latent)
+    given = target.quantizer
+    quantizer, tau = (None, 1.0) if given is None else make_quantizer(given, latent)
     return CodeTarget(
         context.tower.width,
         latent,
@@ -254,18 +253,6 @@ def _readers(context: TargetContext, target: CodeTargetSpec, code: int) -> dict[
             context.tower.width, **target.transcripts.model_dump()
         )
     return readers
-
-
-def _quantizer(target: CodeTargetSpec, latent: int) -> tuple[Quantizer | None, Number]:
-    """The quantizer and its temperature."""
-    spec = target.quantizer
-    if spec is None:
-        return None, 1.0
-    if isinstance(spec, NearestSpec):
-        options = spec.model_dump(exclude={"kind"})
-        return VectorQuantizer(latent, **options), 1.0
-    options = spec.model_dump(exclude={"kind", "width", "temperature"})
-    return GumbelQuantizer(latent, spec.width, **options), spec.temperature
 
 
 def _units(context: TargetContext) -> Target:
@@ -308,6 +295,11 @@ def _frames(context: TargetContext) -> Target:
 def _latents(context: TargetContext) -> Target:
     target, tower = context.task.target, context.tower
     assert isinstance(target, LatentTargetSpec)
+    if not isinstance(tower.trunk, Transformer):
+        raise UserError(
+            f"tasks.{context.name}.target: a teacher needs a transformer; the backbone of "
+            f"towers.{context.view.tower_name} is another"
+        )
     if target.layers > tower.trunk.layers:
         raise UserError(
             f"tasks.{context.name}.target.layers: {target.layers} of {tower.trunk.layers} layers; "

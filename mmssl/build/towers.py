@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmssl.backbones import NETWORKS
+from mmssl.backbones.causal import CausalConvs, Trunk
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
@@ -18,12 +19,14 @@ from mmssl.frontends.fixed_positions import SinusoidPositions
 from mmssl.frontends.frame_stem import FrameStem
 from mmssl.frontends.kaldi import Kaldi, KaldiParams, UtteranceFeatures
 from mmssl.frontends.spectra import Spectrum
-from mmssl.frontends.stems import CellMerge
+from mmssl.frontends.stems import ACTIVATIONS, CellMerge
 from mmssl.frontends.summed import EmbeddingTables, SummedEmbedding
 from mmssl.frontends.video import CHANNELS
 from mmssl.frontends.wave_stem import WaveStem
+from mmssl.quantizers import GumbelQuantizer, Quantizer, VectorQuantizer
 from mmssl.specs import (
     BorrowedSpec,
+    CausalConvSpec,
     ConvPositionSpec,
     ConvSpec,
     EmbeddingSpec,
@@ -33,7 +36,10 @@ from mmssl.specs import (
     JointSpec,
     KaldiSpec,
     Modality,
+    NearestSpec,
+    Number,
     PatchSpec,
+    QuantizerSpec,
     RunSpec,
     SpectrumSpec,
     StemSpec,
@@ -93,6 +99,15 @@ def make_trunk(
     )
 
 
+def make_quantizer(spec: QuantizerSpec, width: int) -> tuple[Quantizer, Number]:
+    """A quantizer of latents of this width, and its temperature."""
+    if isinstance(spec, NearestSpec):
+        return VectorQuantizer(width, **spec.model_dump(exclude={"kind"})), 1.0
+    options = spec.model_dump(exclude={"kind", "width", "temperature", "activation"})
+    options["activation"] = ACTIVATIONS[spec.activation]()
+    return GumbelQuantizer(width, spec.width, **options), spec.temperature
+
+
 def make_towers(run: RunSpec, trunk: Transformer | None, vocab_size: int) -> dict[str, AnyTower]:
     """All towers; one that borrows tables is made after their owner."""
     made: dict[str, AnyTower] = {}
@@ -121,15 +136,7 @@ def make_tower(
         options = spec.backbone.model_dump(exclude={"kind"})
         network = NETWORKS[spec.backbone.kind](channels(spec), **options)
         return ConvTower(spec.modality, signal, network)
-    own = spec.backbone if isinstance(spec.backbone, TransformerSpec) else None
-    encoder = trunk
-    if own is not None:
-        front = len(spec.globals) + spec.registers
-        encoder = make_trunk(own, run.train.checkpoint_activations, (spec.modality,), front)
-    if encoder is None:
-        raise UserError(
-            f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
-        )
+    encoder = _backbone(name, spec, run, trunk)
     if isinstance(spec.cut, BorrowedSpec):
         stem: nn.Module = _borrowed(name, spec.cut, encoder.width, others)
     elif isinstance(spec.cut, FrameLatentsSpec):
@@ -137,6 +144,7 @@ def make_tower(
     else:
         stem = _stem(name, spec, encoder.width, vocab_size)
     merge = _merge(name, spec, encoder.width)
+    quantizer, temperature = _quantizer(name, spec, encoder.width)
     return Tower(
         spec.modality,
         signal,
@@ -144,12 +152,42 @@ def make_tower(
         _positions(name, spec, run, (signal, stem, merge), encoder.width),
         ExtraTokens(encoder.width, spec.globals, spec.registers),
         encoder,
-        shared=own is None,
+        shared=spec.backbone == "shared",
         drop=spec.drop_tokens,
         pre=DenseGelu(encoder.width, encoder.width) if spec.pre else None,
         post=DenseGelu(encoder.width, spec.post) if spec.post else None,
         merge=merge,
+        quantizer=quantizer,
+        temperature=temperature,
     )
+
+
+def _backbone(name: str, spec: TowerSpec, run: RunSpec, shared: Transformer | None) -> Trunk:
+    if isinstance(spec.backbone, CausalConvSpec):
+        return CausalConvs(**spec.backbone.model_dump(exclude={"kind"}))
+    if isinstance(spec.backbone, TransformerSpec):
+        front = len(spec.globals) + spec.registers
+        checkpointing = run.train.checkpoint_activations
+        return make_trunk(spec.backbone, checkpointing, (spec.modality,), front)
+    if shared is None:
+        raise UserError(
+            f"towers.{name}.backbone: `shared`, but the run has no `shared` transformer"
+        )
+    return shared
+
+
+def _quantizer(name: str, spec: TowerSpec, width: int) -> tuple[Quantizer | None, Number]:
+    if spec.quantizer is None:
+        return None, 1.0
+    if spec.modality == "text":
+        raise UserError(f"towers.{name}.quantizer: quantises signals; leave it out for text")
+    quantizer, temperature = make_quantizer(spec.quantizer, width)
+    if quantizer.width_out != width:
+        raise UserError(
+            f"towers.{name}.quantizer.width: {quantizer.width_out} for a backbone of width "
+            f"{width}; make them equal"
+        )
+    return quantizer, temperature
 
 
 def _signal(spec: TowerSpec) -> nn.Module | None:

@@ -34,6 +34,7 @@ class FrameStem(nn.Module):
     ) -> None:
         super().__init__()
         self.strides: Grid = (1, features)
+        self.channels = latent
         self.encoder = (
             nn.LSTM(features, latent, layers, batch_first=True)
             if layers

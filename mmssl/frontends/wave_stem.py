@@ -48,7 +48,8 @@ class WaveStem(nn.Module):
     frames together, after every convolution (vq-wav2vec); `none`. bias: of the convolutions.
     log_compress: log(|z| + 1) at the end (vq-wav2vec). gradient_scale multiplies the gradient that
     enters the convolutions; their learning rate would do the same only without Adam. dropout: of
-    the tokens.
+    the tokens. project: False leaves LayerNorm and map out: the tokens are the latents themselves
+    (vq-wav2vec), and the width is the number of channels.
 
     Overlapping: hide tokens of this stem (its methods mask features), or whole input cells.
     """
@@ -65,10 +66,16 @@ class WaveStem(nn.Module):
         log_compress: bool = False,
         gradient_scale: float = 1.0,
         dropout: float = 0.0,
+        project: bool = True,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
         _check(kernels, strides, norm, activation)
+        if not project and width != channels:
+            raise UserError(
+                f"wave stem: {channels} channels without a projection for a backbone of width "
+                f"{width}; make them equal, or set project: true"
+            )
         self.kernels, self.steps, self.kind = list(kernels), list(strides), norm
         self.log_compress, self.gradient_scale = log_compress, gradient_scale
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -81,8 +88,9 @@ class WaveStem(nn.Module):
             self.convs.append(conv)
             self.norms.append(_norm(norm, channels, i, eps))
         self.activation = ACTIVATIONS[activation]()
-        self.features = nn.LayerNorm(channels, eps=eps)
-        self.proj = nn.Linear(channels, width)
+        self.channels = channels
+        self.features = nn.LayerNorm(channels, eps=eps) if project else nn.Identity()
+        self.proj = nn.Linear(channels, width) if project else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -138,7 +146,7 @@ class WaveStem(nn.Module):
             UserError: the waveform is too short.
         """
         grid = self.grid(x_P1S.shape[2:])
-        x_P1S = x_P1S.to(self.proj.weight.dtype)
+        x_P1S = x_P1S.to(next(self.convs.parameters()).dtype)
         if self.kind == "layer":
             raw = self._channels_last(x_P1S.transpose(1, 2))
         else:

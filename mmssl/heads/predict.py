@@ -1,4 +1,4 @@
-"""What a masked task reads its predictions with.
+"""What masked and future tasks read their predictions with.
 
 P items, N tokens, D width of the tower, E width of the decoder, K numbers predicted per token.
 """
@@ -30,6 +30,25 @@ class TokenHead(nn.Module):
         """(P, N, K)."""
         out: Tensor = self.layers(tokens.x_PND)
         return out
+
+
+class StepHeads(nn.Module):
+    """A linear map for each of several steps, with a bias that all share: h_k(c) = W_k c + b.
+
+    wav2vec (Schneider et al. 2019) writes it as a transposed convolution, whose first values it
+    has: uniform within 1 / sqrt(steps * K).
+    """
+
+    def __init__(self, width: int, out: int, steps: int) -> None:
+        super().__init__()
+        self.weight_SKD = nn.Parameter(torch.empty(steps, out, width))
+        self.bias_K = nn.Parameter(torch.empty(out))
+        for parameter in (self.weight_SKD, self.bias_K):
+            nn.init.uniform_(parameter, -((steps * out) ** -0.5), (steps * out) ** -0.5)
+
+    def forward(self, x_PND: Tensor, step: int) -> Tensor:
+        """(P, N, K) of the step of that number, from 0 on."""
+        return F.linear(x_PND, self.weight_SKD[step], self.bias_K)
 
 
 class PatchDecoder(nn.Module):

@@ -17,6 +17,7 @@ from mmssl.specs.heads import (
     ScoreSpec,
     SpaceSpec,
 )
+from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.run import (
     DataSpec,
     OptimSpec,
@@ -30,11 +31,9 @@ from mmssl.specs.targets import (
     CodeTargetSpec,
     FrameTargetSpec,
     FrequencyBandSpec,
-    GumbelSpec,
     IdTargetSpec,
     LatentTargetSpec,
     MagnitudeNoiseSpec,
-    NearestSpec,
     PatchTargetSpec,
     ReplacedTargetSpec,
     SpecMasksSpec,
@@ -44,6 +43,7 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    FutureSpec,
     InfoNCESpec,
     LabelSpec,
     MaskedSpec,
@@ -59,6 +59,7 @@ from mmssl.specs.tasks import (
 from mmssl.specs.towers import (
     BackboneSpec,
     BorrowedSpec,
+    CausalConvSpec,
     ConvAV8Spec,
     ConvPositionSpec,
     ConvSpec,

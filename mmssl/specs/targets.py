@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmssl.specs.base import Number, Schedule, Spec
+from mmssl.specs.base import Number, Spec
+from mmssl.specs.quantizers import QuantizerSpec
 from mmssl.specs.towers import TransformerSpec
 
 
@@ -46,32 +47,6 @@ class ReplacedTargetSpec(Spec):
     view: str
 
 
-class GumbelSpec(Spec):
-    """Product quantizer with Gumbel softmax (wav2vec 2.0).
-
-    `hidden`: width of a layer in front of the logits (vq-wav2vec); 0 = none.
-    """
-
-    kind: Literal["gumbel"]
-    groups: int = Field(2, gt=0)
-    entries: int = Field(320, gt=0)
-    width: int = Field(256, gt=0)  # of a quantised vector, all groups together
-    shared_codebook: bool = False
-    hidden: int = Field(0, ge=0)
-    temperature: Number = Schedule(kind="exponential", start=2.0, end=0.5, until=0.7)
-
-
-class NearestSpec(Spec):
-    """Nearest codebook entry of each group, straight through (VQ-VAE, vq-wav2vec's k-means)."""
-
-    kind: Literal["nearest"]
-    groups: int = Field(2, gt=0)
-    entries: int = Field(320, gt=0)
-    shared_codebook: bool = True
-    commitment: float = Field(0.25, ge=0)
-    project: bool = True
-
-
 class DecoderSpec(Spec):
     """LSTM that rebuilds the stem's input from the codes of all frames (wav2vec-C)."""
 
@@ -101,7 +76,7 @@ class CodeTargetSpec(Spec):
     """
 
     kind: Literal["codes"]
-    quantizer: Annotated[GumbelSpec | NearestSpec, Field(discriminator="kind")] | None = None
+    quantizer: QuantizerSpec | None = None
     space: int = Field(256, gt=0)  # width in which context and target are compared
     negatives: int = Field(100, gt=0)
     temperature: float = Field(0.1, gt=0)

@@ -139,4 +139,33 @@ class MaskedSpec(Spec):
     weights: dict[str, Number] = {}
 
 
-TaskSpec = Annotated[PairsSpec | ClassifySpec | MaskedSpec, Field(discriminator="kind")]
+class LaterLatentSpec(Spec):
+    """The stem's latent, or the tower's code of it, among others of the row: one yes/no each.
+
+    Terms: the loss, named like the task; `commitment`; watched: `accuracy`, `diversity`,
+    `perplexity`.
+    """
+
+    kind: Literal["latents"] = "latents"
+    negatives: int = Field(10, gt=0)
+
+
+class FutureSpec(Spec):
+    """Prediction of what follows: token t says what is `first`, first + 1 ... tokens later.
+
+    `steps`: how many, each with a head of its own. `first`: 0 takes the first token whose cell of
+    the input does not overlap with that of t. `weights`: of the target's terms by name.
+    """
+
+    kind: Literal["future"]
+    view: str
+    target: LaterLatentSpec = LaterLatentSpec()
+    steps: int = Field(12, gt=0)
+    first: int = Field(0, ge=0)
+    weight: Number = 1.0
+    weights: dict[str, Number] = {}
+
+
+TaskSpec = Annotated[
+    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec, Field(discriminator="kind")
+]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mmssl.specs.base import Modality, Number, Spec
+from mmssl.specs.quantizers import QuantizerSpec
 
 
 class UtteranceSpec(Spec):
@@ -174,6 +175,7 @@ class WaveConvSpec(Spec):
     log_compress: bool = False
     gradient_scale: float = Field(1.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    project: bool = True
 
 
 class FrameLatentsSpec(Spec):
@@ -289,6 +291,20 @@ class TransformerSpec(Spec):
     conv_bias: bool = True
 
 
+class CausalConvSpec(Spec):
+    """Causal convolutions with skips: the context network of vq-wav2vec; one kernel per layer."""
+
+    kind: Literal["causal_conv"]
+    width: int = Field(512, gt=0)
+    kernels: list[Annotated[int, Field(gt=0)]] = Field(list(range(2, 14)), min_length=1)
+    activation: Literal["gelu", "relu", "silu"] = "relu"
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.kernels)
+
+
 class ConvAV8Spec(Spec):
     """The eight-convolution network of L3-Net (stride 1) and AVE-Net (stride 2)."""
 
@@ -306,7 +322,8 @@ class EfficientNetSpec(Spec):
 
 ConvSpec = ConvAV8Spec | EfficientNetSpec
 BackboneSpec = (
-    Literal["shared"] | Annotated[TransformerSpec | ConvSpec, Field(discriminator="kind")]
+    Literal["shared"]
+    | Annotated[TransformerSpec | CausalConvSpec | ConvSpec, Field(discriminator="kind")]
 )
 
 
@@ -324,12 +341,14 @@ class Trainable(Spec):
 class TowerSpec(Trainable):
     """Front-end, cut, positions and backbone of one modality.
 
+    `quantizer`: the backbone reads the codes of the stem's cells instead of the cells (vq-wav2vec).
     `pre` and `post`: a linear map with GELU before and after the backbone (VATT-MA); 0 = none.
     """
 
     modality: Modality
     frontend: FrontendSpec
     cut: CutSpec
+    quantizer: QuantizerSpec | None = None
     positions: AnyPositionSpec = PositionSpec()
     backbone: BackboneSpec = "shared"
     globals: list[str] = ["agg"]

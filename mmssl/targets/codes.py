@@ -21,13 +21,13 @@ from mmssl.objectives.frames import (
     marked,
     take,
 )
-from mmssl.quantizers import Codes, Quantizer
+from mmssl.quantizers import Quantizer
 from mmssl.schedules import resolve
 from mmssl.specs import Number
 from mmssl.targets.base import Seen, Stats, Target, feature_penalty
 from mmssl.targets.readers import Everything, Reader
 from mmssl.towers import item_weight
-from mmssl.types import Term
+from mmssl.types import Codes, Term
 
 
 class CodeTarget(Target):
@@ -88,7 +88,7 @@ class CodeTarget(Target):
         terms = {"nce": Term(loss.sum, loss.count), "features": feature_penalty(seen)}
         terms["accuracy"] = Term(loss.correct, loss.count)
         if codes is not None:
-            terms |= _usage(codes)
+            terms |= usage(codes)
         for reader in self.readers.values():
             terms |= reader(seen, every)
         return terms
@@ -143,7 +143,7 @@ class CodeTarget(Target):
         }
 
 
-def _usage(codes: Codes) -> dict[str, Term]:
+def usage(codes: Codes) -> dict[str, Term]:
     """Diversity and commitment; the perplexity of the choices counts once per frame."""
     terms = {
         "diversity": Term(*diversity(codes.soft_GV, codes.count)),

@@ -1,0 +1,64 @@
+"""A causal convolutional context network: the aggregator of wav2vec and vq-wav2vec.
+
+B rows, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.backbones.transformer import Transformer
+from mmssl.frontends.norms import TimeGroupNorm
+from mmssl.frontends.stems import ACTIVATIONS
+
+
+class CausalConv(nn.Module):
+    """Convolution over the last `kernel` tokens, norm, activation; (x + that) * sqrt(0.5)."""
+
+    def __init__(self, width: int, kernel: int, activation: str) -> None:
+        super().__init__()
+        self.before = kernel - 1
+        self.conv = nn.Conv1d(width, width, kernel)
+        self.norm = TimeGroupNorm(1, width)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x_BND: Tensor, pad_BN: Tensor | None) -> Tensor:
+        """Same shape out; the first token stands in for those before it."""
+        seen_BDM = F.pad(x_BND.transpose(1, 2), (self.before, 0), mode="replicate")
+        new_BDN: Tensor = self.activation(self.norm(self.conv(seen_BDM), pad_BN))
+        return (x_BND + new_BDN.transpose(1, 2)) * sqrt(0.5)
+
+
+class CausalConvs(nn.Module):
+    """Causal convolutions with skips (Baevski et al. 2020, vq-wav2vec; "large" in wav2vec, 2019).
+
+    Token t sees tokens up to t, sum(kernels - 1) + 1 of them, but for the norms, whose mean and
+    variance are those of the row's valid tokens, later ones included, as published.
+    """
+
+    def __init__(self, width: int, kernels: Sequence[int], activation: str = "relu") -> None:
+        super().__init__()
+        self.width, self.layers = width, len(kernels)
+        self.blocks = nn.ModuleList(CausalConv(width, k, activation) for k in kernels)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        pad_BN: Tensor | None = None,
+        modality: str | None = None,
+        return_hidden: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode; (B, N, D) and, if asked, the output of every layer, as `Transformer.forward`."""
+        hidden: list[Tensor] = []
+        for block in self.blocks:
+            x_BND = block(x_BND, pad_BN)
+            if return_hidden:
+                hidden.append(x_BND)
+        return x_BND, hidden
+
+
+Trunk = Transformer | CausalConvs
