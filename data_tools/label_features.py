@@ -1,6 +1,6 @@
-"""Features of whole clips that label_shards clusters: MFCCs, or the layers of a trained tower.
+"""What label_shards makes labels of: MFCCs, the layers of a trained tower, its quantiser's codes.
 
-Letters in shapes: P items of a view, T frames, D width, F coefficients.
+Letters in shapes: P items of a view, T frames, D width, G groups of codes, F coefficients.
 """
 
 from __future__ import annotations
@@ -48,17 +48,23 @@ class FrameSource(Protocol):
         """(T, D) features of a view of one item; T may be 0."""
 
 
-def frame_source(features: str, tower: str = "", layer: int = 0) -> FrameSource:
-    """`mfcc`, or what a layer of a run's tower makes of the audio.
+def frame_source(
+    features: str, tower: str = "", layer: int = 0, codes: bool = False
+) -> FrameSource:
+    """`mfcc`, or what a layer, or the quantiser, of a run's tower makes of the audio.
 
     Raises:
-        UserError: see `TowerFrames`; also a layer or tower of MFCCs.
+        UserError: see `TowerFrames` and `TowerCodes`; also a layer, tower or codes of MFCCs.
     """
-    if features != "mfcc":
+    if features == "mfcc":
+        if layer or tower or codes:
+            raise UserError("--features mfcc has no --layer, --tower and --codes; leave them out")
+        return Mfcc()
+    if not codes:
         return TowerFrames(features, tower, layer)
-    if layer or tower:
-        raise UserError("--features mfcc has neither --layer nor --tower; leave them out")
-    return Mfcc()
+    if layer:
+        raise UserError("--codes are those of the tower's quantiser; leave --layer out")
+    return TowerCodes(features, tower)
 
 
 class Mfcc:
@@ -101,7 +107,7 @@ class TowerFrames:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tower, self._block = _parts(model.to(device), self._name, layer)
         seconds = max(1.0, self.view.crop_s)
-        sample, rate = encode_frames(self._silence(seconds, device), self._tower, self._block)
+        sample, rate = self._encode(self._silence(seconds, device))
         self.width, self._rate = sample[0].shape[1], rate
         folder = checkpoint.find(run, "best")
         averaged = (folder / checkpoint.EMA).is_file()
@@ -144,13 +150,37 @@ class TowerFrames:
 
     def _chunk(self, view: ViewBatch) -> Floats:
         try:
-            features, _ = encode_frames(view, self._tower, self._block)
+            features, _ = self._encode(view)
         except UserError:
             if view.data.shape[1] < _SHORT_S * view.rate:
                 return np.empty((0, self.width), np.float32)
             raise
         out: Floats = features[0].float().cpu().numpy()
         return out
+
+    def _encode(self, view: ViewBatch) -> tuple[list[Tensor], float]:
+        return encode_frames(view, self._tower, self._block)
+
+
+class TowerCodes(TowerFrames):
+    """Entries that a trained tower's quantiser chooses, (T, G) whole numbers."""
+
+    def __init__(self, run: str | Path, tower: str = "") -> None:
+        """Load the run.
+
+        Raises:
+            UserError: as `TowerFrames`; or the tower has no quantiser.
+        """
+        super().__init__(run, tower)
+        self.source = replace(self.source, features=f"{self.source.features}/codes")
+
+    @torch.inference_mode()
+    def _encode(self, view: ViewBatch) -> tuple[list[Tensor], float]:
+        tokens = self._tower.encode(view, 1.0)
+        if tokens.codes is None:
+            raise UserError(f"--codes: the tower {self._name} has no quantiser")
+        pairs = zip(tokens.codes.ids_PNG, tokens.pad_PN, strict=True)
+        return [ids[~pad] for ids, pad in pairs], tokens.rate_hz
 
 
 @torch.inference_mode()

@@ -2,13 +2,16 @@
 
     python -m data_tools.label_shards SHARDS OUT.safetensors --features mfcc --clusters 100
     python -m data_tools.label_shards SHARDS OUT.safetensors --features RUN --layer 6 --clusters 500
+    python -m data_tools.label_shards SHARDS OUT.safetensors --features RUN --codes 13500
     python -m data_tools.label_shards VAL OUT2.safetensors --kmeans OUT.kmeans-100.safetensors
 
 The first passes fit k-means on a share of the samples, the last one labels all of them; no pass
 keeps more than a sample of the features. `--clusters 100,500` makes an ensemble of two codebooks.
-The clustering is kept beside OUT: it labels other folders with the same classes, and labelling that
-was broken off goes on from it. The same shards and options give the same bytes whatever the number
-of workers.
+`--codes N` clusters nothing: the labels are the N most frequent tuples of entries that the
+quantiser of a run (vq-wav2vec) chooses, and one class for all others. The clustering, or the table
+of tuples, is kept beside OUT: it labels other folders with the same classes, and labelling that was
+broken off goes on from it. The same shards and options give the same bytes whatever the number of
+workers.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from data_tools.label_codes import CodeBook, observe
 from data_tools.label_features import Floats, FrameSource, frame_source
 from mmssl.data.integrity import read_manifest
 from mmssl.data.labels import check
@@ -48,7 +52,7 @@ class Labelled:
     unread: int
     labels: int
     kmeans: tuple[Path, ...]
-    codebooks: tuple[Clusters, ...]
+    codebooks: tuple[Clusters | CodeBook, ...]
     warnings: tuple[str, ...]
 
 
@@ -77,13 +81,14 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
     """
     shards, out = Path(shards), Path(out)
     total = sum(shard.samples for shard in read_manifest(shards))
-    source = frame_source(options.features, options.tower, options.layer)
-    files = options.kmeans or tuple(_kmeans_file(out, k) for k in options.clusters)
-    if not options.kmeans:
+    source = frame_source(options.features, options.tower, options.layer, options.codes > 0)
+    files, sizes = options.kmeans, (options.codes,) if options.codes else options.clusters
+    if not files:
+        files = tuple(_book_file(out, k, options) for k in sizes)
         rows = _share(total, options)
-        for file, count in zip(files, options.clusters, strict=True):
+        for file, count in zip(files, sizes, strict=True):
             _fit(shards, source, rows, count, options).save(file)
-    codebooks = tuple(_fitting(file, source) for file in files)
+    codebooks = tuple(_fitting(file, source, options) for file in files)
     info = LabelInfo(
         source=source.source,
         classes=tuple(c.count for c in codebooks),
@@ -101,8 +106,9 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
     return Labelled(out, len(writer), unread, writer.labels, files, codebooks, warnings)
 
 
-def _kmeans_file(out: Path, clusters: int) -> Path:
-    return out.with_name(f"{out.stem}.kmeans-{clusters}.safetensors")
+def _book_file(out: Path, size: int, options: LabellingSpec) -> Path:
+    kind = "codes" if options.codes else "kmeans"
+    return out.with_name(f"{out.stem}.{kind}-{size}.safetensors")
 
 
 def _share(total: int, options: LabellingSpec) -> list[int]:
@@ -114,7 +120,10 @@ def _share(total: int, options: LabellingSpec) -> list[int]:
 
 def _fit(
     shards: Path, source: FrameSource, rows: Sequence[int], clusters: int, options: LabellingSpec
-) -> Clusters:
+) -> Clusters | CodeBook:
+    if options.codes:
+        read = _read(shards, source, rows, options.workers, "codes")
+        return observe((frames.features_TD for frames in read), clusters, source.source)
     number = 0
 
     def stream() -> Iterator[Floats]:
@@ -135,8 +144,8 @@ def _fit(
     )
 
 
-def _fitting(file: Path, source: FrameSource) -> Clusters:
-    clusters = Clusters.load(file)
+def _fitting(file: Path, source: FrameSource, options: LabellingSpec) -> Clusters | CodeBook:
+    clusters = CodeBook.load(file) if options.codes else Clusters.load(file)
     if clusters.source != source.source:
         raise UserError(
             f"{file}: clusters of {clusters.source}, the features are {source.source}; use the "
@@ -177,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, default=0, help="of a run; 0 = the output")
     parser.add_argument("--tower", default="", help="of a run with several audio towers")
     parser.add_argument("--clusters", type=_several(int), default=DEFAULTS.clusters)
+    parser.add_argument("--codes", type=int, default=0, metavar="N", help="of a run's quantiser")
     parser.add_argument("--kmeans", type=_several(Path), default=(), metavar="FILE[,FILE]")
     parser.add_argument("--fit-share", type=float, default=DEFAULTS.fit_share)
     parser.add_argument("--sweeps", type=int, default=DEFAULTS.sweeps)
@@ -215,8 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{made.path}: {made.labels} labels of {made.samples} samples")
     for file, codebook in zip(made.kmeans, made.codebooks, strict=True):
-        inertia = ", ".join(f"{value:.6g}" for value in codebook.inertia)
-        print(f"  {file}: {codebook.count} clusters, mean squared distance {inertia}")
+        print(f"  {file}: {codebook.describe()}")
     if made.unread:
         print(f"  {made.unread} samples could not be read; run python -m data_tools.check_shards")
     for warning in made.warnings:

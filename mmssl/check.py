@@ -142,7 +142,9 @@ def _fake_view(
     rows = present_B.nonzero()[:, 0].repeat_interleave(view.candidates)
     slots = torch.arange(view.candidates).repeat(int(present_B.sum()))
     count, shape = len(rows), data_shape(name, view)
-    if view.modality == "audio":
+    if view.codes is not None:
+        data = torch.randint(2, view.codes.vocabulary, (count, *shape), generator=generator)
+    elif view.modality == "audio":
         data = 0.1 * torch.randn(count, *shape, generator=generator)
     elif view.modality == "video":
         data = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)

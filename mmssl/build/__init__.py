@@ -56,6 +56,7 @@ def _check_names(spec: RunSpec) -> None:
             raise UserError(
                 f"views.{name}: tower {tower!r} reads {found.modality}, the view is {view.modality}"
             )
+        _check_ids(name, tower, spec)
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
         rate = found.frontend.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:
@@ -63,3 +64,18 @@ def _check_names(spec: RunSpec) -> None:
                 f"views.{name}.hz: {view.hz} Hz, but towers.{tower}.frontend.sample_rate is {rate} "
                 "Hz; make them equal"
             )
+
+
+def _check_ids(name: str, tower: str, spec: RunSpec) -> None:
+    """Ids go into towers that read ids, of one vocabulary each."""
+    view, reads = spec.views[name], spec.towers[tower].frontend.kind
+    if (view.modality == "text" or view.codes is not None) != (reads == "ids"):
+        raise UserError(
+            f"views.{name}: the front-end of tower {tower!r} reads {reads}; `ids` is for text and "
+            "for views with `codes`, and these need it"
+        )
+    first = next(v for v in spec.views.values() if v.tower_name == tower)
+    if view.codes != first.codes:
+        raise UserError(
+            f"views.{name}.codes: another view of tower {tower!r} has other codes; make them equal"
+        )

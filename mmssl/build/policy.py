@@ -15,8 +15,8 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
     if spec.shared is not None:
         groups.append(("trunk.", spec.shared, spec.shared.layers))
     for name, tower in spec.towers.items():
-        stacked = isinstance(tower.backbone, TransformerSpec | CausalConvSpec)
-        own = tower.backbone.layers if stacked else 0
+        backbone = tower.backbone
+        own = backbone.layers if isinstance(backbone, TransformerSpec | CausalConvSpec) else 0
         groups.append((f"towers.{name}.", tower, own))
     for name, joint in spec.joints.items():
         groups.append((f"joints.{name}.", joint, joint.backbone.layers))

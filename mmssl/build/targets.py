@@ -86,6 +86,11 @@ class TargetContext:
         return self.run.views[self.task.view]
 
     @property
+    def reads_ids(self) -> bool:
+        """The view holds ids, of text or of a side-car."""
+        return self.tower_spec.frontend.kind == "ids"
+
+    @property
     def tower_spec(self) -> TowerSpec:
         """The tower that reads the view."""
         return self.run.towers[self.view.tower_name]
@@ -129,11 +134,11 @@ def word_begins(context: TargetContext) -> Tensor | None:
 
 def _alteration(context: TargetContext) -> IdAlteration:
     """How the ids of the masked view are altered."""
-    task, modality = context.task, context.view.modality
-    if modality != "text":
+    task = context.task
+    if not context.reads_ids:
         raise UserError(
-            f"tasks.{context.name}.target: `{task.target.kind}` needs a text view, {task.view} is "
-            f"{modality}"
+            f"tasks.{context.name}.target: `{task.target.kind}` needs a text view or one with "
+            f"`codes`, {task.view} is {context.view.modality}"
         )
     words = context.vocabulary
     return IdAlteration(words.size, words.special, task.mask.shares)
@@ -319,7 +324,7 @@ def _latents(context: TargetContext) -> Target:
         target.norm,
         target.again,
         losses[target.loss],
-        _alteration(context) if context.view.modality == "text" else None,
+        _alteration(context) if context.reads_ids else None,
     )
 
 

@@ -226,9 +226,12 @@ class TaskBuilder:
     # masked
 
     def _masked(self, name: str, task: MaskedSpec) -> Task:
-        need_view(self.spec, task.view, f"tasks.{name}.view")
+        codes = need_view(self.spec, task.view, f"tasks.{name}.view").codes
         tower = self._transformer_tower(f"tasks.{name}.view", task.view)
-        context = TargetContext(name, task, self.spec, tower, self.vocabulary, self.towers)
+        words = self.vocabulary
+        if codes is not None:
+            words = Vocabulary(codes.vocabulary, codes.special, ())
+        context = TargetContext(name, task, self.spec, tower, words, self.towers)
         check_mask(context)
         target = TARGETS[type(task.target)](context)
         marked = 0
@@ -257,8 +260,8 @@ class TaskBuilder:
             )
         if tower.quantizer is not None:
             raise UserError(
-                f"tasks.{name}.mask.hide: `features` would pass by the tower's quantizer; hide cells "
-                "or latents"
+                f"tasks.{name}.mask.hide: `features` would pass by the tower's quantizer; hide "
+                "cells or latents"
             )
         return tower.latent_width
 

@@ -142,7 +142,9 @@ def make_tower(
     elif isinstance(spec.cut, FrameLatentsSpec):
         stem = _frame_stem(name, spec.cut, signal, encoder.width)
     else:
-        stem = _stem(name, spec, encoder.width, vocab_size)
+        codes = next((v.codes for v in run.views.values() if v.tower_name == name), None)
+        words = vocab_size if codes is None else codes.vocabulary
+        stem = _stem(name, spec, encoder.width, words)
     merge = _merge(name, spec, encoder.width)
     quantizer, temperature = _quantizer(name, spec, encoder.width)
     return Tower(

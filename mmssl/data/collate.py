@@ -137,7 +137,7 @@ def pack(
         items: the rows.
         specs: views by name; decide padded lengths and dummy items.
         shared: allocate the block in shared memory, so that sending it copies nothing.
-        labels: the frame labels that every audio and video view carries.
+        labels: the frame labels that every view of a signal carries.
 
     Raises:
         UserError: frames of different sizes in one view.
@@ -196,7 +196,7 @@ class _Column:
         labels: Mapping[str, LabelKind],
     ) -> None:
         self.name, self.spec = name, spec
-        self.labels = labels if spec.modality != "text" else {}
+        self.labels = labels if spec.modality != "text" and spec.codes is None else {}
         self.slots = spec.candidates if spec.modality == "text" else 1
         self.entries: list[tuple[int, int, View]] = [
             (row, slot, view)
@@ -233,7 +233,7 @@ class _Column:
         """Shape and type of the padded data, dummy item included."""
         count = max(1, len(self.entries))
         if self.spec.modality == "audio":
-            return (count, self.length), torch.float32
+            return (count, self.length), torch.int64 if self.spec.codes else torch.float32
         if self.spec.modality == "text":
             return (count, self.length), torch.int64
         sizes = {tuple(v.data.shape[1:]) for _, _, v in self.entries}

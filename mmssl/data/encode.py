@@ -14,13 +14,13 @@ from mmssl.data import samples
 from mmssl.data.collate import Item
 from mmssl.data.decode import ClipReader
 from mmssl.data.integrity import Ledger
-from mmssl.data.labels import LabelBook
+from mmssl.data.labels import NO_LABEL, LabelBook
 from mmssl.data.media import Limits
 from mmssl.data.text import Tokenizer
-from mmssl.specs import DataSpec, ViewSpec
+from mmssl.specs import CodesSpec, DataSpec, ViewSpec
 from mmssl.types import Clip, Sample, UserError, View
 from mmssl.views import clip as cutting
-from mmssl.views.plan import Plan, Seeds, plan
+from mmssl.views.plan import Cut, Plan, Seeds, plan
 
 _WINDOW = 1000  # samples over which the share of bad ones is taken
 
@@ -41,9 +41,13 @@ class SampleEncoder:
         """Check the views.
 
         Raises:
-            UserError: an unknown augmentation, or text views without a tokenizer.
+            UserError: an unknown augmentation, text views without a tokenizer, or views of codes
+                without the side-car they describe.
         """
         cutting.check_views(dict(self.views))
+        for name, spec in self.views.items():
+            if spec.codes is not None:
+                self.frame_labels.check_codes(f"views.{name}", spec.codes, spec.hz)
         texts = [name for name, spec in self.views.items() if spec.modality == "text"]
         if texts and self.tokenizer is None:
             raise UserError(f"views.{texts[0]}: a text view needs `data.tokenizer`")
@@ -87,6 +91,9 @@ class SampleEncoder:
         views: dict[str, list[View]] = {}
         for name, cut in cuts.cuts.items():
             clip = clips[cuts.pass_of.get(name, 0)]
+            if cut.spec.codes is not None:
+                views[name] = self._coded(clip.key, cut, cut.spec.codes.labels)
+                continue
             if cut.spec.modality == "text":
                 assert self.tokenizer is not None
                 views[name] = cutting.cut_text(clip.captions, cut, self.tokenizer)
@@ -99,6 +106,14 @@ class SampleEncoder:
                 )
             views[name] = [] if view is None else [view]
         return views
+
+    def _coded(self, key: str, cut: Cut, name: str) -> list[View]:
+        """The labels of the cut as ids; no view where it has none."""
+        hz = cut.spec.hz
+        length = round((cut.end_s - cut.start_s) * hz)
+        classes_N = self.frame_labels.cut(key, cut.start_s, length, hz)[name].ids[:, 0]
+        ids_N = classes_N[classes_N != NO_LABEL] + len(CodesSpec.special)
+        return [View(ids_N, float(hz), cut.start_s, cut.seed)] if len(ids_N) else []
 
 
 def _flat(key: tuple[Any, ...]) -> tuple[str | int, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.sidecars import MAKE, Ints, SideCar, shards_digest
+from mmssl.specs import CodesSpec
 from mmssl.types import FrameLabels, UserError, ViewBatch
 
 NO_LABEL = -1
@@ -155,6 +156,29 @@ class LabelBook:
             if not lacking:
                 book[name] = [found[digest] for digest in dict.fromkeys(digests.values())]
         return cls(book)
+
+    def check_codes(self, where: str, codes: CodesSpec, hz: float) -> None:
+        """Refuse labels that a view cannot hold as its ids.
+
+        Raises:
+            UserError: no side-car of that name, or one of another rate or number of classes.
+        """
+        if codes.labels not in self.cars:
+            raise UserError(
+                f"{where}.codes.labels: data.frame_labels names no side-car {codes.labels!r} of "
+                f"the shards that are read; {MAKE}"
+            )
+        car = self.cars[codes.labels][0]
+        if car.info.rate_hz != hz:
+            raise UserError(
+                f"{where}.hz: {hz:g}, but {car.path} holds {car.info.rate_hz:g} labels per second; "
+                "make them equal"
+            )
+        if car.info.classes != (codes.classes,):
+            raise UserError(
+                f"{where}.codes.classes: {codes.classes}, but {car.path} has codebooks of "
+                f"{car.info.classes} classes; make them equal, or label with other --codes"
+            )
 
     def cut(self, key: str, start_s: float, length: int, rate: float) -> dict[str, FrameLabels]:
         """Labels of a view of `length` units at `rate` that starts at start_s on the clip's clock.

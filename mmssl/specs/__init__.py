@@ -86,4 +86,4 @@ from mmssl.specs.towers import (
     WaveSpec,
     WholeSpec,
 )
-from mmssl.specs.views import AugmentSpec, MixSpec, SegmentsSpec, ViewSpec
+from mmssl.specs.views import AugmentSpec, CodesSpec, MixSpec, SegmentsSpec, ViewSpec

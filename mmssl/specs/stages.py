@@ -17,7 +17,8 @@ class LabellingSpec(Spec):
     layer: int = Field(0, ge=0)  # of a run; 0 = the tower's output, L = behind its L-th layer
     tower: str = ""  # of a run with several audio towers
     clusters: tuple[int, ...] = Field((100,), min_length=1)  # size of every codebook
-    kmeans: tuple[Path, ...] = ()  # clusterings to use instead of fitting any
+    codes: int = Field(0, ge=0)  # classes of the codes of a run's quantiser, instead of clusters
+    kmeans: tuple[Path, ...] = ()  # clusterings, or a table of codes, to use instead of fitting any
     fit_share: float = Field(0.1, gt=0, le=1)  # share of the samples they are fitted to
     sweeps: int = 5  # over the data, points (frames in memory), restarts: see `clusters.fit`
     points: int = 100_000

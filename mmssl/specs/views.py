@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,24 @@ class SegmentsSpec(Spec):
     short: float = Field(0.0, ge=0, le=1)
 
 
+class CodesSpec(Spec):
+    """An audio view that holds ids of a side-car instead of the signal they were made of.
+
+    `labels`: its name in `data.frame_labels`; `classes`: how many it tells apart. Its rate must be
+    the view's `hz`. Class k is read as id k + 2, behind padding and mask.
+    """
+
+    special: ClassVar[dict[str, int]] = {"pad": 0, "mask": 1}
+
+    labels: str
+    classes: int = Field(gt=1)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        return len(self.special) + self.classes
+
+
 class ViewSpec(Spec):
     """One cut of a clip: which modality, how long, at which rate.
 
@@ -59,6 +77,7 @@ class ViewSpec(Spec):
     normalize: bool = False  # audio: zero mean, unit variance per crop
     augment: list[AugmentSpec] = []
     mix: MixSpec | None = None  # audio, in training
+    codes: CodesSpec | None = None  # audio: ids of a side-car at `hz`, nothing is decoded
 
     @model_validator(mode="after")
     def _holds_segments(self) -> ViewSpec:
@@ -68,6 +87,13 @@ class ViewSpec(Spec):
             raise ValueError(
                 "`segments` needs a text view of at least 5 ids with one candidate per row"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_codes(self) -> ViewSpec:
+        signal = self.augment or self.mix is not None or self.normalize
+        if self.codes is not None and (self.modality != "audio" or signal):
+            raise ValueError("`codes` need an audio view without augment, mix and normalize")
         return self
 
     @property

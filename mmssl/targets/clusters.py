@@ -80,6 +80,11 @@ class Clusters:
         _check(features_ND, self.centres_KD.shape[1])
         return self._search(features_ND)[1]
 
+    def describe(self) -> str:
+        """What a user wants to know of it."""
+        inertia = ", ".join(f"{value:.6g}" for value in self.inertia)
+        return f"{self.count} clusters, mean squared distance {inertia}"
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose header says what the centres belong to."""
         facts = {

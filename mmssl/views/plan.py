@@ -134,7 +134,7 @@ def _passes(cuts: Mapping[str, Cut]) -> tuple[tuple[Need, ...], dict[str, int]]:
     audio: dict[int, list[Cut]] = {}
     video: dict[int, list[Cut]] = {}
     for cut in cuts.values():
-        if cut.spec.modality == "audio":
+        if cut.spec.modality == "audio" and cut.spec.codes is None:
             audio.setdefault(cut.spec.hz, []).append(cut)
         elif cut.spec.modality == "video":
             video.setdefault(decode_side(cut.spec), []).append(cut)
