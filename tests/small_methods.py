@@ -12,7 +12,7 @@ from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
-from mmssl.specs import RunSpec, SummedSpec, TransformerSpec
+from mmssl.specs import CausalConvSpec, GumbelSpec, RunSpec, SummedSpec, TransformerSpec
 from mmssl.types import Batch, Tokens, ViewBatch
 
 SAMPLES, FRAMES, SIDE = 6400, 8, 32
@@ -55,6 +55,12 @@ def _towers(spec: RunSpec) -> Iterator[str]:
             yield f"towers.{name}.cut.dropout=0"
         if tower.cut.kind in LATENTS:
             yield f"towers.{name}.cut.{LATENTS[tower.cut.kind]}=8"
+        if isinstance(tower.backbone, CausalConvSpec):
+            # its latents are what the backbone reads
+            yield f"towers.{name}.cut.channels=16"
+            yield from (f"towers.{name}.backbone.{k}" for k in ("width=16", "kernels=[2, 3]"))
+        if isinstance(tower.quantizer, GumbelSpec):
+            yield from (f"towers.{name}.quantizer.{k}" for k in ("width=16", "hidden=32"))
         if hasattr(tower.positions, "dropout"):
             yield f"towers.{name}.positions.dropout=0"
         if isinstance(tower.backbone, TransformerSpec) and tower.backbone.relative_grid:
@@ -65,7 +71,8 @@ def _towers(spec: RunSpec) -> Iterator[str]:
 def _views(spec: RunSpec) -> Iterator[str]:
     for name, view in spec.views.items():
         if view.modality == "audio":
-            yield f"views.{name}.crop_s={min(view.crop_s, SAMPLES / view.hz)}"
+            longest = SAMPLES / 16000 if view.codes else SAMPLES / view.hz
+            yield f"views.{name}.crop_s={min(view.crop_s, longest)}"
         elif view.modality == "video":
             yield f"views.{name}.crop_s={min(view.crop_s, FRAMES / view.fps)}"
             yield f"views.{name}.size={SIDE}"
