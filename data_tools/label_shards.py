@@ -101,7 +101,7 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
         ):
             ids = [codebook.assign(features_TD) for codebook in codebooks]
             writer.add(key, np.stack(ids, axis=1), seconds)
-    warnings = tuple(check(SideCar(out), info.rate_hz))
+    warnings = tuple(check(SideCar(out), info.rate_hz, total))
     unread = total - len(writer)
     return Labelled(out, len(writer), unread, writer.labels, files, codebooks, warnings)
 

@@ -6,8 +6,9 @@ Letters: B rows of the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmssl import config
 from mmssl.stages import LABELS, Stage, about, is_staged, plan
@@ -66,13 +67,16 @@ def _check_run(file: str, spec: RunSpec) -> None:
     loss, terms = model(batch, 0, spec.train.steps)
     loss.backward()
     seconds = time.perf_counter() - start
-    problems = _problems(model, loss, terms)
+    labels = judge_labels(model, spec)
+    problems = _problems(model, loss, terms) + labels.problems
     if problems:
         raise UserError(f"{file}: " + "; ".join(problems))
     print(f"{spec.name}: {_millions(model)} parameters, one step of 4 rows in {seconds:.2f} s")
     values = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
     rows = [(name, f"{value:.4f}", f"{int(terms[name].count)}") for name, value in values.items()]
     print(_table(rows, ("term", "value", "count")))
+    for absent in labels.absent:
+        print(f"not checked: {absent}")
     print("ok: every parameter is used, every term is finite")
 
 
@@ -107,6 +111,72 @@ def _problems(model: Model, loss: torch.Tensor, terms: dict[str, Term]) -> list[
     if wild or not bool(loss.isfinite()):
         out.append(f"terms are not finite: {', '.join(wild) or 'their weights'}")
     return out
+
+
+class LabelReport(NamedTuple):
+    """What is wrong with the frame labels that a run predicts, and what could not be looked at."""
+
+    problems: list[str]
+    absent: list[str]
+
+
+def judge_labels(model: Model, spec: RunSpec) -> LabelReport:
+    """Hold frame labels against the shards, towers and classes of the run; reads them whole, once.
+
+    Raises:
+        UserError: a file is no side-car, or those of a label set fit neither each other nor a
+            folder of `data.train`.
+    """
+    from mmssl.data.labels import listed
+    from mmssl.data.sidecars import MAKE
+
+    report = LabelReport([], [])
+    for task_name, task in spec.tasks.items():
+        if task.kind != "masked" or task.target.kind != "units":
+            continue
+        view = spec.views[task.view]
+        hz = model.towers[view.tower_name].token_rate(_rate(view))  # type: ignore[operator]
+        for name, sizes in task.target.classes.items():
+            key = f"tasks.{task_name}.target.classes.{name}"
+            files = listed(spec.data.frame_labels.get(name, []))
+            lacking = next((file for file in files if not Path(file).is_file()), None)
+            if lacking or not files:
+                what = f"{lacking}, which is not there" if lacking else "no side-car"
+                report.absent.append(f"{key}: data.frame_labels.{name} names {what}; {MAKE}")
+            else:
+                classes = [sizes] if isinstance(sizes, int) else list(sizes)
+                report.problems.extend(_label_problems(spec, name, key, classes, hz))
+    return report
+
+
+def need_labels(model: Model, spec: RunSpec) -> None:
+    """Refuse to train on frame labels that are missing or degenerate (`judge_labels`).
+
+    Raises:
+        UserError: they are; every problem is named.
+    """
+    report = judge_labels(model, spec)
+    if report.absent or report.problems:
+        raise UserError("; ".join(report.absent + report.problems))
+
+
+def _label_problems(
+    spec: RunSpec, name: str, key: str, classes: list[int], hz: float
+) -> Iterator[str]:
+    from mmssl.data.integrity import read_manifest
+    from mmssl.data.labels import LabelBook, check, listed
+    from mmssl.data.sidecars import SideCar, shards_digest
+
+    folders = [Path(f) for f in listed(spec.data.train) if f and Path(f).is_dir()]
+    samples = {shards_digest(f): sum(s.samples for s in read_manifest(f)) for f in folders}
+    files = {name: listed(spec.data.frame_labels[name])}
+    cars = LabelBook.open(files, folders, required=True).cars[name]
+    for car in cars or map(SideCar, files[name]):  # without shards every file is looked at
+        has = list(car.info.classes)
+        if has != classes:
+            yield f"{key}: {classes} classes, but {car.path} has {has}; give those, or other labels"
+        for problem in check(car, hz, samples.get(car.info.shards)):
+            yield f"data.frame_labels.{name}: {problem}"
 
 
 def fake_batch(spec: RunSpec, rows: int = 4, seed: int = 0, missing: bool = True) -> Batch:
@@ -163,10 +233,15 @@ def _fake_view(
         seeds_P=torch.randint(0, 2**62, (count,), generator=generator),
         start_s_P=torch.zeros(count),
         present_BL=present_B[:, None].expand(-1, view.candidates).clone(),
-        rate={"audio": float(view.hz), "video": view.fps, "text": 0.0}[view.modality],
+        rate=_rate(view),
         split_P=segments.get("split_P"),
         order_P=segments.get("order_P"),
     )
+
+
+def _rate(view: ViewSpec) -> float:
+    """Samples or frames per second; 0 for text."""
+    return {"audio": float(view.hz), "video": view.fps, "text": 0.0}[view.modality]
 
 
 def _fake_segments(

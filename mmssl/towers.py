@@ -189,8 +189,8 @@ class Tower(nn.Module):
             grid=entry.grid,
             stem_grid=cells.grid,
             extra=named,
-            rate_hz=self.token_rate(view),
-            stem_rate_hz=self.token_rate(view) * (1 if self.merge is None else self.merge.time),
+            rate_hz=self.token_rate(view.rate),
+            stem_rate_hz=self.token_rate(view.rate) * (1 if self.merge is None else self.merge.time),
             view=view,
             hide=None if mask is None else mask.hide,
             features_PNE=cells.features_PME,
@@ -334,9 +334,9 @@ class Tower(nn.Module):
         x, index, pad = self.dropper(x, uniform, drop, pad)
         return x, index, pad
 
-    def token_rate(self, view: ViewBatch) -> float:
-        """Tokens per second along the time axis; 0 for text."""
-        return _rate(view, self.signal, self.cell[0])
+    def token_rate(self, rate: float) -> float:
+        """Tokens per second along the time axis of a view of that rate (Hz, frames per second)."""
+        return _rate(rate, self.signal, self.cell[0])
 
     def first_centre(self) -> float:
         """Centre of the stem's first cell along time, in cells."""
@@ -346,10 +346,10 @@ class Tower(nn.Module):
         return float(field.first / field.stride)
 
 
-def _rate(view: ViewBatch, signal: nn.Module | None, stride: int) -> float:
+def _rate(rate: float, signal: nn.Module | None, stride: int) -> float:
     """Tokens per second; a spectrogram has one frame per hop."""
     params = getattr(signal, "params", None)
-    return view.rate / (params.hop if params is not None else 1) / stride
+    return rate / (params.hop if params is not None else 1) / stride
 
 
 def _shorter(view: ViewBatch) -> Tensor | None:
@@ -425,7 +425,7 @@ class ConvTower(nn.Module):
         if frames is not None:
             steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]
             pad = padding_mask(steps.clamp(min=1), grid)
-        rate = _rate(view, self.signal, self._time_field().stride)
+        rate = _rate(view.rate, self.signal, self._time_field().stride)
         filled = _filled(pad, x)
         return Tokens(x, filled, x, filled, grid, grid, {}, rate, rate, view)
 

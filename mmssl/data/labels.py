@@ -24,6 +24,7 @@ from mmssl.specs import CodesSpec
 from mmssl.types import FrameLabels, UserError, ViewBatch
 
 NO_LABEL = -1
+_AGAIN = "cluster again, with other features or another seed"
 _EPSILON = 1e-6  # of a label: rates such as 16000 / 480 Hz are not exact
 
 
@@ -102,6 +103,11 @@ def frame_ids(view: ViewBatch, name: str, frames: int, frame_hz: float) -> Tenso
 # ---------------------------------------------------------------- what a run reads
 
 
+def listed(names: str | Iterable[str]) -> list[str]:
+    """Files or folders of an entry of `data` that is one name or several."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 @dataclass
 class LabelBook:
     """The side-cars of a run by name; a sample is looked up by its key, which is globally unique.
@@ -142,8 +148,8 @@ class LabelBook:
             return cls()
         digests = {folder: shards_digest(folder) for folder in folders}
         book: dict[str, list[SideCar]] = {}
-        for name, listed in paths.items():
-            files = [listed] if isinstance(listed, str) else list(listed)
+        for name in paths:
+            files = listed(paths[name])
             there = [file for file in files if required or Path(file).is_file()]
             cars = _alike(name, [SideCar(file) for file in there])
             found = {car.info.shards: car for car in cars}
@@ -221,7 +227,7 @@ def _alike(name: str, cars: list[SideCar]) -> list[SideCar]:
 def check(
     car: SideCar,
     frame_hz: float,
-    keys: Iterable[str] | None = None,
+    samples: int | None = None,
     max_share: float = 0.7,
     max_missing: float = 0.01,
 ) -> list[str]:
@@ -230,18 +236,18 @@ def check(
     Args:
         car: an open side-car.
         frame_hz: tokens of the model per second.
-        keys: samples that will be read; those of the side-car if None.
-        max_share: largest share of all labels that one class may hold.
-        max_missing: largest share of samples that may have no label.
+        samples: of the shards that will be read; those of the side-car if None.
+        max_share: largest share of all labels that one class may hold. Silence, the commonest
+            class, holds less of speech.
+        max_missing: largest share of samples that may have no label, as of samples that may be bad
+            (`data.max_bad_share`).
     """
     damaged = car.damage()
     if damaged:
         return [f"{car.path}: the bytes of {', '.join(damaged)} were changed; {MAKE}"]
     out = [*_rate_problems(car, frame_hz), *_class_problems(car, max_share)]
-    missing, total = car.empty, len(car)
-    if keys is not None:
-        rows = [len(car.ids(key)) if key in car else 0 for key in keys]
-        missing, total = sum(n == 0 for n in rows), len(rows)
+    total = len(car) if samples is None else samples
+    missing = total - (len(car) - car.empty)
     if missing > max_missing * total:
         out.append(
             f"{car.path}: {missing} of {total} samples have no label (at most {max_missing:.0%} "
@@ -266,7 +272,8 @@ def _rate_problems(car: SideCar, frame_hz: float) -> list[str]:
         return []
     return [
         f"{car.path}: labels at {car.info.rate_hz:g} Hz for a model of {frame_hz:g} frames per "
-        "second; the rate must be the model's or a whole multiple of it"
+        "second; the rate must be the model's or a whole multiple of it: label with features of "
+        "that rate"
     ]
 
 
@@ -276,10 +283,10 @@ def _class_problems(car: SideCar, max_share: float) -> list[str]:
         where = f"{car.path}: codebook {g}" if len(car.info.classes) > 1 else f"{car.path}:"
         used, total = int((counts_K > 0).sum()), int(counts_K.sum())
         if used < 2:
-            out.append(f"{where} uses {used} of {len(counts_K)} classes: nothing to predict")
+            out.append(f"{where} uses {used} of {len(counts_K)} classes: nothing to predict; {_AGAIN}")
         elif counts_K.max() > max_share * total:
             out.append(
                 f"{where} class {int(counts_K.argmax())} holds {counts_K.max() / total:.1%} of the "
-                f"labels (at most {max_share:.0%} may); cluster again with other features or seed"
+                f"labels (at most {max_share:.0%} may); {_AGAIN}"
             )
     return out

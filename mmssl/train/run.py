@@ -21,6 +21,7 @@ from torch import nn
 
 from mmssl import config, dist
 from mmssl.build import build_model
+from mmssl.check import need_labels
 from mmssl.data.loader import train_loader
 from mmssl.data.text import Tokenizer
 from mmssl.model import Model, need_tasks
@@ -80,7 +81,8 @@ class Parts:
     make_model: Callable[[], nn.Module]
     loader: Loader
     evaluate: Evaluate
-    load_start: Callable[[nn.Module], None] | None = None  # weights of a new run's `init` entries
+    # of a new run: refuses bad labels, and loads the weights of `init` entries
+    load_start: Callable[[nn.Module], None] | None = None
 
 
 def fit(
@@ -205,6 +207,7 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
         return build_model(spec, tokenizer.vocab_size, tokenizer.special, tokenizer.begins)
 
     def load_start(model: nn.Module) -> None:
+        on_rank0(lambda: need_labels(cast("Model", model), spec))
         load_start_weights(cast("Model", model), spec)
 
     def evaluate(model: nn.Module, clips: int) -> dict[str, float]:

@@ -1,17 +1,25 @@
 """`show` and `check`: the table of a run, and every problem named before a run is started."""
 
+import json
 import re
+import wave
 
+import numpy as np
 import pytest
 import torch
-from small_methods import shrinking, small
+from small_methods import shrinking, small, small_model
 from tiny_run import TREE, tiny_model, tiny_spec
 from torch import nn
 
+from data_tools.make_shards import make_shards
 from mmssl import check, config
+from mmssl.data.loader import eval_batches
+from mmssl.data.sidecars import LabelInfo, Source, shards_digest, writing
 from mmssl.frontends import SpectrumParams
 from mmssl.frontends.spectra import LogMel
+from mmssl.specs import DataSpec
 from mmssl.stages import is_staged, plan
+from mmssl.train import run
 from mmssl.types import UserError
 from mmssl.yamlfile import write_yaml
 
@@ -168,6 +176,94 @@ def test_problems_are_told_all_at_once(tiny_file, monkeypatch):
     monkeypatch.setattr(check, "_model", lambda spec: model)
     with pytest.raises(UserError, match=r"no dimension.*; unused parameters.*; terms are not"):
         check.check(tiny_file())
+
+
+# ---------------------------------------------------------------- frame labels
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Four seconds of noise, in four clips."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        with wave.open(str(folder / f"{k}.wav"), "wb") as out:
+            out.setparams((1, 2, 16000, 0, "NONE", ""))
+            out.writeframes(rng.integers(-9999, 9999, 16000).astype("<i2").tobytes())
+    lines = [json.dumps({"media": f"{k}.wav", "source": f"s{k}"}) for k in range(4)]
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    make_shards(folder, folder / "shards", workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture
+def labelled(shards, tmp_path):
+    """Writes a side-car that gives every clip the same ids; returns the overrides that name it."""
+
+    def write(ids, rate=100.0, classes=100, unread=0, digest=shards_digest(shards)):
+        (batch,) = eval_batches(shards, DataSpec(), {}, 9, None, workers=0)
+        path = tmp_path / "l.safetensors"
+        with writing(path, LabelInfo(Source("mfcc", rate), (classes,), digest)) as writer:
+            for key in batch.keys[unread:]:
+                writer.add(key, np.reshape(ids, (-1, 1)), len(ids) / rate)
+        return [f"data.train={shards}", f"data.frame_labels.mfcc={path}", "data.workers=0"]
+
+    return write
+
+
+EVEN = list(range(100))
+BAD = [
+    ({"ids": [7] * 100}, r"mfcc: .*l\.safetensors: uses 1 of 100 classes: nothing to predict; clus"),
+    ({"ids": [7] * 80 + EVEN[:20]}, r"class 7 holds 81\.0% of the labels .*; cluster again"),
+    ({"ids": EVEN, "unread": 1}, r"1 of 4 samples have no label .*; label the shards that are"),
+    ({"ids": EVEN[:80], "rate": 80.0}, r"labels at 80 Hz for a model of 50 frames .*: label with"),
+    (
+        {"ids": EVEN, "classes": 101},
+        r"tasks\.mam\.target\.classes\.mfcc: \[100\] classes, but .*l\.safetensors has \[101\]",
+    ),
+    ({"ids": EVEN, "digest": "0"}, r"data\.frame_labels\.mfcc: .* labels of other shards than"),
+]
+
+
+def hubert(*overrides):
+    return [*shrinking(config.load("speech/hubert_it1")), "train.batch=2", *overrides]
+
+
+def test_good_labels_pass(labelled, capsys):
+    overrides = hubert(*labelled(EVEN))
+    check.check("speech/hubert_it1", overrides)
+    assert "not checked" not in capsys.readouterr().out
+    spec = config.load("speech/hubert_it1", overrides)
+    assert check.judge_labels(small_model(spec), spec) == ([], [])
+
+
+@pytest.mark.parametrize(("what", "message"), BAD)
+def test_degenerate_labels_are_refused_before_training(what, message, labelled, tmp_path):
+    overrides = hubert(*labelled(**what), f"out={tmp_path / 'run'}", "train.threads=1")
+    with pytest.raises(UserError, match=message):
+        check.check("speech/hubert_it1", overrides)
+    with pytest.raises(UserError, match=message):
+        run.main("speech/hubert_it1", overrides)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_labels_are_looked_at_without_their_shards(labelled):
+    (_, car, _) = labelled([7] * 100)
+    with pytest.raises(UserError, match="uses 1 of 100 classes"):
+        check.check("speech/hubert_it1", hubert(car))
+
+
+def test_labels_that_are_not_there_are_named(shards, tmp_path, capsys):
+    train = f"data.train={shards}"
+    for given, message in (
+        ([], r"classes\.mfcc: data\.frame_labels\.mfcc names no side-car; make one with"),
+        (["data.frame_labels.mfcc=gone"], r"frame_labels\.mfcc names gone, which is not there"),
+    ):
+        check.check("speech/hubert_it1", hubert(train, *given))
+        assert re.search(f"not checked: .*{message}", capsys.readouterr().out)
+        spec = config.load("speech/hubert_it1", hubert(train, *given))
+        with pytest.raises(UserError, match=message):
+            check.need_labels(small_model(spec), spec)
 
 
 # ---------------------------------------------------------------- the made-up batch
