@@ -24,7 +24,7 @@ from mmssl.tasks.classify import Match
 from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Passes
-from mmssl.types import Batch, Term, UserError
+from mmssl.types import Batch, Floor, Term, UserError
 from mmssl.views.mix import mix_view
 
 
@@ -113,8 +113,16 @@ class Model(nn.Module):
         self.last_embeddings = {
             f"{name}.{key}": z
             for name, task in self.tasks.items()
-            if isinstance(task, Pairs)
-            for key, z in task.last.items()
+            for key, z in task.last.items()  # type: ignore[union-attr, operator]
+        }
+
+    @property
+    def floors(self) -> dict[str, Floor]:
+        """Terms that tell a collapse by the name they are reported under."""
+        return {
+            _join(name, term): floor
+            for name, task in self.tasks.items()
+            for term, floor in task.floors.items()  # type: ignore[union-attr, operator]
         }
 
     def after_step(self, step: int, total: int) -> None:

@@ -181,6 +181,18 @@ def _moved(record: Any, device: Any) -> Any:
     return replace(record, **moved)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """A watched term that means a collapse where its mean stays below `least`.
+
+    what: has collapsed. remedy: what a user can change.
+    """
+
+    least: float
+    what: str
+    remedy: str
+
+
 class Term(NamedTuple):
     """A loss as (sum, count), both (1,) or scalar tensors; counts are summed over ranks before
     dividing.

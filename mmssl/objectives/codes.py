@@ -50,6 +50,22 @@ def perplexity(sum_GV: Tensor, count: Tensor) -> Tensor:
     return _perplexity(_mean_over_ranks(sum_GV, count))
 
 
+@torch.no_grad()
+def usage(hard_GV: Tensor) -> Tensor:
+    """() least exp(entropy) of a group's choices, over what is possible: V entries, or the frames.
+
+    Over the frames of all ranks: near 1 for even choices, 1 / V where a group knows one entry. A
+    group that has collapsed shows, however even the others are.
+
+    Args:
+        hard_GV: choices of this rank (`Codes.hard_GV`, or a histogram of classes).
+    """
+    total_GV = dist.sum_over_ranks(wide(hard_GV))
+    frames_G1 = total_GV.sum(-1, keepdim=True).clamp(min=1)
+    used_G = torch.special.entr(total_GV / frames_G1).sum(-1).exp()
+    return (used_G / frames_G1[:, 0].clamp(max=total_GV.shape[1])).amin()
+
+
 def codeword_logits(x_ND: Tensor, codewords_CD: Tensor, temperature: float = 0.1) -> Tensor:
     """(N, C) cosine similarities over the temperature (HuBERT, Hsu et al. 2021)."""
     with torch.autocast(x_ND.device.type, enabled=False):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.masking import IdAlteration
 from mmssl.towers import Passes, Tower
-from mmssl.types import Term, Tokens, UserError, ViewBatch
+from mmssl.types import Floor, Term, Tokens, UserError, ViewBatch
 
 Stats = dict[str, Tensor]
 
@@ -57,11 +57,18 @@ class Target(nn.Module):
     does not ask which target it has.
 
     weights: of the terms by name unless the configuration gives others, 1 if not listed. Terms of
-    weight 0 are there to be watched. ids: how the ids of a text are altered; None elsewhere.
+    weight 0 are there to be watched; `floors` says which of them tell a collapse. ids: how the ids
+    of a text are altered; None elsewhere. last: vectors (H, D) of the last step whose rank is
+    watched, by name.
     """
 
     weights: ClassVar[Mapping[str, float]] = {}
+    floors: ClassVar[Mapping[str, Floor]] = {}
     ids: IdAlteration | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[str, Tensor] = {}
 
     @property
     def alters(self) -> bool:

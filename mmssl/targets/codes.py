@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mmssl.objectives.codes import diversity, perplexity
+from mmssl.objectives.codes import diversity, perplexity, usage
 from mmssl.objectives.frames import (
     FrameLoss,
     Marked,
@@ -27,7 +27,11 @@ from mmssl.specs import Number
 from mmssl.targets.base import Seen, Stats, Target, feature_penalty
 from mmssl.targets.readers import Everything, Reader
 from mmssl.towers import item_weight
-from mmssl.types import Codes, Term
+from mmssl.types import Codes, Floor, Term
+
+# Share of a codebook. TODO
+LOW_USAGE = 0.1
+_REMEDY = "raise `weights.diversity` of the task, or lower `optim.lr`"
 
 
 class CodeTarget(Target):
@@ -47,7 +51,9 @@ class CodeTarget(Target):
         "accuracy": 0.0,
         "perplexity": 0.0,
         "transcribed": 0.0,
+        "usage": 0.0,
     }
+    floors: ClassVar = {"usage": Floor(LOW_USAGE, "the codebook", _REMEDY)}
 
     def __init__(
         self,
@@ -144,10 +150,11 @@ class CodeTarget(Target):
 
 
 def usage(codes: Codes) -> dict[str, Term]:
-    """Diversity and commitment; the perplexity of the choices counts once per frame."""
+    """Diversity and commitment; how much is used counts once per frame."""
     terms = {
         "diversity": Term(*diversity(codes.soft_GV, codes.count)),
         "perplexity": Term(perplexity(codes.hard_GV, codes.count) * codes.count, codes.count),
+        "usage": Term(usage(codes.hard_GV) * codes.count, codes.count),
     }
     if codes.commitment.requires_grad:
         terms["commitment"] = Term(codes.commitment, codes.count)

@@ -19,12 +19,15 @@ from mmssl.objectives.precision import wide
 from mmssl.specs import Number
 from mmssl.targets.base import Seen, Stats, Target
 from mmssl.targets.teacher import Teacher, evaluating
-from mmssl.types import Term
+from mmssl.types import Floor, Term
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Norm = Literal["instance", "layer"]
 
 _EPS = 1e-5
+_WATCHED = 512  # tokens of a step whose rank is measured
+LOW_STD = 0.1  # at which the released code of data2vec stops (`min_target_var`)
+_REMEDY = "raise `target.decay` of the task, or lower `optim.lr`"
 
 
 class LatentTarget(Target):
@@ -39,10 +42,12 @@ class LatentTarget(Target):
     norm: of each layer before the average, without parameters: `instance` over the valid tokens of
     a row, each channel by itself, or `layer` over the channels of a token; `again` norms the
     average over its channels, too. Watched: `target_std` and `prediction_std` over the hidden
-    tokens of this rank, which vanish in a collapse.
+    tokens of this rank, which vanish where all tokens become alike; and the rank of the targets,
+    since a norm of each channel blows up whatever differences are left.
     """
 
     weights: ClassVar = {"target_std": 0.0, "prediction_std": 0.0}
+    floors: ClassVar = {"target_std": Floor(LOW_STD, "the teacher", _REMEDY)}
 
     def __init__(
         self,
@@ -66,9 +71,11 @@ class LatentTarget(Target):
         prediction = self.head(seen.tokens, seen.hidden_PN)
         truth = self.truth(seen)
         total, count = self.loss(prediction, truth, seen.hidden_PN)
+        hidden_HD = truth[seen.hidden_PN]
+        self.last = {"targets": hidden_HD[:: max(1, len(hidden_HD) // _WATCHED)]}
         return {
             "": Term(total, count),
-            "target_std": _spread(truth[seen.hidden_PN], count),
+            "target_std": _spread(hidden_HD, count),
             "prediction_std": _spread(prediction[seen.hidden_PN], count),
         }
 

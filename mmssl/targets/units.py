@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from mmssl.data.labels import NO_LABEL, frame_ids
 from mmssl.objectives.classification import correct
-from mmssl.objectives.codes import codeword_cross_entropy, codeword_logits
+from mmssl.objectives.codes import codeword_cross_entropy, codeword_logits, perplexity
 from mmssl.targets.base import Seen, Stats, Target, feature_penalty
-from mmssl.types import Term
+from mmssl.types import Floor, Term
+
+
+LOW_PREDICTED = 1.5  # TODO
+_REMEDY = "lower `optim.lr`"
 
 
 class UnitTarget(Target):
@@ -27,7 +31,8 @@ class UnitTarget(Target):
     classes: clusters of every codebook of every label set of the run's `data.frame_labels`.
     """
 
-    weights: ClassVar = {"features": 0.0, "accuracy": 0.0}
+    weights: ClassVar = {"features": 0.0, "accuracy": 0.0, "predicted": 0.0}
+    floors: ClassVar = {"predicted": Floor(LOW_PREDICTED, "the prediction of units", _REMEDY)}
 
     def __init__(
         self,
@@ -51,7 +56,9 @@ class UnitTarget(Target):
                 yield name, book, size
 
     def forward(self, seen: Seen) -> dict[str, Term]:
-        """One term per codebook, the penalty on the features and the accuracy of the first one."""
+        """One term per codebook and the penalty on the features; of the first codebook, accuracy
+        and how many classes are predicted (exp of their entropy, over all ranks).
+        """
         terms: dict[str, Term] = {"features": feature_penalty(seen)}
         for name, book, _ in self._books():
             logits, labels = self._predict(seen, name, book)
@@ -60,6 +67,7 @@ class UnitTarget(Target):
                 *codeword_cross_entropy(logits, labels)
             )
             terms.setdefault("accuracy", Term(*correct(logits, labels)))
+            terms.setdefault("predicted", _predicted(logits))
         return terms
 
     def _predict(self, seen: Seen, name: str, book: int) -> tuple[Tensor, Tensor]:
@@ -81,3 +89,11 @@ class UnitTarget(Target):
             "count": labels.new_tensor([len(labels)]).double(),
             "histogram": torch.bincount(labels, minlength=size).double(),
         }
+
+
+@torch.no_grad()
+def _predicted(logits_HC: Tensor) -> Term:
+    """Perplexity of the likeliest classes, counted once per frame."""
+    chosen_C = torch.bincount(logits_HC.argmax(-1), minlength=logits_HC.shape[1]).to(logits_HC)
+    count = chosen_C.sum()
+    return Term(perplexity(chosen_C[None], count) * count, count)

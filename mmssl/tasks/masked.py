@@ -52,7 +52,7 @@ class Masked(Task):
         self.name, self.view, self.mask, self.rows = name, view, mask, rows
         self.weights = {**target.weights, **weights}
         self.embedding = nn.Parameter(torch.randn(embedding) * 0.02) if embedding else None
-        self.target = target
+        self.target, self.floors = target, target.floors
         self.register_buffer("begins_V", begins, persistent=False)  # the tokenizer is kept anyway
 
     def weight(self, term: str) -> list[Number]:
@@ -62,6 +62,7 @@ class Masked(Task):
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
         """The target's terms over the hidden tokens."""
         terms: dict[str, Term] = self.target(self._seen(passes, batch))
+        self.last = self.target.last
         return terms
 
     def stats(self, passes: Passes, batch: Batch) -> Stats:

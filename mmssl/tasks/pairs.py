@@ -73,7 +73,6 @@ class Pairs(Task):
         self.embedder, self.pairs, self.chunk = embedder, dict(pairs), chunk
         self.scores = nn.ModuleDict(scores)
         self.scales = nn.ModuleDict({name: _logit_scale(p) for name, p in pairs.items()})
-        self.last: dict[str, Tensor] = {}
 
     def weight(self, term: str) -> list[Number]:
         """The task's weight and the pair's own."""

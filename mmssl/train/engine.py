@@ -24,7 +24,7 @@ from mmssl.partition import piece
 from mmssl.specs import OptimSpec, TrainSpec
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain
-from mmssl.types import Batch, Term, UserError
+from mmssl.types import Batch, Floor, Term, UserError
 
 Terms = Mapping[str, Term]
 
@@ -34,6 +34,8 @@ class Trainable(Protocol):
 
     last_embeddings: dict[str, Tensor]
     """Embeddings (B, D) of the last forward by name, detached; watched for collapse."""
+    floors: Mapping[str, Floor]
+    """Watched terms that tell a collapse, by name."""
     last_tokens: int
     """Tokens the last forward encoded on this rank."""
 

@@ -1,4 +1,4 @@
-"""Does an embedding collapse? Two numbers per named embedding of the last batch.
+"""Does a representation collapse? TODO
 
 Letters in shapes: B rows, D dimensions.
 """
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from mmssl.types import Floor
 
 MIN_ROWS = 8  # fewer rows say little about a rank
 LOW_RANK, LOW_SPREAD = 2.0, 0.01
@@ -40,25 +42,58 @@ def spread(x_BD: Tensor) -> float:
 
 
 class Monitor:
-    """Measures embeddings; warns once when one has collapsed, again after it had recovered."""
+    """Watches for collapses; warns once of each, again after it had recovered.
 
-    def __init__(self) -> None:
-        self._low: dict[str, int] = {}
+    floors: of terms, by the name they are reported under. Terms are sums over all ranks and over
+    the steps since the last line; embeddings are those of one step and of the rank that writes.
+    """
 
-    def measure(self, embeddings: Mapping[str, Tensor]) -> tuple[dict[str, float], list[str]]:
-        """Values by `rank/NAME` and `std/NAME`, and warnings; batches under 8 rows are left out."""
-        values: dict[str, float] = {}
-        warnings: list[str] = []
+    def __init__(self, floors: Mapping[str, Floor]) -> None:
+        self._floors, self._low = floors, dict[str, int]()
+
+    def measure(
+        self, values: Mapping[str, float], embeddings: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], list[str]]:
+        """What belongs into the next line of the log, and new warnings.
+
+        `rank/NAME` and `std/NAME` of embeddings (of at least 8 rows), and `alarm/NAME` of all that
+        is watched: 1 while it has collapsed.
+
+        Args:
+            values: of the line, `term/NAME` among them.
+            embeddings: (B, D) by name.
+        """
+        health: dict[str, float] = {}
+        found = {
+            name: _fallen(name, floor, values[f"term/{name}"])
+            for name, floor in self._floors.items()
+            if f"term/{name}" in values
+        }
         for name, x_BD in embeddings.items():
             if x_BD.shape[0] < MIN_ROWS or not bool(x_BD.isfinite().all()):
                 continue
             rank, std = effective_rank(x_BD.float()), spread(x_BD)
-            values |= {f"rank/{name}": rank, f"std/{name}": std}
-            low = rank < LOW_RANK or std < LOW_SPREAD
-            self._low[name] = self._low.get(name, 0) + 1 if low else 0
-            if self._low[name] == PATIENCE:
-                warnings.append(
-                    f"embedding `{name}` has collapsed: effective rank {rank:.2f} of "
-                    f"{min(x_BD.shape[0] - 1, x_BD.shape[1])}, spread {std:.4f} (1 = even)"
-                )
-        return values, warnings
+            health |= {f"rank/{name}": rank, f"std/{name}": std}
+            found[name] = _shrunk(name, x_BD, rank, std)
+        for name, problem in found.items():
+            self._low[name] = self._low.get(name, 0) + 1 if problem else 0
+            health[f"alarm/{name}"] = float(self._low[name] >= PATIENCE)
+        return health, [text for name, text in found.items() if self._low[name] == PATIENCE]
+
+
+def _fallen(name: str, floor: Floor, value: float) -> str:
+    if value >= floor.least:
+        return ""
+    return f"{floor.what} has collapsed: `{name}` is {value:.3g}, below {floor.least:g}; " + (
+        floor.remedy
+    )
+
+
+def _shrunk(name: str, x_BD: Tensor, rank: float, std: float) -> str:
+    if rank >= LOW_RANK and std >= LOW_SPREAD:
+        return ""
+    return (
+        f"embedding `{name}` has collapsed: effective rank {rank:.2f} of "
+        f"{min(x_BD.shape[0] - 1, x_BD.shape[1])}, spread {std:.4f} (1 = even); lower `optim.lr`, "
+        "or see that targets and negatives differ"
+    )

@@ -22,7 +22,7 @@ from mmssl.specs import TrainSpec
 from mmssl.train.flops import peak_flops
 from mmssl.train.health import Monitor
 from mmssl.train.sinks import Sinks
-from mmssl.types import Batch, Term
+from mmssl.types import Batch, Floor, Term
 
 # The counter takes composite operations apart, which rounds otherwise: a resumed run, which counts
 # at another step than the uninterrupted one, would not be equal to it. These stay whole.
@@ -79,14 +79,21 @@ class Meters:
     """Collects during a run; `step` writes a line when one is due."""
 
     def __init__(
-        self, folder: Path, train: TrainSpec, device: torch.device, step: int, earlier_s: float
+        self,
+        folder: Path,
+        train: TrainSpec,
+        device: torch.device,
+        step: int,
+        earlier_s: float,
+        floors: Mapping[str, Floor],
     ) -> None:
         """Measure the machine's peak, open the logs, start the clock.
 
-        `step` steps of the run are done already, which took `earlier_s` seconds.
+        `step` steps of the run are done already, which took `earlier_s` seconds. `floors`: of the
+        terms that tell a collapse.
         """
         self.total, self.log_every, self.device = train.steps, train.log_every, device
-        self.monitor = Monitor()
+        self.monitor = Monitor(floors)
         narrow = train.precision == "bf16"
         self.peak = peak_flops(device, torch.bfloat16 if narrow else torch.float32)
         self.flops: float | None = None  # of one micro-batch on this rank
@@ -193,7 +200,7 @@ class Meters:
     ) -> None:
         if self.sinks is None:
             return
-        health, warnings = self.monitor.measure(embeddings)
+        health, warnings = self.monitor.measure(values, embeddings)
         self.sinks.numbers(step, {**values, **health})
         for text in warnings:
             self.sinks.message(f"warning: step {step}: {text}")

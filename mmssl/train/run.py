@@ -30,7 +30,7 @@ from mmssl.specs import RunSpec
 from mmssl.train import checkpoint
 from mmssl.train.checkpoint import Job, Loader, Progress
 from mmssl.train.commit import on_rank0, replace_file, write_text
-from mmssl.train.engine import Engine, micro_batch, session
+from mmssl.train.engine import Engine, Trainable, micro_batch, session
 from mmssl.train.loop import train
 from mmssl.train.meters import Meters
 from mmssl.train.randomness import seed_all
@@ -110,7 +110,8 @@ def fit(
             job.progress.stopped, job.progress.waited = "", 0
     on_rank0(lambda: write_text(folder / "config.yaml", job.config))
     progress = job.progress
-    meters = Meters(folder, spec.train, device, progress.step, progress.elapsed_s)
+    floors = cast("Trainable", job.engine.model).floors
+    meters = Meters(folder, spec.train, device, progress.step, progress.elapsed_s, floors)
     validator = None
     if spec.validation.every:
         validator = Validator(spec.validation, parts.make_model, parts.evaluate)

@@ -30,7 +30,7 @@ from mmssl.check import SPECIAL, VOCABULARY
 from mmssl.specs import RunSpec
 from mmssl.train.engine import Engine, micro_batch, session
 from mmssl.train.run import Parts, fit
-from mmssl.types import Term
+from mmssl.types import Floor, Term
 
 TREE: dict[str, Any] = {
     "name": "toy",
@@ -112,6 +112,7 @@ class ToyModel(nn.Module):
         self.still = nn.Parameter(torch.ones(3, 3))
         self.register_buffer("queue", torch.zeros(1, 6))
         self.last_embeddings: dict[str, Tensor] = {}
+        self.floors: dict[str, Floor] = {}
         self.last_tokens, self.poison_step = 0, poison_step
 
     def forward(self, batch: ToyBatch, step: int, total: int) -> tuple[Tensor, dict[str, Term]]:

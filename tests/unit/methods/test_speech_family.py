@@ -9,7 +9,9 @@ import torch
 from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import fake_batch
+from mmssl.targets import latents
 from mmssl.tasks.masked import Masked
+from mmssl.train.health import effective_rank
 
 TINY = (
     "towers.audio.cut.channels=16",
@@ -230,3 +232,63 @@ def test_decay_of_the_teacher_is_the_papers():
     decay = spec.tasks["latents"].target.decay
     assert resolve(decay, 15_000 / 400_000) == pytest.approx(0.99945)
     assert resolve(decay, 30_001 / 400_000) == 0.9999
+
+
+# ---------------------------------------------------------------- collapses
+
+
+def low(model, terms):
+    """Terms below their floors."""
+    return [name for name, floor in model.floors.items() if value(terms, name) < floor.least]
+
+
+def test_a_group_that_knows_one_code_is_below_the_floor():
+    model, spec = model_of("wav2vec2_base")
+    batch = batch_of(spec)
+    _, terms = model(batch, 0, 10)
+    assert low(model, terms) == []
+    quantizer = masked(model).target.quantizer
+    with torch.no_grad():
+        quantizer.logits.bias[70] = 1e4  # the second of the two groups
+    _, terms = model(batch, 0, 10)
+    assert low(model, terms) == ["mam.usage"]
+    assert value(terms, "mam.usage") == pytest.approx(1 / 64)
+
+
+def test_units_that_are_always_the_same_are_below_the_floor():
+    model, spec = model_of("hubert_it1")
+    batch = batch_of(spec)
+    _, terms = model(batch, 0, 10)
+    assert low(model, terms) == []
+    assert 1.5 < value(terms, "mam.predicted") <= 50
+    with torch.no_grad():
+        masked(model).target.codewords_mfcc_0.copy_(torch.ones(50, 64))
+    _, terms = model(batch, 0, 10)
+    assert value(terms, "mam.predicted") == pytest.approx(1.0)
+    assert low(model, terms) == ["mam.predicted"]
+
+
+def test_a_teacher_that_says_the_same_of_all_frames_is_below_the_floor():
+    model, spec = model_of("data2vec_audio")
+    batch = batch_of(spec)
+    _, terms = model(batch, 0, 10)
+    assert low(model, terms) == []
+    assert effective_rank(model.last_embeddings["latents.targets"]) > 8
+    with torch.no_grad():
+        for name, buffer in masked(model).target.teacher.twin.named_buffers():
+            if ".ffn." in name or ".mlp." in name:
+                buffer.zero_()
+    _, terms = model(batch, 0, 10)
+    assert low(model, terms) == ["latents.target_std"]
+    assert effective_rank(model.last_embeddings["latents.targets"]) == 0
+
+
+def test_the_vectors_whose_rank_is_watched_are_a_sample_of_the_hidden_frames(monkeypatch):
+    monkeypatch.setattr(latents, "_WATCHED", 20)
+    model, spec = model_of("data2vec_audio")
+    task, batch = masked(model), batch_of(spec)
+    seen = task._seen(model.passes(batch), batch)
+    task.target(seen)
+    truth_HD = task.target.truth(seen)[seen.hidden_PN]
+    assert len(truth_HD) > 60
+    assert torch.equal(task.target.last["targets"], truth_HD[:: len(truth_HD) // 20])

@@ -31,6 +31,19 @@ def test_diversity_of_uniform_and_of_collapsed_codes():
     )
 
 
+def test_usage_is_that_of_the_least_used_group_and_of_what_is_possible():
+    even, one = torch.full((320,), 4.0), torch.zeros(320)
+    one[7] = 1280.0
+    assert codes.usage(torch.stack([even, even])).item() == pytest.approx(1.0)
+    assert codes.usage(torch.stack([even, one])).item() == pytest.approx(1 / 320)
+    half = torch.cat([torch.full((160,), 8.0), torch.zeros(160)])
+    assert codes.usage(torch.stack([even, half])).item() == pytest.approx(0.5)
+    few = torch.zeros(2, 320)
+    few[:, :20] = 1.0  # 20 frames cannot choose more than 20 entries
+    assert codes.usage(few).item() == pytest.approx(1.0)
+    assert codes.usage(torch.zeros(2, 5)).item() == 1.0  # no frames: nothing has collapsed
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, 0.0), (1e4, 638 / 640)])
 def test_diversity_of_logits_through_the_quantizer(scale, expected):
     quantizer = GumbelQuantizer(4, 8, 2, 320).eval()

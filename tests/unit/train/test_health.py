@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmssl.train.health import Monitor, effective_rank, spread
+from mmssl.types import Floor
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -40,17 +41,34 @@ def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
 
 
 def test_monitor_warns_once_when_a_collapse_has_lasted() -> None:
-    monitor, good = Monitor(), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    monitor, good = Monitor({}), torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     bad = torch.ones(32, 8)
     series = [good, bad, bad, good, bad, bad, bad, bad, good, bad, bad, bad]
-    counts = [len(monitor.measure({"av": x})[1]) for x in series]
+    counts = [len(monitor.measure({}, {"av": x})[1]) for x in series]
     assert counts == [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
 
 
 def test_monitor_leaves_small_and_broken_batches_out() -> None:
-    monitor = Monitor()
-    values, warnings = monitor.measure({"a": torch.ones(7, 4), "b": torch.full((9, 4), math.nan)})
+    monitor = Monitor({})
+    values, warnings = monitor.measure({}, {"a": torch.ones(7, 4), "b": torch.full((9, 4), math.nan)})
     assert values == {}
     assert warnings == []
-    values, _ = monitor.measure({"a": torch.ones(8, 4)})
-    assert values.keys() == {"rank/a", "std/a"}
+    values, _ = monitor.measure({}, {"a": torch.ones(8, 4)})
+    assert values == {"rank/a": 0.0, "std/a": pytest.approx(0.0, abs=1e-6), "alarm/a": 0.0}
+
+
+def test_a_term_below_its_floor_is_an_alarm_with_its_remedy_until_it_recovers() -> None:
+    monitor = Monitor({"mam.usage": Floor(0.1, "the codebook", "raise `diversity`")})
+    series = [0.09, 0.09, 0.1, 0.05, 0.05, 0.05, 0.05, 0.5, None, 0.0, 0.0, 0.0]
+    found = [
+        monitor.measure({} if x is None else {"term/mam.usage": x}, {"tiny": torch.ones(2, 2)})
+        for x in series
+    ]
+    # a line without the term (no frame had a part in it) tells nothing
+    on = [values.get("alarm/mam.usage") for values, _ in found]
+    assert on == [0, 0, 0, 0, 0, 1, 1, 0, None, 0, 0, 1]
+    texts = [warnings for _, warnings in found]
+    assert [len(text) for text in texts] == [0] * 5 + [1] + [0] * 5 + [1]
+    assert texts[5] == [
+        "the codebook has collapsed: `mam.usage` is 0.05, below 0.1; raise `diversity`"
+    ]

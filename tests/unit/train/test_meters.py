@@ -21,14 +21,15 @@ from mmssl.specs import TrainSpec
 from mmssl.train.flops import peak_flops
 from mmssl.train.meters import Meters
 from mmssl.train.sinks import Sinks, summary_line
-from mmssl.types import Term
+from mmssl.types import Floor, Term
 
 CPU = torch.device("cpu")
+FLOOR = Floor(0.5, "the codebook", "raise the weight of `diversity`")
 
 
 @pytest.fixture
 def meters(tmp_path: Path) -> Iterator[Meters]:
-    made = Meters(tmp_path, TrainSpec(steps=5, log_every=2), CPU, step=0, earlier_s=60.0)
+    made = Meters(tmp_path, TrainSpec(steps=5, log_every=2), CPU, 0, 60.0, {"a": FLOOR})
     made.now = 0.0
     made.clock = lambda: made.now
     made.started = made.began = 0.0
@@ -149,7 +150,9 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(
     assert "av 0.250" in summary_line({**values, "term/av": 0.25, "sum/av": 1.0})
 
 
-def test_a_collapse_is_announced(meters: Meters, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collapse_is_announced(
+    meters: Meters, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     meters.log_every = 1
     for step in (1, 2, 3):
         loss = torch.tensor(0.0)
@@ -157,6 +160,10 @@ def test_a_collapse_is_announced(meters: Meters, capsys: pytest.CaptureFixture[s
         meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)})
     out = capsys.readouterr().out
     assert "warning: step 3: embedding `common` has collapsed: effective rank 0.00 of 4" in out
+    text = "step 3: the codebook has collapsed: `a` is 0, below 0.5; raise the weight of `diversity`"
+    assert out.count(f"warning: {text}") == out.count("the codebook has collapsed") == 1
+    alarms = [(line["alarm/a"], line["alarm/common"]) for line in lines(tmp_path)]
+    assert alarms == [(0.0, 0.0), (0.0, 0.0), (1.0, 1.0)]
 
 
 def test_counting_changes_no_digit_of_a_gradient(meters: Meters) -> None:
