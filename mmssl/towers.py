@@ -190,7 +190,8 @@ class Tower(nn.Module):
             stem_grid=cells.grid,
             extra=named,
             rate_hz=self.token_rate(view.rate),
-            stem_rate_hz=self.token_rate(view.rate) * (1 if self.merge is None else self.merge.time),
+            stem_rate_hz=self.token_rate(view.rate)
+            * (1 if self.merge is None else self.merge.time),
             view=view,
             hide=None if mask is None else mask.hide,
             features_PNE=cells.features_PME,

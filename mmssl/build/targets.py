@@ -36,6 +36,7 @@ from mmssl.specs import (
     LatentTargetSpec,
     MaskedSpec,
     PatchTargetSpec,
+    PredictiveTargetSpec,
     ReplacedTargetSpec,
     RunSpec,
     Spec,
@@ -46,10 +47,11 @@ from mmssl.specs import (
 )
 from mmssl.targets.base import Target
 from mmssl.targets.codes import CodeTarget
-from mmssl.targets.frames import FrameTarget
+from mmssl.targets.frames import FrameTarget, frame_head
 from mmssl.targets.ids import IdTarget
 from mmssl.targets.latents import LatentTarget, Loss
 from mmssl.targets.patches import PatchTarget
+from mmssl.targets.predictive import PredictiveTarget
 from mmssl.targets.readers import Consistency, Reader, Transcription
 from mmssl.targets.replaced import ReplacedTarget
 from mmssl.targets.units import UnitTarget
@@ -286,14 +288,34 @@ def _frames(context: TargetContext) -> Target:
         raise UserError(
             f"tasks.{context.name}.target: give time, frequency, masks or noise; nothing is altered"
         )
+    width, cell = context.tower.width, _frame_cell(context)
+    head = frame_head(width, task.hidden or width, cell)
+    return FrameTarget(context.name, head, FrameAlteration(**parts))
+
+
+def _frame_cell(context: TargetContext) -> int:
+    """Numbers of a token of whole frames that are altered."""
+    task = context.task
     spectrum = isinstance(context.tower_spec.frontend, SpectrumSpec | KaldiSpec)
     if not spectrum or task.mask.rule != "all":
         raise UserError(
-            f"tasks.{context.name}.target: `frames` needs a spectrogram and mask.rule all"
+            f"tasks.{context.name}.target: `{task.target.kind}` needs a spectrogram and mask.rule "
+            "all"
         )
-    cell = prod(context.tower.cell)
-    return FrameTarget(
-        context.name, context.tower.width, task.hidden, cell, FrameAlteration(**parts)
+    return prod(context.tower.cell)
+
+
+def _predictive(context: TargetContext) -> Target:
+    target, task = context.task.target, context.task
+    assert isinstance(target, PredictiveTargetSpec)
+    return PredictiveTarget(
+        context.name,
+        task.view,
+        (context.tower.width, target.latents, _frame_cell(context)),
+        target.decoder,
+        target.window,
+        target.ridge,
+        FrameAlteration(masks=SpecMasks(**target.masks.model_dump())),
     )
 
 
@@ -334,6 +356,7 @@ TARGETS: dict[type[Spec], Callable[[TargetContext], Target]] = {
     IdTargetSpec: _ids,
     LatentTargetSpec: _latents,
     PatchTargetSpec: _patches,
+    PredictiveTargetSpec: _predictive,
     ReplacedTargetSpec: _replaced,
     UnitTargetSpec: _units,
 }

@@ -283,7 +283,9 @@ def _class_problems(car: SideCar, max_share: float) -> list[str]:
         where = f"{car.path}: codebook {g}" if len(car.info.classes) > 1 else f"{car.path}:"
         used, total = int((counts_K > 0).sum()), int(counts_K.sum())
         if used < 2:
-            out.append(f"{where} uses {used} of {len(counts_K)} classes: nothing to predict; {_AGAIN}")
+            out.append(
+                f"{where} uses {used} of {len(counts_K)} classes: nothing to predict; {_AGAIN}"
+            )
         elif counts_K.max() > max_share * total:
             out.append(
                 f"{where} class {int(counts_K.argmax())} holds {counts_K.max() / total:.1%} of the "

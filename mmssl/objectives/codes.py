@@ -63,7 +63,8 @@ def usage(hard_GV: Tensor) -> Tensor:
     total_GV = dist.sum_over_ranks(wide(hard_GV))
     frames_G1 = total_GV.sum(-1, keepdim=True).clamp(min=1)
     used_G = torch.special.entr(total_GV / frames_G1).sum(-1).exp()
-    return (used_G / frames_G1[:, 0].clamp(max=total_GV.shape[1])).amin()
+    possible_G = frames_G1[:, 0].clamp(max=total_GV.shape[1])
+    return torch.amin(used_G / possible_G)
 
 
 def codeword_logits(x_ND: Tensor, codewords_CD: Tensor, temperature: float = 0.1) -> Tensor:

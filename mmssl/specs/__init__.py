@@ -35,6 +35,7 @@ from mmssl.specs.targets import (
     LatentTargetSpec,
     MagnitudeNoiseSpec,
     PatchTargetSpec,
+    PredictiveTargetSpec,
     ReplacedTargetSpec,
     SpecMasksSpec,
     TargetSpec,

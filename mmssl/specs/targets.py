@@ -144,6 +144,20 @@ class FrameTargetSpec(Spec):
     noise: MagnitudeNoiseSpec | None = None
 
 
+class PredictiveTargetSpec(Spec):
+    """Frames that SpecAugment hides, and predictive information of latents (DAPC).
+
+    Stands with `mask: {rule: all}`. Terms: `predictive`, `whiteness`, `reconstruction`.
+    """
+
+    kind: Literal["predictive"]
+    latents: int = Field(16, gt=0)  # width of the bottleneck
+    window: int = Field(4, gt=0)  # tokens of the past, and of the future
+    ridge: float = Field(1e-6, gt=0)  # added to the covariance's diagonal
+    decoder: list[Annotated[int, Field(gt=0)]] = [512, 512, 512]  # widths of its hidden layers
+    masks: SpecMasksSpec = SpecMasksSpec()
+
+
 class LatentTargetSpec(Spec):
     """Top layers of a teacher, the moving average of the backbone (data2vec).
 
@@ -167,6 +181,7 @@ TargetSpec = Annotated[
     | UnitTargetSpec
     | FrameTargetSpec
     | LatentTargetSpec
+    | PredictiveTargetSpec
     | ReplacedTargetSpec,
     Field(discriminator="kind"),
 ]

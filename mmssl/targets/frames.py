@@ -1,4 +1,4 @@
-"""Spectrogram frames as target, read in an altered form: Mockingjay, TERA, Audio ALBERT, DAPC.
+"""Spectrogram frames as target, read in an altered form: Mockingjay, TERA, Audio ALBERT.
 
 P items, T frames, F features, N tokens of one or more whole frames, K = frames of a token x F.
 """
@@ -16,21 +16,22 @@ from mmssl.towers import Tower
 from mmssl.types import Term, ViewBatch
 
 
+def frame_head(width: int, hidden: int, cell: int) -> nn.Sequential:
+    """That of Mockingjay (Liu et al. 2020): Linear, GELU, LayerNorm, Linear."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, cell)
+    )
+
+
 class FrameTarget(Target):
     """Reconstruct the altered cells from the altered frames by their absolute error.
 
-    The head is that of Mockingjay (Liu et al. 2020): Linear, GELU, LayerNorm, Linear.
-
-    cell: numbers of a token (K).
+    head: tokens to the cells that they cover (K), see `frame_head`.
     """
 
-    def __init__(self, name: str, width: int, hidden: int, cell: int, alter: FrameAlteration):
+    def __init__(self, name: str, head: nn.Sequential, alter: FrameAlteration) -> None:
         super().__init__()
-        self.name, self.alter = name, alter
-        hidden = hidden or width
-        self.head = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, cell)
-        )
+        self.name, self.head, self.alter = name, head, alter
 
     @property
     def alters(self) -> bool:

@@ -17,7 +17,6 @@ from mmssl.objectives.codes import codeword_cross_entropy, codeword_logits, perp
 from mmssl.targets.base import Seen, Stats, Target, feature_penalty
 from mmssl.types import Floor, Term
 
-
 LOW_PREDICTED = 1.5  # TODO
 _REMEDY = "lower `optim.lr`"
 

@@ -1,4 +1,4 @@
-"""Does a representation collapse? TODO
+"""Does a representation collapse? What is measured, and when it rings.
 
 Letters in shapes: B rows, D dimensions.
 """

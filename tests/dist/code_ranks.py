@@ -1,4 +1,4 @@
-"""Use of a codebook on the ranks of a job, for test_code_ranks.py: torchrun code_ranks.py OUT.pt.
+"""Use of a codebook and predictive information on the ranks of a job, for test_code_ranks.py: torchrun code_ranks.py OUT.pt.
 
 G = 8 rows of all ranks with N = 5 frames; the rows of the last rank have no valid frame.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mmssl import dist
-from mmssl.objectives.codes import diversity, perplexity
+from mmssl.objectives.codes import diversity, perplexity, usage
+from mmssl.objectives.predictive import predictive_information, whiteness
 from mmssl.quantizers import GumbelQuantizer
 
 G, N, D = 8, 5, 6
@@ -32,9 +33,18 @@ def run() -> dict[str, Any]:
     total, count = diversity(codes.soft_GV, codes.count)
     everyone = dist.sum_over_ranks(count)
     (dist.world_size() * total / everyone).backward()
+    latents = torch.nn.Linear(D, 2, bias=False).double()
+    information = 0.0
+    for loss, frames in (
+        predictive_information(latents(z[mine]), valid[mine], 1, 1e-3),
+        whiteness(latents(z[mine]), valid[mine]),
+    ):
+        mean = dist.world_size() * loss / dist.sum_over_ranks(frames)
+        mean.backward()
+        information += dist.sum_over_ranks(mean.detach()) / dist.world_size()
     gradients = {
         name: dist.sum_over_ranks(p.grad) / dist.world_size()
-        for name, p in quantizer.named_parameters()
+        for name, p in [*quantizer.named_parameters(), *latents.named_parameters("latents")]
         if p.grad is not None
     }
     return {
@@ -42,6 +52,8 @@ def run() -> dict[str, Any]:
         "gradients": gradients,
         "soft": perplexity(codes.soft_GV, codes.count),
         "hard": perplexity(codes.hard_GV, codes.count),
+        "information": information,
+        "usage": usage(codes.hard_GV),
         "ids": dist.gather_no_grad(codes.ids_PNG),
         "count": everyone,
     }

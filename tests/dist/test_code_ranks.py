@@ -1,4 +1,4 @@
-"""Diversity and perplexity of two ranks, one of them without a valid frame, are those of one."""
+"""What covers the codes and latents of all ranks is that of one, though a rank has no valid frame."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_two_ranks_average_probabilities_before_the_entropy(tmp_path: Path) -> N
     reference = code_ranks.run()
     assert 0 < reference["count"].item() < code_ranks.G * code_ranks.N
     assert torch.equal(ours["ids"], reference["ids"])
-    for name in ("loss", "soft", "hard", "count"):
+    for name in ("loss", "soft", "hard", "usage", "information", "count"):
         assert ours[name].item() == pytest.approx(reference[name].item(), rel=1e-12)
     assert set(ours["gradients"]) == set(reference["gradients"]) != set()
     for name, expected in reference["gradients"].items():

@@ -50,7 +50,9 @@ def test_monitor_warns_once_when_a_collapse_has_lasted() -> None:
 
 def test_monitor_leaves_small_and_broken_batches_out() -> None:
     monitor = Monitor({})
-    values, warnings = monitor.measure({}, {"a": torch.ones(7, 4), "b": torch.full((9, 4), math.nan)})
+    values, warnings = monitor.measure(
+        {}, {"a": torch.ones(7, 4), "b": torch.full((9, 4), math.nan)}
+    )
     assert values == {}
     assert warnings == []
     values, _ = monitor.measure({}, {"a": torch.ones(8, 4)})

@@ -160,7 +160,9 @@ def test_a_collapse_is_announced(
         meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)})
     out = capsys.readouterr().out
     assert "warning: step 3: embedding `common` has collapsed: effective rank 0.00 of 4" in out
-    text = "step 3: the codebook has collapsed: `a` is 0, below 0.5; raise the weight of `diversity`"
+    text = (
+        "step 3: the codebook has collapsed: `a` is 0, below 0.5; raise the weight of `diversity`"
+    )
     assert out.count(f"warning: {text}") == out.count("the codebook has collapsed") == 1
     alarms = [(line["alarm/a"], line["alarm/common"]) for line in lines(tmp_path)]
     assert alarms == [(0.0, 0.0), (0.0, 0.0), (1.0, 1.0)]
