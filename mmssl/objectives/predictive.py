@@ -57,8 +57,8 @@ def whiteness(z_PNF: Tensor, valid_PN: Tensor) -> tuple[Tensor, Tensor]:
 
 def _windows(z_PNF: Tensor, valid_PN: Tensor, length: int) -> Tensor:
     """(W, length * F) all runs of valid frames, frame by frame, fp64."""
-    if z_PNF.shape[1] < length:
-        return z_PNF.new_zeros(0, length * z_PNF.shape[2], dtype=torch.float64)
+    if z_PNF.shape[1] < length:  # none, but with the graph that other ranks' gradients pass through
+        return z_PNF.double().flatten()[:0].reshape(0, length * z_PNF.shape[2])
     whole_PM = valid_PN.unfold(1, length, 1).all(-1)
     return z_PNF.double().unfold(1, length, 1).transpose(-1, -2)[whole_PM].flatten(1)
 

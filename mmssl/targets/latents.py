@@ -26,8 +26,19 @@ Norm = Literal["instance", "layer"]
 
 _EPS = 1e-5
 _WATCHED = 512  # tokens of a step whose rank is measured
-LOW_STD = 0.1  # at which the released code of data2vec stops (`min_target_var`)
 _REMEDY = "raise `target.decay` of the task, or lower `optim.lr`"
+
+# What tells a collapse. Two statistics of the targets: the released code of data2vec stops below a
+# `target_std` of 0.1 (`min_target_var`), but a norm of each channel hides small deviations; an
+# effective rank of 1 is a line, where speech against silence gives healthy runs on short words 1.7
+# to 2. And its cause: without a lag of the teacher nothing keeps the targets from following the
+# student (BYOL, Grill et al. 2020: a decay of 0 collapses, 0.9 and more do not); a distance below
+# the resolution of fp32 is none.
+_FLOORS = {
+    "target_std": Floor(0.1, "the variety of the teacher's targets", _REMEDY),
+    "targets": Floor(1.1, "the rank of the teacher's targets", _REMEDY),
+    "teacher_lag": Floor(1e-7, "the distance between teacher and student", _REMEDY),
+}
 
 
 class LatentTarget(Target):
@@ -42,12 +53,11 @@ class LatentTarget(Target):
     norm: of each layer before the average, without parameters: `instance` over the valid tokens of
     a row, each channel by itself, or `layer` over the channels of a token; `again` norms the
     average over its channels, too. Watched: `target_std` and `prediction_std` over the hidden
-    tokens of this rank, which vanish where all tokens become alike; and the rank of the targets,
-    since a norm of each channel blows up whatever differences are left.
+    tokens of this rank, the rank of the targets, and `teacher_lag` (`Teacher.lag`).
     """
 
-    weights: ClassVar = {"target_std": 0.0, "prediction_std": 0.0}
-    floors: ClassVar = {"target_std": Floor(LOW_STD, "the teacher", _REMEDY)}
+    weights: ClassVar = {"target_std": 0.0, "prediction_std": 0.0, "teacher_lag": 0.0}
+    floors: ClassVar = _FLOORS
 
     def __init__(
         self,
@@ -77,6 +87,7 @@ class LatentTarget(Target):
             "": Term(total, count),
             "target_std": _spread(hidden_HD, count),
             "prediction_std": _spread(prediction[seen.hidden_PN], count),
+            "teacher_lag": Term(self.teacher.lag.to(count) * count, count),
         }
 
     @torch.no_grad()

@@ -24,6 +24,9 @@ class Teacher(nn.Module):
     student: is read after every step and is not owned. decay: share of the old weights that stays;
     may be a schedule over the run. Running statistics of the student are copied, not averaged.
     Runs in evaluation mode, whatever mode the model is in.
+
+    lag: () distance of its weights from the student's after the last update, over the norm of the
+    student's; 0 before the first one.
     """
 
     def __init__(self, student: nn.Module, decay: Number) -> None:
@@ -31,6 +34,7 @@ class Teacher(nn.Module):
         self._student = (student,)  # a tuple hides it from this module's parameters
         self.decay = decay
         self.twin = as_buffers(copy.deepcopy(student)).eval()
+        self.lag = torch.zeros(())
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher never drops anything out."""
@@ -45,11 +49,16 @@ class Teacher(nn.Module):
         student = self._student[0]
         trained = dict(student.named_parameters())
         kept = dict(student.named_buffers())
+        gaps, sizes = [], []
         for name, buffer in self.twin.named_buffers():
             if name in trained:
-                buffer.lerp_(_whole(trained[name]).to(buffer.dtype), 1 - decay)
+                weight = _whole(trained[name]).to(buffer.dtype)
+                buffer.lerp_(weight, 1 - decay)
+                gaps.append(torch.dist(weight, buffer))
+                sizes.append(torch.linalg.vector_norm(weight))
             else:
                 buffer.copy_(kept[name])
+        self.lag = torch.stack(gaps).norm() / torch.stack(sizes).norm()
 
 
 @contextmanager

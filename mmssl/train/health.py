@@ -44,8 +44,9 @@ def spread(x_BD: Tensor) -> float:
 class Monitor:
     """Watches for collapses; warns once of each, again after it had recovered.
 
-    floors: of terms, by the name they are reported under. Terms are sums over all ranks and over
-    the steps since the last line; embeddings are those of one step and of the rank that writes.
+    floors: of terms, and of the effective rank of embeddings that are judged by it alone, by the
+    name they are reported under. Terms are sums over all ranks and over the steps since the last
+    line; embeddings are those of one step and of the rank that writes.
     """
 
     def __init__(self, floors: Mapping[str, Floor]) -> None:
@@ -74,7 +75,8 @@ class Monitor:
                 continue
             rank, std = effective_rank(x_BD.float()), spread(x_BD)
             health |= {f"rank/{name}": rank, f"std/{name}": std}
-            found[name] = _shrunk(name, x_BD, rank, std)
+            floor = self._floors.get(name)
+            found[name] = _fallen(name, floor, rank) if floor else _shrunk(name, x_BD, rank, std)
         for name, problem in found.items():
             self._low[name] = self._low.get(name, 0) + 1 if problem else 0
             health[f"alarm/{name}"] = float(self._low[name] >= PATIENCE)

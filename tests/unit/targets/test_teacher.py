@@ -34,6 +34,20 @@ def test_a_teacher_starts_as_its_student_and_follows_the_closed_form():
         torch.testing.assert_close(value, start[name] + lead, atol=1e-5, rtol=1e-5)
 
 
+def test_the_lag_is_the_distance_of_the_weights():
+    student, teacher = pair(0.9)
+    assert teacher.lag == 0
+    start = torch.cat([p.detach().flatten() for p in student.parameters()])
+    moved(student, 1.0)
+    teacher.update(0.5)
+    expected = 0.9 * len(start) ** 0.5 / (start + 1.0).norm()
+    torch.testing.assert_close(teacher.lag, expected, atol=0, rtol=1e-5)
+    student, teacher = pair(0.0)
+    moved(student, 1.0)
+    teacher.update(0.5)
+    assert teacher.lag == 0
+
+
 def test_decay_follows_its_schedule():
     student, teacher = pair(Schedule(kind="linear", start=1.0, end=0.0))
     before = teacher.twin.state_dict()["blocks.0.norm1.parts.shared.weight"].clone()

@@ -59,6 +59,18 @@ def test_monitor_leaves_small_and_broken_batches_out() -> None:
     assert values == {"rank/a": 0.0, "std/a": pytest.approx(0.0, abs=1e-6), "alarm/a": 0.0}
 
 
+def test_a_floor_of_the_rank_stands_in_for_the_rule_of_embeddings() -> None:
+    flat_BD = torch.randn(32, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(8)
+    plane_BD = flat_BD + 0.3 * torch.randn(32, 1, generator=torch.Generator().manual_seed(1))
+    plane_BD[:, 4:] = flat_BD[:, 4:]
+    assert 1.1 < effective_rank(plane_BD) < 2.0
+    for x_BD, expected in ((plane_BD, 0.0), (flat_BD, 1.0)):
+        monitor = Monitor({"targets": Floor(1.1, "the rank of the targets", "raise `decay`")})
+        values = [monitor.measure({}, {"targets": x_BD, "other": x_BD})[0] for _ in range(3)]
+        assert values[-1]["alarm/targets"] == expected
+        assert values[-1]["alarm/other"] == 1.0
+
+
 def test_a_term_below_its_floor_is_an_alarm_with_its_remedy_until_it_recovers() -> None:
     monitor = Monitor({"mam.usage": Floor(0.1, "the codebook", "raise `diversity`")})
     series = [0.09, 0.09, 0.1, 0.05, 0.05, 0.05, 0.05, 0.5, None, 0.0, 0.0, 0.0]
