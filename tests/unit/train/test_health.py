@@ -61,8 +61,8 @@ def test_monitor_leaves_small_and_broken_batches_out() -> None:
 
 def test_a_floor_of_the_rank_stands_in_for_the_rule_of_embeddings() -> None:
     flat_BD = torch.randn(32, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(8)
-    plane_BD = flat_BD + 0.3 * torch.randn(32, 1, generator=torch.Generator().manual_seed(1))
-    plane_BD[:, 4:] = flat_BD[:, 4:]
+    other_BD = torch.randn(32, 1, generator=torch.Generator().manual_seed(1)) * torch.ones(8)
+    plane_BD = torch.cat([flat_BD, 0.5 * other_BD], 1)  # shares of about 4/5 and 1/5
     assert 1.1 < effective_rank(plane_BD) < 2.0
     for x_BD, expected in ((plane_BD, 0.0), (flat_BD, 1.0)):
         monitor = Monitor({"targets": Floor(1.1, "the rank of the targets", "raise `decay`")})
