@@ -341,10 +341,11 @@ class Tower(nn.Module):
 
     def first_centre(self) -> float:
         """Centre of the stem's first cell along time, in cells."""
+        frame = getattr(self.signal, "first_centre", 0.0)
         if not hasattr(self.stem, "fields"):
-            return 0.0
+            return frame
         field = self.stem.fields()[0]  # type: ignore[operator]
-        return float(field.first / field.stride)
+        return float((field.first + frame) / field.stride)
 
 
 def _rate(rate: float, signal: nn.Module | None, stride: int) -> float:
@@ -399,7 +400,7 @@ class ConvTower(nn.Module):
     def first_centre(self) -> float:
         """Centre of the first cell along time, in cells."""
         field = self._time_field()
-        return field.first / field.stride
+        return (field.first + getattr(self.signal, "first_centre", 0.0)) / field.stride
 
     def _time_field(self) -> Field:
         """How cells see time; frames are read one by one."""

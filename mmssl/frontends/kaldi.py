@@ -19,7 +19,7 @@ import torchaudio
 from torch import Tensor, nn
 from torchaudio.compliance import kaldi
 
-from mmssl.frontends.lengths import spectrogram_frames
+from mmssl.frontends.lengths import first_frame, spectrogram_frames
 from mmssl.frontends.patches import zero_behind
 from mmssl.frontends.spectra import Spectrum, mono
 from mmssl.types import UserError
@@ -89,6 +89,11 @@ class Kaldi(nn.Module):
     def frames(self, samples: int) -> int:
         """Frames of a waveform of that many samples."""
         return spectrogram_frames(samples, self.params.win, self.params.hop, "valid")
+
+    @property
+    def first_centre(self) -> float:
+        """Centre of the first frame, in frames."""
+        return first_frame(self.params.win, self.params.hop, "valid")
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(T, F) of a waveform with axes (S,)."""
@@ -170,6 +175,11 @@ class UtteranceFeatures(nn.Module):
     def frames(self, samples: int) -> int:
         """Frames of a waveform of that many samples."""
         return self.signal.frames(samples) // self.stack
+
+    @property
+    def first_centre(self) -> float:
+        """Centre of the first (stacked) frame, in frames."""
+        return (self.signal.first_centre + (self.stack - 1) / 2) / self.stack
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(T, F) of a waveform with axes (S,)."""

@@ -45,6 +45,11 @@ def spectrogram_frames(samples: int, win: int, hop: int, framing: str = "center"
     raise UserError(f"framing: {framing!r} is not known; use one of {', '.join(FRAMINGS)}")
 
 
+def first_frame(win: int, hop: int, framing: str = "center") -> float:
+    """Centre of the first frame's window, in hops behind the first sample."""
+    return 0.0 if framing == "center" else win / 2 / hop
+
+
 def conv_length(length: int, kernel: int, stride: int = 1, padding: int = 0) -> int:
     """Outputs of a convolution or floor-mode pooling along one axis; 0 for a short input."""
     return max(0, (length + 2 * padding - kernel) // stride + 1)

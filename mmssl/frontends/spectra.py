@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from mmssl.frontends.lengths import FRAMINGS, spectrogram_frames
+from mmssl.frontends.lengths import FRAMINGS, first_frame, spectrogram_frames
 from mmssl.frontends.patches import zero_behind
 from mmssl.types import UserError
 
@@ -107,6 +107,11 @@ class Spectrum(nn.Module):
     def frames(self, samples: int) -> int:
         """Frames of a waveform of that many samples."""
         return spectrogram_frames(samples, self.params.win, self.params.hop, self.params.framing)
+
+    @property
+    def first_centre(self) -> float:
+        """Centre of the first frame, in frames."""
+        return first_frame(self.params.win, self.params.hop, self.params.framing)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(T, F) of a waveform with axes (S,)."""

@@ -32,8 +32,8 @@ from mmssl.types import Codes, Floor, Term
 # Of the entries of a group, effectively. Runs with 64 entries on spoken digits begin at 0.5 to 0.8
 # and fall where the contrast begins to be solved: with the diversity term to 0.11 and up again,
 # without it to 0.08, where they stay.
-_LOW_USAGE = 0.1
 _REMEDY = "raise `weights.diversity` of the task, or lower `optim.lr`"
+USAGE_FLOOR = Floor(0.1, "the codebook", _REMEDY)
 
 
 class CodeTarget(Target):
@@ -55,7 +55,7 @@ class CodeTarget(Target):
         "transcribed": 0.0,
         "usage": 0.0,
     }
-    floors: ClassVar = {"usage": Floor(_LOW_USAGE, "the codebook", _REMEDY)}
+    floors: ClassVar = {"usage": USAGE_FLOOR}
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class CodeTarget(Target):
         terms = {"nce": Term(loss.sum, loss.count), "features": feature_penalty(seen)}
         terms["accuracy"] = Term(loss.correct, loss.count)
         if codes is not None:
-            terms |= usage(codes)
+            terms |= codebook_terms(codes)
         for reader in self.readers.values():
             terms |= reader(seen, every)
         return terms
@@ -151,7 +151,7 @@ class CodeTarget(Target):
         }
 
 
-def usage(codes: Codes) -> dict[str, Term]:
+def codebook_terms(codes: Codes) -> dict[str, Term]:
     """Diversity and commitment; how much is used counts once per frame."""
     terms = {
         "diversity": Term(*diversity(codes.soft_GV, codes.count)),

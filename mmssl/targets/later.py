@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mmssl.heads.predict import StepHeads
 from mmssl.objectives.frames import Marked, Negatives, draw_negatives, frame_bce
-from mmssl.targets.codes import usage
+from mmssl.targets.codes import USAGE_FLOOR, codebook_terms
 from mmssl.towers import Passes
-from mmssl.types import Term, Tokens, UserError
+from mmssl.types import Floor, Term, Tokens, UserError
 
 Truth = TypeVar("Truth")
 
@@ -37,10 +37,11 @@ class Heard:
 class LaterTarget(nn.Module, Generic[Truth]):
     """Truth, heads and loss of what lies so many tokens ahead; the task asks step by step.
 
-    weights: as in `mmssl.targets.base.Target`.
+    weights, floors: as in `mmssl.targets.base.Target`.
     """
 
     weights: ClassVar[Mapping[str, float]] = {}
+    floors: ClassVar[Mapping[str, Floor]] = {}
 
     def truth(self, heard: Heard) -> Truth:
         """What there is to predict, made once for all steps."""
@@ -75,7 +76,8 @@ class LaterLatents(LaterTarget[Rivals]):
     once for every frame that is a target.
     """
 
-    weights: ClassVar = {"accuracy": 0.0, "diversity": 0.0, "perplexity": 0.0}
+    weights: ClassVar = {"accuracy": 0.0, "diversity": 0.0, "perplexity": 0.0, "usage": 0.0}
+    floors: ClassVar = {"usage": USAGE_FLOOR}
 
     def __init__(self, heads: StepHeads, negatives: int) -> None:
         super().__init__()
@@ -115,4 +117,4 @@ class LaterLatents(LaterTarget[Rivals]):
     def aside(self, heard: Heard) -> dict[str, Term]:
         """Commitment, and how the codebook is used."""
         codes = heard.tokens.codes
-        return {} if codes is None else usage(codes)
+        return {} if codes is None else codebook_terms(codes)

@@ -35,7 +35,7 @@ class Future(Task):
     ) -> None:
         super().__init__(weight)
         self.name, self.view, self.target, self.steps = name, view, target, tuple(steps)
-        self.weights = {**target.weights, **weights}
+        self.weights, self.floors = {**target.weights, **weights}, target.floors
 
     def weight(self, term: str) -> list[Number]:
         """The task's weight and the term's own."""

@@ -123,3 +123,15 @@ def test_bad_parameters_are_refused():
         UtteranceFeatures(Kaldi(MFCC), stack=3)(waves(700))
     with pytest.raises(UserError, match="mono"):
         Kaldi(MFCC)(torch.zeros(1, 2, 4000))
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_the_first_frame_is_centred_where_it_says(stack):
+    params = KaldiParams(sample_rate=8000, win=200, hop=80, n_mels=20)
+    features = UtteranceFeatures(Kaldi(params), stack=stack)
+    wave = torch.zeros(1, 1600)
+    wave[0, 700] = 1.0  # a click
+    energy = features(wave)[0, 0].exp().sum(-1)
+    heard = energy > energy.min() * 1.01
+    centres = torch.arange(len(energy))[heard] + features.first_centre
+    assert centres.double().mean().item() * 80 * stack == pytest.approx(700, abs=40 * stack)
