@@ -28,6 +28,8 @@ from mmssl.types import UserError, ViewBatch
 
 Floats = NDArray[np.float32]
 
+MFCCS = ("mfcc", "mfcc_cmvn")
+
 _CHUNK_S = 100.0  # of a clip are encoded at a time, as HuBERT's tool does at 16 kHz
 _CONTEXT_S = 1.0  # behind a chunk, so that its last frame sees what it would see in the whole clip
 _SHORT_S = 0.1  # a clip below may be shorter than a model's first window: then it has no label
@@ -51,15 +53,17 @@ class FrameSource(Protocol):
 def frame_source(
     features: str, tower: str = "", layer: int = 0, codes: bool = False
 ) -> FrameSource:
-    """`mfcc`, or what a layer, or the quantiser, of a run's tower makes of the audio.
+    """`mfcc`, `mfcc_cmvn`, or what a layer, or the quantiser, of a run's tower makes of the audio.
 
     Raises:
         UserError: see `TowerFrames` and `TowerCodes`; also a layer, tower or codes of MFCCs.
     """
-    if features == "mfcc":
+    if features in MFCCS:
         if layer or tower or codes:
-            raise UserError("--features mfcc has no --layer, --tower and --codes; leave them out")
-        return Mfcc()
+            raise UserError(
+                f"--features {features} has no --layer, --tower and --codes; leave them out"
+            )
+        return Mfcc(features)
     if not codes:
         return TowerFrames(features, tower, layer)
     if layer:
@@ -69,14 +73,18 @@ def frame_source(
 
 class Mfcc:
     """HuBERT's first features: Kaldi's 13 MFCCs (25 ms, every 10 ms, without energy) with first and
-    second differences, 39 numbers at 100 Hz, not normalised.
+    second differences, 39 numbers at 100 Hz. As `mfcc_cmvn` each has zero mean and unit variance
+    over a clip, which takes out much of voice and channel: for few speakers.
     """
 
     hz, window = 16000, 400
-    source = Source("mfcc", 100.0, first_centre_s=0.0125)
     width = 39
     view = ViewSpec(modality="audio", hz=hz)
     data = DataSpec()
+
+    def __init__(self, name: str = "mfcc") -> None:
+        self.source = Source(name, 100.0, first_centre_s=0.0125)
+        self._normalised = name == "mfcc_cmvn"
 
     def frames(self, view: ViewBatch) -> Floats:
         """(T, 39) features; none for less than one window."""
@@ -88,6 +96,9 @@ class Mfcc:
         first_FT = kaldi.mfcc(view.data, sample_frequency=self.hz, use_energy=False).T
         second_FT = compute_deltas(first_FT)
         features_FT = torch.cat([first_FT, second_FT, compute_deltas(second_FT)])
+        if self._normalised:
+            deviation_F1, mean_F1 = torch.std_mean(features_FT, 1, correction=0, keepdim=True)
+            features_FT = (features_FT - mean_F1) / (deviation_F1 + 1e-5)
         return features_FT.T.contiguous().numpy()
 
 

@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shards", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--features", default=DEFAULTS.features, metavar="mfcc|RUN")
+    parser.add_argument("--features", default=DEFAULTS.features, metavar="mfcc|mfcc_cmvn|RUN")
     parser.add_argument("--layer", type=int, default=0, help="of a run; 0 = the output")
     parser.add_argument("--tower", default="", help="of a run with several audio towers")
     parser.add_argument("--clusters", type=_several(int), default=DEFAULTS.clusters)

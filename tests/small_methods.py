@@ -12,10 +12,20 @@ from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
-from mmssl.specs import CausalConvSpec, GumbelSpec, RunSpec, SummedSpec, TransformerSpec
+from mmssl.specs import CausalConvSpec, GumbelSpec, RunSpec, SummedSpec, TowerSpec, TransformerSpec
 from mmssl.types import Batch, Tokens, ViewBatch
 
 SAMPLES, FRAMES, SIDE = 6400, 8, 32
+# overrides of tiny runs that read frames, to read the waveform as their methods do
+WAVE_TOWER = {
+    "hubert_it1_tiny": ["towers.audio.use=wave_tiny"],
+    "hubert_it2_tiny": ["towers.audio.use=wave_tiny"],
+    "wavlm_base_tiny": ["towers.audio.use=wave_tiny"],
+    "data2vec_audio_tiny": [
+        "towers.audio={use: wave_tiny, cut: {norm: layer, gradient_scale: 1.0, dropout: 0.0}}",
+        "towers.audio.positions={kind: conv, layers: 3, kernel: 9, groups: 4, layout: null}",
+    ],
+}
 LATENTS = {"wave_conv": "channels", "frame_latents": "latent"}
 
 
@@ -47,25 +57,29 @@ def _towers(spec: RunSpec) -> Iterator[str]:
     for name, joint in spec.joints.items():
         yield from _transformer(f"joints.{name}.backbone", joint.backbone)
     for name, tower in spec.towers.items():
-        if isinstance(tower.backbone, TransformerSpec):
-            yield from _transformer(f"towers.{name}.backbone", tower.backbone)
         if tower.post:
             yield f"towers.{name}.post=16"
         if isinstance(tower.cut, SummedSpec):
             yield f"towers.{name}.cut.dropout=0"
         if tower.cut.kind in LATENTS:
             yield f"towers.{name}.cut.{LATENTS[tower.cut.kind]}=8"
-        if isinstance(tower.backbone, CausalConvSpec):
-            # its latents are what the backbone reads
-            yield f"towers.{name}.cut.channels=16"
-            yield from (f"towers.{name}.backbone.{k}" for k in ("width=16", "kernels=[2, 3]"))
+        yield from _backbone(name, tower)
         if isinstance(tower.quantizer, GumbelSpec):
             yield from (f"towers.{name}.quantizer.{k}" for k in ("width=16", "hidden=32"))
         if hasattr(tower.positions, "dropout"):
             yield f"towers.{name}.positions.dropout=0"
-        if isinstance(tower.backbone, TransformerSpec) and tower.backbone.relative_grid:
+
+
+def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
+    key, backbone = f"towers.{name}.backbone", tower.backbone
+    if isinstance(backbone, CausalConvSpec):
+        yield f"towers.{name}.cut.channels=16"  # its latents are what the backbone reads
+        yield from (f"{key}.{k}" for k in ("width=16", "kernels=[2, 3]"))
+    if isinstance(backbone, TransformerSpec):
+        yield from _transformer(key, backbone)
+        if backbone.relative_grid:
             side = SIDE // tower.cut.patch[-1]
-            yield f"towers.{name}.backbone.relative_grid=[{side}, {side}]"
+            yield f"{key}.relative_grid=[{side}, {side}]"
 
 
 def _views(spec: RunSpec) -> Iterator[str]:

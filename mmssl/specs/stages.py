@@ -13,7 +13,7 @@ from mmssl.specs.base import Spec
 class LabellingSpec(Spec):
     """What data_tools/label_shards.py labels shards with, see there."""
 
-    features: str = "mfcc"  # or a run folder
+    features: str = "mfcc"  # or mfcc_cmvn, or a run folder
     layer: int = Field(0, ge=0)  # of a run; 0 = the tower's output, L = behind its L-th layer
     tower: str = ""  # of a run with several audio towers
     clusters: tuple[int, ...] = Field((100,), min_length=1)  # size of every codebook

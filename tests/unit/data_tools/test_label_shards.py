@@ -173,6 +173,18 @@ def batch_of(*waves, hz=HZ):
     return collate(items, views).views["x"]
 
 
+def test_normalised_mfccs_forget_gain_and_colour():
+    wave = torch.randn(HZ, generator=torch.Generator().manual_seed(0))
+    louder = 3 * wave
+    found = [label_features.Mfcc(n).frames(batch_of(w, hz=16000))
+             for n in ("mfcc", "mfcc_cmvn") for w in (wave, louder)]  # fmt: skip
+    assert abs(found[0] - found[1]).max() > 1
+    np.testing.assert_allclose(found[2], found[3], atol=1e-3)
+    np.testing.assert_allclose(found[2].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(found[2].std(0), 1, atol=1e-3)
+    assert label_features.frame_source("mfcc_cmvn").source.features == "mfcc_cmvn"
+
+
 def test_mfcc_frames_stand_at_every_ten_milliseconds():
     wave = torch.from_numpy(tones([0, 1, 2]))
     features = Mfcc().frames(batch_of(wave))

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_methods import WAVE_TOWER
 
 from mmssl import cli, config
 from mmssl.build import build_model
@@ -645,7 +646,7 @@ def run_of(tmp_path, name, *overrides):
 )
 def test_a_trained_run_finds_its_own_format(tmp_path, name, kind):
     fewer = ["tasks.latents.target.layers=2"] if name.startswith("data2vec") else []
-    run = run_of(tmp_path, f"runs/{name}", *WAVE_RUN, *fewer)
+    run = run_of(tmp_path, f"runs/{name}", *WAVE_TOWER.get(name, ()), *WAVE_RUN, *fewer)
     assert export_run(run, tmp_path / "out") == kind
     peer = load_theirs(tmp_path / "out", "AutoModel")
     model, _, _ = load_model(run)
@@ -662,7 +663,7 @@ def test_the_heads_of_our_wav2vec2_are_theirs(tmp_path):
     assert export_run(run, tmp_path / "out", ExportSpec(heads=True)) == "Wav2Vec2ForPreTraining"
     peer = load_theirs(tmp_path / "out", "AutoModelForPreTraining")
     assert peer.config.num_negatives == 7
-    assert peer.config.mask_time_prob == pytest.approx(0.6)  # spans of 4 begun at 0.15
+    assert peer.config.mask_time_prob == pytest.approx(0.8)  # spans of 10 begun at 0.08
     target = load_model(run)[0].tasks["mam"].target
     assert torch.equal(peer.project_hid.weight, target.of_context.weight)
     assert torch.equal(peer.quantizer.codevectors[0], target.quantizer.codebook.flatten(0, 1))

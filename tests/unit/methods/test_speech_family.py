@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_methods import WAVE_TOWER
 
 from mmssl import config
 from mmssl.build import build_model
@@ -27,7 +28,8 @@ TINY = (
 
 def model_of(name, *overrides, seed=0):
     torch.manual_seed(seed)
-    spec = config.load(f"runs/{name}_tiny", [*TINY, *overrides])
+    wave = WAVE_TOWER.get(f"{name}_tiny", ())
+    spec = config.load(f"runs/{name}_tiny", [*wave, *TINY, *overrides])
     return build_model(spec, 0, None).train(), spec
 
 
@@ -195,7 +197,7 @@ def test_averaged_layers_cost_what_independent_ones_would_or_more(layers):
     with torch.no_grad():
         for parameter in masked(model).target.head.parameters():
             parameter.zero_()
-        _, terms = model(batch_of(spec), 0, 10)
+        _, terms = model(batch_of(spec, rows=16), 0, 10)
     assert 0.9 / layers < value(terms, "latents") / math.sqrt(32) < 1.05
     assert math.sqrt(768) / 8 == pytest.approx(3.46, abs=0.005)
 
