@@ -9,7 +9,9 @@ Every method is trained on all recordings without labels, by its run in `configs
 Then its weights are frozen: a recording becomes the mean and standard deviation over its frames, of
 the average of all layers, and a logistic regression that never hears the sixth speaker says which
 digit it is. The table shows the mean over the six speakers, the same with random weights, and the
-baseline of log-mel statistics. HuBERT's units are compared with the digits, too.
+baseline of log-mel statistics. Units (clusters of MFCCs, and of what HuBERT's iterations make of
+them) are compared with the digits, too. Further arguments, before --methods, override keys of all
+runs.
 
 Everything is kept under --work: a finished step is not computed again.
 """
@@ -21,7 +23,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,11 +58,11 @@ METHODS = (
     "mockingjay",
 )
 LABELS = {"hubert_it1": "mfcc", "hubert_it2": "it1", "wavlm_base": "it1"}
-CLUSTERS = {"mfcc": 50, "it1": 100}
-IT1_LAYER = 3
+CLUSTERS = {"mfcc": 50, "it1": 100, "it2": 100}
+CLUSTERED = {"it1": "hubert_it1", "it2": "hubert_it2"}  # whose layer; `mfcc` are MFCCs
+LAYER = 2
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = 6
-LIMIT_MINUTES = 30
 RATE = 8000  # Hz of the recordings
 
 
@@ -111,12 +113,12 @@ def train(method: str, shards: Path, work: Path, seed: int, overrides: Sequence[
 
 
 def label(name: str, shards: Path, work: Path, seed: int, overrides: Sequence[str]) -> Path:
-    """Side-car of the MFCC clusters, or of a layer of HuBERT's first iteration."""
+    """Side-car of the MFCC clusters, or of a layer of one of HuBERT's iterations."""
     out = work / f"{name}.safetensors"
-    features: list[str | Path] = ["--features", "mfcc"]
-    if name == "it1":
-        run = train("hubert_it1", shards, work, seed, overrides)
-        features = ["--features", run, "--layer", str(IT1_LAYER)]
+    features: list[str | Path] = ["--features", "mfcc_cmvn"]
+    if name in CLUSTERED:
+        run = train(CLUSTERED[name], shards, work, seed, overrides)
+        features = ["--features", run, "--layer", str(LAYER)]
     options = ["--clusters", str(CLUSTERS[name]), "--fit-share", "1.0", "--seed", str(seed)]
     once(work / f"{name}.done.json", "data_tools.label_shards", shards, out, *features, *options)
     return out
@@ -255,7 +257,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     args, overrides = parser.parse_known_args(argv)
     shards = make_shards(args.data, args.work)
-    machine: Iterable[str] = args.methods
     found: dict[str, Any] = {
         "log_mel": probe(*log_mel(shards)),
         "methods": {},
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": results.versions(),
         "machine": results.machine(),
     }
-    for method in machine:
+    for method in args.methods:
         run = train(method, shards, args.work, args.seed, overrides)
         mark = json.loads((args.work / f"{method}.done.json").read_text())
         found["methods"][method] = {
@@ -273,11 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "random": probe(*encode(run, shards, random=True)),
             "minutes": mark["minutes"],
         }
-        for name in CLUSTERS:
-            car = args.work / f"{name}.safetensors"
-            if car.exists():
-                found["units"][name] = quality(car, shards)
         save(found, args.out)
+    for name in CLUSTERS:
+        if CLUSTERED.get(name, "hubert_it1") in args.methods:
+            car = label(name, shards, args.work, args.seed, overrides)
+            found["units"][name] = quality(car, shards)
+    save(found, args.out)
 
 
 if __name__ == "__main__":
