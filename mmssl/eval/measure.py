@@ -401,14 +401,19 @@ def masked(encoded: Encoded, modality_of: Mapping[str, str]) -> dict[str, Metric
 
 
 def _masked_one(sums: dict[str, Floats]) -> Metrics:
+    """Accuracy or error of a target's sums (`Target.stats`), and the ratio to its baseline."""
     count = float(np.sum(sums["count"]))
     if count == 0:
         return {"ratio": None, "n": 0}
-    if "correct" in sums:
-        accuracy = float(np.sum(sums["correct"])) / count
-        unigram = float(sums["histogram"].max()) / count
-        return {"accuracy": accuracy, "baseline": unigram, "ratio": accuracy / unigram, "n": count}
-    error = float(np.sum(sums["error_sum"])) / count
+    name, key = ("accuracy", "correct") if "correct" in sums else ("error", "error_sum")
+    value, baseline = float(np.sum(sums[key])) / count, _baseline_sum(sums) / count
+    return {name: value, "baseline": baseline, "ratio": value / baseline, "n": count}
+
+
+def _baseline_sum(sums: dict[str, Floats]) -> float:
+    if "baseline_sum" in sums:
+        return float(np.sum(sums["baseline_sum"]))
+    if "histogram" in sums:  # always the most frequent class
+        return float(sums["histogram"].max())
     explained = float((sums["target_sum"] ** 2).sum() / np.sum(sums["cells"]))
-    baseline = (float(np.sum(sums["square_sum"])) - explained) / count
-    return {"error": error, "baseline": baseline, "ratio": error / baseline, "n": count}
+    return float(np.sum(sums["square_sum"])) - explained  # always the mean

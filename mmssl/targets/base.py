@@ -91,7 +91,12 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def stats(self, seen: Seen) -> Stats:
-        """Sums that evaluation adds up over batches."""
+        """Sums that evaluation adds up over batches.
+
+        `count` with `correct` or `error_sum`, and what the same costs without a model: its sum
+        (`baseline_sum`), the `histogram` of classes, or `target_sum`, `square_sum` and `cells` of
+        truths whose mean is the baseline.
+        """
         raise NotImplementedError
 
     def after_step(self, position: float) -> None:

@@ -143,11 +143,13 @@ class CodeTarget(Target):
         return codes
 
     def stats(self, seen: Seen) -> Stats:
-        """Hits among the negatives, and how often each entry is chosen."""
-        terms = self(seen)
+        """Hits among the negatives, against a guess among as many."""
+        hits = self(seen)["accuracy"]
+        count = hits.count.double().reshape(1)
         return {
-            "correct": terms["accuracy"].sum.double().reshape(1),
-            "count": terms["accuracy"].count.double().reshape(1),
+            "correct": hits.sum.double().reshape(1),
+            "baseline_sum": count / (1 + self.negatives),
+            "count": count,
         }
 
 

@@ -69,7 +69,7 @@ class FrameTarget(Target):
         error_PNK, cells_PNK = self._errors(seen)
         truth = cells_of(seen.tower.inputs(seen.view), seen.tokens.grid, seen.tower.cell)
         return {
-            "absolute_sum": error_PNK[cells_PNK].double().sum().reshape(1),
-            "absolute_zero_sum": truth[cells_PNK].double().abs().sum().reshape(1),
+            "error_sum": error_PNK[cells_PNK].double().sum().reshape(1),
+            "baseline_sum": truth[cells_PNK].double().abs().sum().reshape(1),
             "count": cells_PNK.sum().double().reshape(1),
         }

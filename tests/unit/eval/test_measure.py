@@ -1,7 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+from small_methods import small, small_model
 
+from mmssl import config, stages
+from mmssl.check import fake_batch
 from mmssl.eval import measure
 from mmssl.eval.embed import Encoded, collect
 from mmssl.eval.measure import Protocol
@@ -173,3 +178,31 @@ def test_masked_words_and_names():
     assert found["a"] == {"task": "a", "accuracy": 0.6, "baseline": 0.5, "ratio": 1.2, "n": 10}
     empty = {**words, "count": np.array([0.0])}
     assert measure.masked(Encoded(masked={"a": empty}), {})["a"]["ratio"] is None
+
+
+def test_masked_baseline_of_a_guess():
+    sums = {
+        "correct": np.array([30.0]),
+        "baseline_sum": np.array([10.0]),
+        "count": np.array([100.0]),
+    }
+    found = measure.masked(Encoded(masked={"m": sums}), {"m": "audio"})["audio"]
+    assert (found["accuracy"], found["baseline"]) == (0.3, 0.1)
+    assert found["ratio"] == pytest.approx(3.0)
+
+
+def predicts_hidden(name):
+    return any(task.kind == "masked" for task in config.load(name).tasks.values())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in config.names() if not stages.is_staged(n) and predicts_hidden(n)]
+)
+def test_every_masked_task_can_be_judged(name):
+    spec = small(name)
+    sums = small_model(spec).masked_stats(fake_batch(spec, 4, 0))
+    plain = {task: {k: v.numpy() for k, v in part.items()} for task, part in sums.items()}
+    for found in measure.masked(Encoded(masked=plain), {}).values():
+        assert found["n"] > 0
+        assert 0 < found["baseline"] < math.inf
+        assert 0 <= found["ratio"] < math.inf

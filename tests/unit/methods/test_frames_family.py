@@ -86,6 +86,7 @@ def test_audio_albert_of_depth_one_is_mockingjay_of_depth_one():
         "towers.audio.frontend.utterance.stack=3",
         "towers.audio.cut.patch=[1,120]",
         "tasks.frames.target.time.length=2",
+        "tasks.frames.target.time.share=0.15",
     )
     peer.load_state_dict(ours.state_dict())
     losses = [float(m.eval()(batch, 0, 10)[0].detach()) for m in (ours, peer)]
