@@ -181,3 +181,38 @@ def test_towers_that_cannot_predict_are_refused(change, message):
 def test_parts_that_do_not_fit_are_named(override, message):
     with pytest.raises(UserError, match=message):
         build_model(config.load("speech/vq_wav2vec", [*SMALL, *GUMBEL, override]), 0, None)
+
+
+def masked(**mask_and_target):
+    return {"kind": "masked", "view": "x", **mask_and_target}
+
+
+TEACHER = masked(mask={"rule": "random"}, target={"kind": "latents", "layers": 1})
+PASSING_BY = masked(mask={"rule": "random", "hide": "features"}, target={"kind": "codes"})
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            TEACHER,
+            r"tasks\.m\.target: a teacher needs a transformer; the backbone of towers\.audio",
+        ),
+        (PASSING_BY, r"tasks\.m\.mask\.hide: `features` would pass by the tower's quantizer"),
+    ],
+)
+def test_masked_tasks_that_a_tower_of_codes_cannot_do(task, message):
+    tree = config.load("speech/vq_wav2vec", [*SMALL, *GUMBEL]).model_dump(by_alias=True)
+    tree["tasks"] = {"m": task}
+    with pytest.raises(UserError, match=message):
+        build_model(RunSpec.model_validate(tree), 0, None)
+
+
+def test_text_has_nothing_to_quantise():
+    tree = config.load("general/bert").model_dump(by_alias=True)
+    tree["towers"]["text"]["quantizer"] = {"kind": "gumbel"}
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r"towers\.text\.quantizer: quantises"),
+    ):
+        build_model(RunSpec.model_validate(tree), 64, {"pad": 0, "mask": 4})
