@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mmssl.backbones.transformer import Transformer
 from mmssl.build.policy import policy_of
 from mmssl.build.targets import Vocabulary
 from mmssl.build.tasks import TaskBuilder
@@ -40,6 +41,11 @@ def build_model(
     make = TaskBuilder(spec, towers, joints, widths, vocabulary)
     tasks = {name: make(name, t) for name, t in spec.tasks.items()}
     model = Model(spec, towers, joints, trunk, tasks)
+    if checkpointing and not any(isinstance(part, Transformer) for part in model.modules()):
+        raise UserError(
+            "train.checkpoint_activations: only layers of transformers can be computed again, and "
+            f"{spec.name} has none; set false"
+        )
     model.set_policy(policy_of(spec, model))
     return model
 

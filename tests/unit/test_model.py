@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_model, tiny_spec
 
+from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import SPECIAL, VOCABULARY
 from mmssl.specs import RunSpec
@@ -244,3 +245,9 @@ def test_a_masked_pass_drops_no_tokens():
     keeping = tiny_model(tiny_spec(tasks=tasks))
     keeping.load_state_dict(dropping.state_dict())
     assert torch.equal(gradients(dropping, tiny_batch())[0], gradients(keeping, tiny_batch())[0])
+
+
+@pytest.mark.parametrize("name", ["runs/vq_wav2vec_tiny", "audio/cola"])
+def test_activations_of_convolutions_are_not_checkpointed(name):
+    with pytest.raises(UserError, match=r"train\.checkpoint_activations.*has none; set false"):
+        build_model(config.load(name, ["train.checkpoint_activations=true"]))
