@@ -7,11 +7,12 @@ recordings of six speakers at 8 kHz, CC BY-SA 4.0, https://github.com/Jakobovski
 
 Every method is trained on all recordings without labels, by its run in `configs/runs/*_tiny.yaml`.
 Then its weights are frozen: a recording becomes the mean and standard deviation over its frames, of
-the average of all layers, and a logistic regression that never hears the sixth speaker says which
-digit it is. The table shows the mean over the six speakers, the same with random weights, and the
-baseline of log-mel statistics. Units (clusters of MFCCs, and of what HuBERT's iterations make of
-them) are compared with the digits, too. Further arguments, before --methods, override keys of all
-runs.
+one layer, and a logistic regression that never hears the sixth speaker says which digit it is; the
+layer is chosen by the other five. The table shows the mean over the six speakers, the same with
+random weights, and the baseline of log-mel statistics. Units (clusters of MFCCs, and of what
+HuBERT's iterations make of them) are compared with the digits, too. Further arguments, before
+--methods, override keys of all runs. The text of `fsdd.notes.md` beside the results, if there is
+one, ends the table.
 
 Everything is kept under --work: a finished step is not computed again.
 """
@@ -33,7 +34,8 @@ import numpy as np
 import torch
 import torchaudio
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -60,7 +62,7 @@ METHODS = (
 LABELS = {"hubert_it1": "mfcc", "hubert_it2": "it1", "wavlm_base": "it1"}
 CLUSTERS = {"mfcc": 50, "it1": 100, "it2": 100}
 CLUSTERED = {"it1": "hubert_it1", "it2": "hubert_it2"}  # whose layer; `mfcc` are MFCCs
-LAYER = 2
+LAYER = 3
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = 6
 RATE = 8000  # Hz of the recordings
@@ -128,8 +130,8 @@ def label(name: str, shards: Path, work: Path, seed: int, overrides: Sequence[st
 
 
 @torch.inference_mode()
-def encode(run: Path, shards: Path, random: bool) -> tuple[Floats, list[dict[str, Any]]]:
-    """Mean and standard deviation over frames of the average layer: (rows, 2 D), and metas."""
+def encode(run: Path, shards: Path, random: bool) -> tuple[list[Floats], list[dict[str, Any]]]:
+    """Mean and standard deviation over frames of every layer, each (rows, 2 D), and metas."""
     model, spec, _ = load_model(run, random=random)
     name, view = next((n, v) for n, v in spec.views.items() if v.modality == "audio")
     tower = model.towers[view.tower_name]
@@ -139,9 +141,9 @@ def encode(run: Path, shards: Path, random: bool) -> tuple[Floats, list[dict[str
     rows, metas = [], []
     for batch in eval_batches(shards, data, {name: whole}, 16, None, workers=0):
         layers, pad_PN = tower.layers(batch.views[name])
-        rows.append(_statistics(torch.stack(layers[1:]).mean(0), ~pad_PN))
+        rows.append([_statistics(x_PND, ~pad_PN) for x_PND in layers[1:]])
         metas += batch.meta
-    return torch.cat(rows).double().numpy(), metas
+    return [torch.cat(parts).double().numpy() for parts in zip(*rows, strict=True)], metas
 
 
 def _statistics(x_PND: torch.Tensor, valid_PN: torch.Tensor) -> torch.Tensor:
@@ -152,7 +154,7 @@ def _statistics(x_PND: torch.Tensor, valid_PN: torch.Tensor) -> torch.Tensor:
     return torch.cat([mean, square.sqrt()], -1)
 
 
-def log_mel(shards: Path) -> tuple[Floats, list[dict[str, Any]]]:
+def log_mel(shards: Path) -> tuple[list[Floats], list[dict[str, Any]]]:
     """The baseline: mean, deviation, maximum and deviation of differences of 64 log-mel bands."""
     mel = torchaudio.transforms.MelSpectrogram(RATE, 512, 200, 80, n_mels=64)
     view = ViewSpec(modality="audio", hz=RATE)
@@ -162,7 +164,7 @@ def log_mel(shards: Path) -> tuple[Floats, list[dict[str, Any]]]:
         parts = [bands_FT.mean(1), bands_FT.std(1), bands_FT.amax(1), bands_FT.diff(dim=1).std(1)]
         rows.append(torch.cat(parts))
         metas += batch.meta
-    return torch.stack(rows).double().numpy(), metas
+    return [torch.stack(rows).double().numpy()], metas
 
 
 def _wave(view: ViewBatch) -> torch.Tensor:
@@ -172,17 +174,27 @@ def _wave(view: ViewBatch) -> torch.Tensor:
 # --- probe
 
 
-def probe(x: Floats, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy of the digit by speaker left out, and their mean."""
+def probe(layers: Sequence[Floats], metas: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of the digit by speaker left out, and their mean.
+
+    The layer is the one from which a ridge classifier tells most digits of each of the other five
+    speakers when it is left out in turn: the sixth has no part in the choice.
+    """
     speakers = np.asarray([m["speaker"] for m in metas])
     digits = np.asarray([m["digit"] for m in metas])
     found = {}
     for speaker in sorted(set(speakers)):
         out = speakers == speaker
+        x = max(layers, key=lambda x: _others(x[~out], digits[~out], speakers[~out]))
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
         model.fit(x[~out], digits[~out])
         found[str(speaker)] = float(model.score(x[out], digits[out]))
     return {"mean": float(np.mean(list(found.values()))), **found}
+
+
+def _others(x: Floats, digits: NDArray[Any], speakers: NDArray[Any]) -> float:
+    model = make_pipeline(StandardScaler(), RidgeClassifier(100.0))
+    return float(cross_val_score(model, x, digits, groups=speakers, cv=LeaveOneGroupOut()).mean())
 
 
 def quality(car: Path, shards: Path) -> dict[str, Any]:
@@ -226,6 +238,8 @@ def save(found: dict[str, Any], out: Path) -> None:
         ]
     lines += ["", f"{found['machine']['processor']}, {found['machine']['cores']} cores; "]
     lines += [f"torch {found['versions']['torch']}; seed {found['seed']}; {found['date']}.", ""]
+    notes = out / "fsdd.notes.md"
+    lines += [notes.read_text(encoding="utf-8")] if notes.exists() else []
     (out / "fsdd.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
