@@ -54,7 +54,7 @@ def test_tones_become_units(shards, tmp_path):
     assert quality.phone_purity > 0.97
     assert quality.pnmi > 0.9
     assert made.labels == car.labels == len(units)
-    assert car.info.source == Mfcc.source
+    assert car.info.source == Mfcc().source
     assert check(car, 50.0) == []
 
 
@@ -124,7 +124,7 @@ def test_the_fit_reads_its_share_only(shards, tmp_path, monkeypatch):
 
 def test_errors(shards, tmp_path):
     for changes, message in (
-        ({"layer": 2}, "--features mfcc has neither --layer nor --tower"),
+        ({"layer": 2}, "--features mfcc has no --layer, --tower and --codes"),
         ({"clusters": (9999,), "points": 99999}, "9999 clusters of"),
         ({"features": "no/such/run"}, "no/such/run"),
         ({"kmeans": (tmp_path / "none",)}, "no such clustering"),
@@ -133,7 +133,7 @@ def test_errors(shards, tmp_path):
             label_shards.label_shards(shards, tmp_path / "l", options(**changes))
     with pytest.raises(UserError, match="no such shard folder"):
         label_shards.label_shards(tmp_path / "none", tmp_path / "l", options())
-    foreign = Clusters(np.zeros((3, 39), np.float32), changed(Mfcc.source, rate_hz=50.0))
+    foreign = Clusters(np.zeros((3, 39), np.float32), changed(Mfcc().source, rate_hz=50.0))
     foreign.save(tmp_path / "k")
     with pytest.raises(UserError, match="use the features it was fitted to"):
         label_shards.label_shards(shards, tmp_path / "l", options(kmeans=(tmp_path / "k",)))

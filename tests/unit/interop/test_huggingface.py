@@ -763,7 +763,7 @@ def test_options_that_their_model_has_not_are_refused_by_name(tmp_path, change, 
 
 
 def test_heads_without_a_counterpart_are_refused_by_name(tmp_path):
-    run = run_of(tmp_path, "runs/hubert_it1_tiny", *WAVE_RUN)
+    run = run_of(tmp_path, "runs/hubert_it1_tiny", *WAVE_TOWER["hubert_it1_tiny"], *WAVE_RUN)
     with pytest.raises(UserError, match=r"tasks\.mam: has no heads that hubert has"):
         export_run(run, tmp_path / "out", ExportSpec(heads=True))
     shared = "tasks.mam.target.quantizer.shared_codebook=true"

@@ -71,7 +71,7 @@ def whole(shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("by hand")
     words = [f"--{text.replace('_', '-')}" for text in LABELS]
     for number, name, more in (
-        (1, "mfcc", ["--features=mfcc"]),
+        (1, "mfcc", ["--features=mfcc_cmvn"]),
         (2, "it1", [f"--features={out / 'it1'}", "--layer=1"]),
     ):
         car = out / f"{name}.safetensors"
