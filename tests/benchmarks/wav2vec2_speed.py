@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -271,7 +270,9 @@ def measure_memory(name: str, folders: tuple[Path, Path], args: argparse.Namespa
         masks = build_model(config.load(checkpoint.find(folders[1], "best") / "config.yaml"))
     for i in range(3):
         step(draw(masks, args.rows, args.seconds, i))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # not getrusage: its maximum begins with that of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def memory(folders: tuple[Path, Path], args: argparse.Namespace, precision: str) -> dict[str, Any]:
