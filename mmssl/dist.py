@@ -105,6 +105,14 @@ def gather_objects(value: T) -> list[T]:
     return boxes
 
 
+def any_rank(flag: bool) -> bool:
+    """True on every rank if `flag` is true on one of them."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if td.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)) > 0)
+
+
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks, with gradient: (B, ...) -> (W*B, ...), rank-major.
 
@@ -154,7 +162,8 @@ class MaskedSyncBatchNorm(nn.Module):
     unbiased in the running estimate. Rows that are not valid come out as zeros and influence
     nothing, whatever they contain. Every rank must call the module equally often in training mode,
     also one without a valid row. Where a single row is valid its output is the bias, and the
-    running statistics stay as they are (one row has no variance).
+    running statistics stay as they are (one row has no variance); so they do where a row is not
+    finite.
 
     All is computed in fp64: where rows are almost equal, the rounding of a mean is magnified by the
     small deviation and hits every row alike, so that two ranks would differ from one. Running
@@ -200,12 +209,20 @@ class MaskedSyncBatchNorm(nn.Module):
     def _track(self, mean_D: Tensor, var_D: Tensor, count: Tensor) -> None:
         # Tensors decide, not `if`: asking the device for the count would stall it at every call.
         enough = count > 1
-        weight = torch.where(enough, torch.full_like(count, self.momentum), torch.zeros_like(count))
         unbiased_D = var_D * count / (count - 1).clamp(min=1)
-        running = weight.to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean_D.to(self.running_mean), running)
-        self.running_var.lerp_(unbiased_D.to(self.running_var), running)
-        self.num_batches_tracked += enough.to(torch.int64)
+        self._keep(
+            self.running_mean.lerp(mean_D.to(self.running_mean), self.momentum),
+            self.running_var.lerp(unbiased_D.to(self.running_var), self.momentum),
+            enough,
+        )
+
+    @torch.no_grad()
+    def _keep(self, mean_D: Tensor, var_D: Tensor, wanted: Tensor) -> None:
+        """New running statistics, if wanted and finite."""
+        taken = wanted & mean_D.isfinite().all() & var_D.isfinite().all()
+        self.running_mean.copy_(torch.where(taken, mean_D, self.running_mean))
+        self.running_var.copy_(torch.where(taken, var_D, self.running_var))
+        self.num_batches_tracked += taken.to(torch.int64)
 
     def _check(self, x_PD: Tensor, valid_P: Tensor | None) -> None:
         if x_PD.dim() < 2 or x_PD.shape[-1] != self.dim:

@@ -37,18 +37,20 @@ class MapBatchNorm(MaskedSyncBatchNorm):
         valid_P = self.valid if valid_P is None else valid_P
         places = x_PChw.shape[0] * prod(x_PChw.shape[2:])
         if not self.training or (valid_P is None and world_size() == 1 and places > 1):
-            if self.training:
-                self.num_batches_tracked += 1
-            return F.batch_norm(
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            out = F.batch_norm(
                 x_PChw,
-                self.running_mean,
-                self.running_var,
-                self.weight.to(self.running_mean.dtype),  # statistics stay fp32 in a bf16 model
-                self.bias.to(self.running_mean.dtype),
+                mean,
+                var,
+                self.weight.to(mean.dtype),  # statistics stay fp32 in a bf16 model
+                self.bias.to(mean.dtype),
                 self.training,
                 self.momentum,
                 self.eps,
             )
+            if self.training:
+                self._keep(mean, var, torch.ones(1, dtype=torch.bool, device=mean.device))
+            return out
         rows = x_PChw.movedim(1, -1)
         if valid_P is not None:
             valid_P = valid_P[:, None, None].expand(rows.shape[:-1])

@@ -69,6 +69,10 @@ class TrainSpec(Spec):
     checkpoint_activations: bool = False
     log_every: int = Field(10, gt=0)
     save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
+    # steps in a row that are skipped for a loss or gradient that is not finite, before the run goes
+    # back to its last checkpoint (with other data); the second time it stops
+    bad_steps: int = Field(10, gt=0)
+    hang_s: float = Field(1800.0, ge=0)  # a rank that makes no progress so long ends; 0 = never
     threads: int = Field(0, ge=0)  # torch threads per rank on CPU; 0 = torch's default
 
 

@@ -27,8 +27,10 @@ from mmssl import dist
 from mmssl.files import sha256
 from mmssl.train.commit import MANIFEST, commit, problem, read_manifest, write_text
 from mmssl.train.engine import Engine
+from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import random_state, set_random_state
 from mmssl.train.safe import load_plain
+from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes, whole_state
 from mmssl.types import Batch, UserError
 
@@ -51,7 +53,12 @@ class Loader(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; `best` and `waited` (evaluations without improvement) steer stopping."""
+    """Where a run stands.
+
+    `best` and `waited` (evaluations without improvement) steer stopping; `evaluated` is the step of
+    the last evaluation. `skipped` counts steps that were left out for a loss or gradient that was
+    not finite.
+    """
 
     step: int = 0
     elapsed_s: float = 0.0
@@ -59,6 +66,10 @@ class Progress:
     best_step: int = 0
     waited: int = 0
     stopped: str = ""
+    evaluated: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    rollbacks: int = 0
 
 
 @dataclass
@@ -72,6 +83,8 @@ class Job:
     loader: Loader
     average: Average | None
     progress: Progress
+    stop: StopRequest
+    watch: Watchdog
 
 
 # ---------------------------------------------------------------- save and restore
@@ -105,8 +118,10 @@ def save_best(job: Job) -> Path:
     return target
 
 
-def restore(job: Job, folder: Path) -> None:
+def restore(job: Job, folder: Path, data: bool = True) -> None:
     """Put a job back to where a checkpoint was taken; every rank calls it.
+
+    Without `data` its loader stays where it is.
 
     Raises:
         UserError: another number of processes, another ZeRO stage or another model.
@@ -117,7 +132,8 @@ def restore(job: Job, folder: Path) -> None:
     if job.average is not None:
         _restore_average(job.average, job.engine.model, folder)
     state = load_plain(_rank_file(folder))
-    job.loader.restore(state["loader"])
+    if data:
+        job.loader.restore(state["loader"])
     job.progress = Progress(**manifest["progress"])
     set_random_state(state["random"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,15 +201,20 @@ class Engine:
             self._engine.step()  # only counts
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping (all ranks alike)."""
+        """Clip, update, clear; returns the gradient's norm before clipping (all ranks alike).
+
+        Where the norm is not finite nothing is updated.
+        """
         set_learning_rate(self._engine.optimizer.param_groups, lr)
         if self.stage:
-            self._engine.step()
+            self._engine.step()  # leaves out the update by itself
             norm = float(self._engine.get_global_grad_norm())
             return norm if norm >= 0 else float("nan")  # DeepSpeed reports -1 for NaN and infinity
-        total = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf")))
+        if not math.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)  # parameters without a gradient stay
         self._engine.step()
-        return float(total)
+        return norm
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's shards into `folder`; every rank calls it."""

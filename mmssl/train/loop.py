@@ -7,8 +7,9 @@ from typing import cast
 
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
-from mmssl.train import checkpoint
+from mmssl.train import checkpoint, preempt
 from mmssl.train.checkpoint import Job
+from mmssl.train.commit import on_rank0
 from mmssl.train.engine import Terms, Trainable
 from mmssl.train.meters import Meters
 from mmssl.train.randomness import untouched_random_state
@@ -20,26 +21,45 @@ from mmssl.types import UserError
 def train(spec: RunSpec, job: Job, meters: Meters, validator: Validator | None) -> None:
     """Run the remaining steps, save at the end; every rank takes the same path.
 
+    On a request to stop (see `preempt`) the run saves and says so in `progress.stopped`.
+
     Raises:
-        UserError: a loss or the gradient is not finite; the weights saved so far are untouched.
+        UserError: losses or gradients stay not finite; the weights saved so far are untouched.
     """
-    total, progress = spec.train.steps, job.progress
-    while progress.step < total and not progress.stopped:
-        _step(spec, job, meters)
-        progress.step += 1
-        if validator and validator.due(progress.step, total):
+    saved, total, every = job.progress.step, spec.train.steps, spec.train.save_every
+    while True:
+        progress = job.progress
+        job.watch.beat()
+        if validator and validator.due(progress, total):
             with meters.aside():
-                meters.validation(progress.step, validator.run(job))
-        last = progress.step == total or progress.stopped
-        if last or (spec.train.save_every and progress.step % spec.train.save_every == 0):
+                validator.run(job, meters)
+        asked = job.stop.agreed()
+        pending = validator is not None and validator.due(progress, total)  # was interrupted
+        over = not pending and (progress.step >= total or bool(progress.stopped))
+        due = every and progress.step % every == 0
+        if progress.step != saved and (over or asked or due):
             with meters.aside():
                 progress.elapsed_s = meters.elapsed_s()
                 checkpoint.save(job)
+            saved = progress.step
+        if over:
+            return
+        if asked:
+            progress.stopped = preempt.REASON
+            return
+        trouble = _step(spec, job, meters)
+        progress.step += 1
+        if trouble:
+            saved = _count_trouble(spec, job, meters, trouble, saved)
+        else:
+            progress.bad_in_a_row = 0
 
 
-def _step(spec: RunSpec, job: Job, meters: Meters) -> None:
+def _step(spec: RunSpec, job: Job, meters: Meters) -> str:
+    """One optimiser step; what was not finite, if anything, and nothing has changed then."""
     engine, step, total = job.engine, job.progress.step, spec.train.steps
     model = cast("Trainable", engine.model)
+    trouble = ""
     for _ in range(spec.train.accumulate):
         # Loaders draw from torch's generator when they start workers, at another moment of the run
         # after a resume.
@@ -47,27 +67,56 @@ def _step(spec: RunSpec, job: Job, meters: Meters) -> None:
             batch = next(job.loader).to(engine.device)
         with meters.counting():
             loss, terms = engine.forward(batch, step, total)
-            _require_finite(terms, step)
-            engine.backward(loss)
-        meters.micro_batch(batch, model.last_tokens, loss, terms)
+            odd = _not_finite(terms)
+            trouble = trouble or odd
+            # A term may be infinite where its gradient is not: then the whole gradient is spoilt,
+            # so that there is one way in which a step is left out.
+            engine.backward(loss * math.nan if odd else loss)
+        meters.micro_batch(batch, model.last_tokens, None if odd else loss, terms)
     lr = learning_rate(spec.optim, step, total)
     norm = engine.step(lr)
     if not math.isfinite(norm):
-        raise UserError(f"step {step + 1}: the gradient's norm is {norm}; {_REMEDY}")
+        return trouble or "the gradient"
     model.after_step(step, total)
     if job.average is not None:
         job.average.update(engine.model, resolve(spec.optim.ema, step / total))
     meters.step(step + 1, lr, norm, model.last_embeddings)
+    return ""
 
 
-def _require_finite(terms: Terms, step: int) -> None:
+def _not_finite(terms: Terms) -> str:
     # Terms are summed over ranks, so all ranks come to the same conclusion.
     for name, (total, _) in terms.items():
         if not math.isfinite(float(total.sum())):
-            raise UserError(f"step {step + 1}: the loss `{name}` is not finite; {_REMEDY}")
+            return f"the loss `{name}`"
+    return ""
 
 
-_REMEDY = (
-    "training stops before anything is saved; resume from the last checkpoint with a lower "
-    "`optim.lr`, a smaller `optim.clip` or `train.precision=fp32`"
-)
+def _count_trouble(spec: RunSpec, job: Job, meters: Meters, what: str, saved: int) -> int:
+    """Note a skipped step; after too many in a row go back to the last checkpoint, once.
+
+    Returns the step of the last checkpoint of this process. The data do not go back: other samples
+    follow the second time.
+
+    Raises:
+        UserError: it is the second time, or there is no checkpoint.
+    """
+    progress = job.progress
+    progress.skipped += 1
+    progress.bad_in_a_row += 1
+    meters.skipped(progress.step, what, progress.skipped)
+    if progress.bad_in_a_row < spec.train.bad_steps:
+        return saved
+    found = None if progress.rollbacks else on_rank0(lambda: checkpoint.newest(job.folder))
+    if found is None:
+        tried = "again, after going back once" if progress.rollbacks else "and there is no checkpoint"
+        raise UserError(
+            f"step {progress.step}: {what} is not finite, as in {progress.bad_in_a_row} steps in a "
+            f"row (train.bad_steps), {tried}; resume from the last checkpoint with a lower "
+            "`optim.lr`, a smaller `optim.clip` or `train.precision=fp32`"
+        )
+    checkpoint.restore(job, found, data=False)
+    back = job.progress
+    back.skipped, back.bad_in_a_row, back.rollbacks = progress.skipped, 0, progress.rollbacks + 1
+    meters.rolled_back(back.step, progress.step)
+    return back.step

@@ -131,10 +131,11 @@ class Meters:
         self.flops = float(counter.get_total_flops())
 
     def micro_batch(
-        self, batch: Batch, tokens: int, loss: Tensor, terms: Mapping[str, Term]
+        self, batch: Batch, tokens: int, loss: Tensor | None, terms: Mapping[str, Term]
     ) -> None:
-        """Take in the result of one micro-batch."""
-        self.losses.add(loss, terms)
+        """Take in the result of one micro-batch; without a loss its terms were not finite."""
+        if loss is not None:
+            self.losses.add(loss, terms)
         self.window += Rates(samples=batch.size, tokens=tokens, flops=self.flops or 0.0)
 
     def step(
@@ -151,6 +152,20 @@ class Meters:
         self.first = False
         if self.sinks:
             self.sinks.advance()
+
+    def skipped(self, step: int, what: str, count: int) -> None:
+        """Step `step` was left out, the `count`-th of the run."""
+        if self.sinks:
+            self.sinks.event(step, "skipped", what=what, skipped=count)
+            self.sinks.message(f"warning: step {step}: skipped, {what} is not finite ({count})")
+            self.sinks.advance()
+
+    def rolled_back(self, step: int, from_step: int) -> None:
+        """The run goes on from an earlier step."""
+        if self.sinks:
+            self.sinks.event(step, "rolled back", from_step=from_step)
+            self.sinks.message(f"warning: step {from_step}: back to the checkpoint of step {step}")
+            self.sinks.set_step(step)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write the result of an evaluation."""

@@ -27,41 +27,47 @@ from mmssl.data.text import Tokenizer
 from mmssl.model import Model, need_tasks
 from mmssl.rng import seed_of
 from mmssl.specs import RunSpec
-from mmssl.train import checkpoint
+from mmssl.train import checkpoint, preempt
 from mmssl.train.checkpoint import Job, Loader, Progress
 from mmssl.train.commit import on_rank0, replace_file, write_text
 from mmssl.train.engine import Engine, Trainable, micro_batch, session
 from mmssl.train.loop import train
 from mmssl.train.meters import Meters
+from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import seed_all
 from mmssl.train.start import load_start_weights
 from mmssl.train.validate import Evaluate, Validator
+from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes
 from mmssl.types import UserError
 
 _OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
 
 
-def main(file: str, overrides: Sequence[str] = ()) -> None:
+def main(file: str, overrides: Sequence[str] = ()) -> int:
     """Train a configuration in its run folder; goes on where the same run was interrupted.
+
+    Returns the exit code: `preempt.EXIT_CODE` after a request to stop, else 0.
 
     Raises:
         UserError: bad configuration or data, or the folder belongs to another run.
     """
     spec = config.load(file, overrides)
     with session(spec.train.threads) as device:
-        start(spec, device)
+        return start(spec, device)
 
 
-def start(spec: RunSpec, device: torch.device) -> None:
+def start(spec: RunSpec, device: torch.device) -> int:
     """As `main`, in an open `engine.session`."""
     folder = run_folder(spec)
     on_rank0(lambda: open_folder(spec, folder))
-    _run(spec, folder, device)
+    return _run(spec, folder, device)
 
 
-def resume(run_dir: str, overrides: Sequence[str] = ()) -> None:
+def resume(run_dir: str, overrides: Sequence[str] = ()) -> int:
     """Go on with a run from its newest complete checkpoint; everything is found in its folder.
+
+    Returns the exit code, see `main`.
 
     Raises:
         UserError: no run or no complete checkpoint there, or it does not fit the overrides.
@@ -71,7 +77,7 @@ def resume(run_dir: str, overrides: Sequence[str] = ()) -> None:
         raise UserError(f"{folder}: no config.yaml here; a run folder is what `mmssl train` wrote")
     spec = config.load(folder / "config.yaml", overrides)
     with session(spec.train.threads) as device:
-        _run(spec, folder, device, again=True)
+        return _run(spec, folder, device, again=True)
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,17 @@ def fit(
     Raises:
         UserError: see `loop.train`, `checkpoint.restore` and `validate.judge`.
     """
+    with StopRequest().listening() as stop:
+        return _fit(spec, parts, folder, device, again, stop)
+
+
+def _fit(
+    spec: RunSpec, parts: Parts, folder: Path, device: torch.device, again: bool, stop: StopRequest
+) -> Progress:
     found = on_rank0(lambda: checkpoint.newest(folder))
     if again and found is None:
         raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
-    job = _job(spec, parts, folder, device, fresh=found is None)
+    job = _job(spec, parts, folder, device, stop, fresh=found is None)
     if found:
         checkpoint.restore(job, found)
         if again:
@@ -117,7 +130,8 @@ def fit(
         validator = Validator(spec.validation, parts.make_model, parts.evaluate)
     meters.message(_headline(spec, job))
     try:
-        train(spec, job, meters, validator)
+        with job.watch.watching():
+            train(spec, job, meters, validator)
         _summarise(job, meters)
     finally:
         meters.close()
@@ -188,7 +202,7 @@ def _has_text(spec: RunSpec) -> bool:
 # ---------------------------------------------------------------- assembly
 
 
-def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> None:
+def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> int:
     tokenizer = Tokenizer.load(folder / "tokenizer.model") if _has_text(spec) else None
     rank, world = dist.rank(), dist.world_size()
     loader = train_loader(
@@ -217,12 +231,22 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
         return suites.quick(cast("Any", model), spec, tokenizer, clips)
 
     try:
-        fit(spec, Parts(make_model, loader, evaluate, load_start), folder, device, again)
+        progress = fit(
+            spec, Parts(make_model, loader, evaluate, load_start), folder, device, again
+        )
     finally:
         loader.close()
+    return preempt.EXIT_CODE if progress.stopped == preempt.REASON else 0
 
 
-def _job(spec: RunSpec, parts: Parts, folder: Path, device: torch.device, fresh: bool) -> Job:
+def _job(
+    spec: RunSpec,
+    parts: Parts,
+    folder: Path,
+    device: torch.device,
+    stop: StopRequest,
+    fresh: bool,
+) -> Job:
     # The run owns the global generators: weights start alike on all ranks, dropout differs.
     seed_all(seed_of(spec.train.seed, "weights"))
     model = parts.make_model().train()
@@ -232,7 +256,8 @@ def _job(spec: RunSpec, parts: Parts, folder: Path, device: torch.device, fresh:
     average = Average(model) if spec.optim.ema != 0 else None
     seed_all(seed_of(spec.train.seed, "rank", dist.rank()))
     text, digest = config.dump(spec), config.digest(spec)
-    return Job(folder, text, digest, engine, parts.loader, average, Progress())
+    watch = Watchdog(spec.train.hang_s)
+    return Job(folder, text, digest, engine, parts.loader, average, Progress(), stop, watch)
 
 
 def _headline(spec: RunSpec, job: Job) -> str:

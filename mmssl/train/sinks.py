@@ -27,11 +27,20 @@ class Sinks:
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         self._bar = tqdm(total=total, initial=step, disable=self.quiet, unit="step")
         if step:
-            self._line({"step": step, "event": "resumed"})
+            self.event(step, "resumed")
 
     def advance(self) -> None:
         """Move the bar."""
         self._bar.update(1)
+
+    def set_step(self, step: int) -> None:
+        """Put the bar to a step."""
+        self._bar.n = step
+        self._bar.refresh()
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Log that something has happened."""
+        self._line({"step": step, "event": event, **facts})
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Log one line of training values."""

@@ -31,16 +31,17 @@ MARK = "stage.json"
 _POLL_S = 1.0
 
 
-def main(file: str, overrides: Sequence[str] = ()) -> None:
+def main(file: str, overrides: Sequence[str] = ()) -> int:
     """Train a run or a method, or do all stages of a file that are not finished.
+
+    Returns the exit code, see `run.main`.
 
     Raises:
         UserError: see `run.main` and `stages.plan`; also a folder that holds another stage, or a
             labelling that failed.
     """
     if not is_staged(file):
-        run.main(file, overrides)
-        return
+        return run.main(file, overrides)
     stages = plan(file, overrides)
     with session() as device:
         threads = torch.get_num_threads()
@@ -53,8 +54,10 @@ def main(file: str, overrides: Sequence[str] = ()) -> None:
                     _label(stage)
                 else:
                     torch.set_num_threads(stage.run.train.threads or threads)
-                    run.start(stage.run, device)
+                    if code := run.start(stage.run, device):
+                        return code
             on_rank0(partial(_mark, stage, finished=True))
+    return 0
 
 
 def _label(stage: Stage) -> None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mmssl import dist
 from mmssl.specs import ValidateSpec
 from mmssl.train.checkpoint import Job, Progress, save_best
+from mmssl.train.meters import Meters
+from mmssl.train.preempt import InterruptedWorkError
 from mmssl.train.randomness import untouched_random_state
 from mmssl.train.weights import whole_state
 from mmssl.types import UserError
@@ -30,27 +33,38 @@ class Validator:
     make_model: Callable[[], nn.Module]
     evaluate: Evaluate
 
-    def due(self, step: int, total: int) -> bool:
-        """After `step` of `total` steps."""
-        return step % self.spec.every == 0 or step == total
+    def due(self, progress: Progress, total: int) -> bool:
+        """At this step of `total`, and not done yet."""
+        step = progress.step
+        return step > progress.evaluated and (step % self.spec.every == 0 or step == total)
 
-    def run(self, job: Job) -> Mapping[str, float]:
-        """Evaluate on every rank, keep the best checkpoint, note when to stop.
+    def run(self, job: Job, meters: Meters) -> None:
+        """Evaluate on every rank, log, keep the best checkpoint, note when to stop.
+
+        A request to stop leaves an evaluation on all ranks; it stays due.
 
         Raises:
             UserError: the run's metric is none of those evaluated; lists them.
         """
         with untouched_random_state():
             values = self._values(job)
+        if dist.any_rank(values is None):
+            return
+        assert values is not None
+        job.progress.evaluated = job.progress.step
         if self.spec.metric and judge(self.spec, values, job.progress):
             save_best(job)
-        return values
+        meters.validation(job.progress.step, values)
 
-    def _values(self, job: Job) -> Mapping[str, float]:
+    def _values(self, job: Job) -> Mapping[str, float] | None:
         state = whole_state(job.engine.model, job.average.pieces if job.average else None)
-        model = self.make_model()
-        model.load_state_dict(state)
-        return self.evaluate(model.to(job.engine.device).eval(), self.spec.clips)
+        try:
+            with job.stop.interruptible():
+                model = self.make_model()
+                model.load_state_dict(state)
+                return self.evaluate(model.to(job.engine.device).eval(), self.spec.clips)
+        except InterruptedWorkError:
+            return None
 
 
 def judge(spec: ValidateSpec, values: Mapping[str, float], progress: Progress) -> bool:

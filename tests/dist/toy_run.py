@@ -7,9 +7,9 @@ B rows, D = 8 inputs, N = 4 tokens.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from mmssl import config, dist
 from mmssl.build import build_model
 from mmssl.check import SPECIAL, VOCABULARY
 from mmssl.specs import RunSpec
+from mmssl.train import preempt
+from mmssl.train.checkpoint import Progress
 from mmssl.train.engine import Engine, micro_batch, session
 from mmssl.train.run import Parts, fit
 from mmssl.types import Floor, Term
@@ -102,9 +104,13 @@ class ToyTower(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Contrast of two noisy views over the global batch, plus a pull to a buffer."""
+    """Contrast of two noisy views over the global batch, plus a pull to a buffer.
 
-    def __init__(self, dropout: float = 0.1, poison_step: int = -1) -> None:
+    `poison`: `steps` at which `what` (input, loss or gradient) of `rank` (default all) becomes
+    `value`; a repeated step is poisoned again if it is `stubborn`.
+    """
+
+    def __init__(self, dropout: float = 0.1, poison: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.tower = ToyTower(dropout)
         self.head = nn.Linear(16, 6)
@@ -113,16 +119,26 @@ class ToyModel(nn.Module):
         self.register_buffer("queue", torch.zeros(1, 6))
         self.last_embeddings: dict[str, Tensor] = {}
         self.floors: dict[str, Floor] = {}
-        self.last_tokens, self.poison_step = 0, poison_step
+        self.last_tokens, self.poison, self.seen = 0, poison or {"steps": []}, set[int]()
+
+    def _bad(self, step: int) -> float:
+        """What to multiply with."""
+        here = self.poison.get("rank", dist.rank()) == dist.rank()
+        again = step in self.seen and not self.poison.get("stubborn", True)
+        self.seen.add(step)
+        hit = here and step in self.poison["steps"] and not again
+        return float(self.poison["value"]) if hit else 1.0
 
     def forward(self, batch: ToyBatch, step: int, total: int) -> tuple[Tensor, dict[str, Term]]:
-        a_BD = self.head(self.tower(batch.x_BD).x)
+        bad = dict.fromkeys(("input", "loss", "gradient"), 1.0)
+        bad[self.poison.get("what", "loss")] = self._bad(step)
+        a_BD = self.head(self.tower(batch.x_BD * bad["input"]).x)
+        if bad["gradient"] != 1.0:
+            a_BD.register_hook(lambda gradient: gradient * bad["gradient"])
         b_BD = self.head(self.tower.encode(batch.x_BD.flip(1)).x) * self.still.mean()
         logits = F.normalize(a_BD, dim=1) @ dist.gather(F.normalize(b_BD, dim=1)).T * self.scale
         where = torch.arange(batch.size, device=logits.device) + dist.rank() * batch.size
-        contrast = F.cross_entropy(logits.float(), where, reduction="sum")
-        if step == self.poison_step:
-            contrast = contrast * float("nan")
+        contrast = F.cross_entropy(logits.float(), where, reduction="sum") * bad["loss"]
         pull = (a_BD.float() - self.queue).square().sum()
         self.last_embeddings = {"a": a_BD.detach()}
         self.last_tokens = 8 * batch.size
@@ -146,15 +162,19 @@ class ToyModel(nn.Module):
 
 
 class ToyLoader:
-    """Row r of the endless data set is a function of r; ranks take turns."""
+    """Row r of the endless data set is a function of r; ranks take turns.
 
-    def __init__(self, size: int, fail_at: int = -1) -> None:
-        self.size, self.position, self.fail_at = size, 0, fail_at
+    It dies at micro-batch `fail_at`, and takes `pause_s` seconds for each.
+    """
+
+    def __init__(self, size: int, fail_at: int = -1, pause_s: float = 0.0) -> None:
+        self.size, self.position, self.fail_at, self.pause_s = size, 0, fail_at, pause_s
         self.started = False
 
     def __next__(self) -> ToyBatch:
         if self.position == self.fail_at:
             raise InterruptedError("the machine went away")
+        time.sleep(self.pause_s)
         first = (self.position * dist.world_size() + dist.rank()) * self.size
         if not self.started:
             torch.rand(3)  # as torch's DataLoader does when it starts its workers
@@ -188,14 +208,17 @@ def run(
     folder: str,
     fail_at: int = -1,
     dropout: float = 0.1,
-    poison_step: int = -1,
+    poison: dict[str, Any] | None = None,
     whole_model: bool = False,
     again: bool = False,
+    pause_s: float = 0.0,
+    evaluate_s: float = 0.0,
     **changes: Any,
-) -> None:
-    """Train the toy in a folder, or go on with it; `fail_at`: micro-batch at which it dies.
+) -> Progress | None:
+    """Train the toy in a folder, or go on with it; None if its loader died.
 
-    `whole_model`: the real model with all tasks, dropout and dropped tokens instead of the toy.
+    `fail_at`, `pause_s`: see `ToyLoader`. `evaluate_s`: what an evaluation takes. `whole_model`: the
+    real model with all tasks, dropout and dropped tokens instead of the toy.
     """
     spec, path = toy_spec(**changes), Path(folder)
     if whole_model:
@@ -210,20 +233,23 @@ def run(
 
     def evaluate(model: nn.Module, clips: int) -> dict[str, float]:
         torch.rand(3)  # draws numbers, as evaluations do
+        time.sleep(evaluate_s)
         weight = model.head.weight.detach()
         return {"weight": float(weight.abs().sum()), "clips": float(clips)}
 
     size = micro_batch(spec.train, dist.world_size())
-    loader = (TinyLoader if whole_model else ToyLoader)(size, fail_at)
+    loader = (TinyLoader if whole_model else ToyLoader)(size, fail_at, pause_s)
 
     def make_model() -> nn.Module:
         if whole_model:
             return build_model(spec, VOCABULARY, SPECIAL)
-        return ToyModel(dropout, poison_step)
+        return ToyModel(dropout, poison)
 
     parts = Parts(make_model, loader, evaluate)
-    with contextlib.suppress(InterruptedError):
-        fit(spec, parts, path, device, again)
+    try:
+        return fit(spec, parts, path, device, again)
+    except InterruptedError:
+        return None
 
 
 def gradients(device: torch.device, file: str, **changes: Any) -> None:
@@ -255,4 +281,6 @@ def gradients(device: torch.device, file: str, **changes: Any) -> None:
 if __name__ == "__main__":
     with session(threads=1) as device_:
         for arguments in json.loads(sys.argv[1]):
-            (gradients if "file" in arguments else run)(device_, **arguments)
+            ended = (gradients if "file" in arguments else run)(device_, **arguments)
+    if ended and ended.stopped == preempt.REASON:
+        sys.exit(preempt.EXIT_CODE)

@@ -129,3 +129,17 @@ def test_bad_shapes_are_named() -> None:
         norm(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="does not match the rows"):
         norm(torch.zeros(3, 4), torch.ones(2, dtype=torch.bool))
+
+
+def test_rows_that_are_not_finite_leave_running_statistics_alone():
+    torch.manual_seed(0)
+    norm = dist.MaskedSyncBatchNorm(3)
+    norm(torch.randn(8, 3))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(8, 3)
+        x[2, 1] = bad
+        norm(x)
+        assert all(torch.equal(norm.state_dict()[name], before[name]) for name in before)
+    norm(torch.randn(8, 3))
+    assert int(norm.num_batches_tracked) == 2

@@ -93,6 +93,14 @@ def test_map_batch_norm_equals_torch_and_the_masked_one():
     assert isinstance(ours, MaskedSyncBatchNorm)
 
 
+def test_items_that_are_not_finite_leave_running_statistics_alone():
+    norm = MapBatchNorm(2)
+    norm(torch.randn(2, 2, 3, 3))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm(torch.full((2, 2, 3, 3), float("inf")))
+    assert all(torch.equal(norm.state_dict()[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("make", [lambda: ConvAV8(1, 2), lambda: EfficientNetB0(1, drop_path=0.0)])
 def test_dummy_items_change_nothing(make):
     net = make().train()

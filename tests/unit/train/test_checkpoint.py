@@ -19,6 +19,8 @@ from mmssl.train.checkpoint import Job, Progress, find, load_weights, newest, re
 from mmssl.train.commit import read_manifest
 from mmssl.train.engine import Engine, session
 from mmssl.train.randomness import random_state, set_random_state, untouched_random_state
+from mmssl.train.preempt import StopRequest
+from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average
 from mmssl.types import UserError
 
@@ -37,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(folder: Path, engine: Engine, ema: bool = True) -> Job:
     average = Average(engine.model) if ema else None
-    return Job(folder, "text", "digest", engine, ToyLoader(8), average, Progress())
+    return Job(folder, "text", "digest", engine, ToyLoader(8), average, Progress(), StopRequest(), Watchdog(0))
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:

@@ -108,11 +108,14 @@ def test_what_follows_an_engine_computes_with_torchs_own_layers(stage: int) -> N
     assert torch.nn.functional.linear is linear
 
 
+POISON = {"steps": [0], "what": "loss", "value": "nan"}
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_norm_that_is_not_finite_is_reported_as_such(stage: int) -> None:
     with session() as device:
         spec = toy_spec(train={"zero": stage})
-        engine = Engine(ToyModel(poison_step=0), spec.optim, spec.train, device)
+        engine = Engine(ToyModel(poison=POISON), spec.optim, spec.train, device)
         loss, _ = engine.forward(next(ToyLoader(8)), 0, 6)
         engine.backward(loss)
         norm = engine.step(lr=0.003)

@@ -124,18 +124,6 @@ def test_resuming_needs_a_run_and_a_complete_checkpoint(tmp_path: Path) -> None:
         train_toy(device, str(tmp_path), again=True)
 
 
-def test_a_loss_that_is_not_finite_stops_by_name_and_saves_nothing(tmp_path: Path) -> None:
-    with session() as device:
-        with pytest.raises(UserError, match=r"step 4: the loss `contrast` is not finite"):
-            train_toy(device, str(tmp_path), poison_step=3, train={"save_every": 2})
-        assert newest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
-        # It goes on from there, in the same folder and process.
-        train_toy(device, str(tmp_path), train={"save_every": 2})
-    assert find(tmp_path, "last").name == "step-00000006"
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 2, 3, 4, 5, 6]  # the second 2 is the mark of resuming
-
-
 def test_a_summary_tells_duration_and_rates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

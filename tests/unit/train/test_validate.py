@@ -49,7 +49,8 @@ def test_an_unknown_metric_lists_the_known_ones() -> None:
 
 def test_evaluation_is_due_at_its_period_and_at_the_end() -> None:
     validator = Validator(ValidateSpec(every=4), ToyModel, lambda model, clips: {})
-    assert [s for s in range(1, 11) if validator.due(s, 10)] == [4, 8, 10]
+    assert [s for s in range(11) if validator.due(Progress(step=s), 10)] == [4, 8, 10]
+    assert not validator.due(Progress(step=8, evaluated=8), 10)
 
 
 def test_training_stops_early_keeps_the_best_and_says_why(

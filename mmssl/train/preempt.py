@@ -1,0 +1,78 @@
+"""Requests to stop: SIGTERM or SIGUSR1 end a run at the next step, after a checkpoint.
+
+Schedulers send one of them ahead of taking the machine away. The process then exits with
+`EXIT_CODE`, which says: all is saved, start the same command again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from mmssl import dist
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REASON = "preempted"
+
+
+class InterruptedWorkError(Exception):
+    """Work inside `StopRequest.interruptible` was left on a request."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop; the ranks agree on it between two steps."""
+
+    def __init__(self) -> None:
+        self.received, self._interruptible = False, False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Signals inside are requests; handlers are put back behind. Main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # Python delivers signals to the main thread alone
+            return
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        owner = os.getpid()
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            # Forked workers inherit the handler; a signal to the whole group must not end them
+            # before the checkpoint holds their position.
+            if os.getpid() != owner:
+                return
+            self.received = True
+            if self._interruptible:
+                self._interruptible = False
+                raise InterruptedWorkError
+
+        for number in SIGNALS:
+            signal.signal(number, handle)
+        try:
+            yield self
+        finally:
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Leave the work inside at once on a request; it must touch nothing that is kept.
+
+        Raises:
+            InterruptedWorkError: a request came, inside or before.
+        """
+        self._interruptible = True
+        try:
+            if self.received:
+                raise InterruptedWorkError
+            yield
+        finally:
+            self._interruptible = False
+
+    def agreed(self) -> bool:
+        """True on every rank as soon as one of them has been asked; a collective."""
+        return dist.any_rank(self.received)
