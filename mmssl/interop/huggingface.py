@@ -30,7 +30,7 @@ from mmssl.interop.names import State, bind
 from mmssl.interop.records import logical, names_of, real_names, spec_of
 from mmssl.specs import RunSpec, Spec
 from mmssl.train.checkpoint import WEIGHTS, Progress
-from mmssl.train.commit import commit
+from mmssl.train.commit import Writer, commit
 from mmssl.types import UserError
 
 
@@ -151,11 +151,9 @@ def write_run(out: Path, spec: RunSpec, state: State, source: str) -> None:
     """
     digest = config.digest(spec)
 
-    def write(target: Path) -> None:
-        save_file(state, target / WEIGHTS, metadata={"digest": digest})
-        # safetensors makes files that only their owner may read
-        (target / WEIGHTS).chmod(target.stat().st_mode & 0o666)
-        (target / "config.yaml").write_text(config.dump(spec))
+    def write(writer: Writer) -> None:
+        writer.tensors(WEIGHTS, state, digest)
+        writer.file("config.yaml", lambda path: path.write_text(config.dump(spec)))
 
     facts = {"step": 0, "world_size": 1, "zero": 0, "digest": digest, "imported": source}
     commit(out, write, {**facts, "tokenizer_sha256": "", "progress": asdict(Progress())})

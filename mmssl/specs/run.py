@@ -69,6 +69,10 @@ class TrainSpec(Spec):
     checkpoint_activations: bool = False
     log_every: int = Field(10, gt=0)
     save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
+    keep_last: int = Field(3, ge=0)  # so many of the newest checkpoints stay; 0 = all
+    keep_every: int = Field(0, ge=0)  # steps; checkpoints of multiples of it stay, too
+    # a checkpoint that cannot be written, e.g. on a full disk; the last one of a run always stops
+    on_save_error: Literal["stop", "continue"] = "stop"
     # steps in a row that are skipped for a loss or gradient that is not finite, before the run goes
     # back to its last checkpoint (with other data); the second time it stops
     bad_steps: int = Field(10, gt=0)

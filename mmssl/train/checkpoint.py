@@ -15,17 +15,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmssl import dist
 from mmssl.files import sha256
-from mmssl.train.commit import MANIFEST, commit, problem, read_manifest, write_text
+from mmssl.train.commit import (
+    MANIFEST,
+    TEMPORARY,
+    Writer,
+    commit,
+    on_rank0,
+    problem,
+    read_manifest,
+    write_text,
+)
 from mmssl.train.engine import Engine
 from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import random_state, set_random_state
@@ -36,6 +46,7 @@ from mmssl.types import Batch, UserError
 
 WEIGHTS, EMA, LATEST = "weights.safetensors", "ema.safetensors", "latest"
 TOKENIZER = "tokenizer.model"
+_STEPS = "step-????????"
 
 
 class Loader(Protocol):
@@ -94,12 +105,11 @@ def save(job: Job) -> Path:
     """Write the checkpoint of the present step; every rank calls it."""
     target = job.folder / "checkpoints" / _name(job.progress.step)
 
-    def write(folder: Path) -> None:
-        _write_weights(job, folder)
-        job.engine.save(folder / "deepspeed")
-        (folder / "ranks").mkdir(exist_ok=True)
+    def write(writer: Writer) -> None:
+        _write_weights(job, writer)
+        job.engine.save(writer, "deepspeed")
         state = {"loader": job.loader.state(), "random": random_state()}
-        torch.save(state, _rank_file(folder))
+        writer.file(_rank_file(), lambda path: torch.save(state, path))
 
     commit(target, write, _facts(job))
     if dist.rank() == 0:
@@ -107,10 +117,27 @@ def save(job: Job) -> Path:
     return target
 
 
+def prune(run: Path, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that the policy does not keep, and what interrupted saves have left.
+
+    The newest `keep_last` (0: all) stay, and those of steps that `keep_every` divides.
+    """
+    if dist.rank():
+        return
+    folder = run / "checkpoints"
+    for left in folder.glob(f"step-*{TEMPORARY}"):
+        shutil.rmtree(left)
+    steps = sorted(folder.glob(_STEPS))
+    for old in steps[:-keep_last] if keep_last else []:
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            # never half a folder under a name that counts
+            shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY)))
+
+
 def save_best(job: Job) -> Path:
     """Write the weights of the present step as the best so far; every rank calls it."""
     target = job.folder / "best" / _name(job.progress.step)
-    commit(target, lambda folder: _write_weights(job, folder), _facts(job), replace=True)
+    commit(target, lambda writer: _write_weights(job, writer), _facts(job), replace=True)
     if dist.rank() == 0:
         for older in sorted(target.parent.glob("step-*")):
             if older != target:
@@ -131,14 +158,14 @@ def restore(job: Job, folder: Path, data: bool = True) -> None:
     job.engine.load(folder / "deepspeed")
     if job.average is not None:
         _restore_average(job.average, job.engine.model, folder)
-    state = load_plain(_rank_file(folder))
+    state = load_plain(folder / _rank_file())
     if data:
         job.loader.restore(state["loader"])
     job.progress = Progress(**manifest["progress"])
     set_random_state(state["random"])
 
 
-def _write_weights(job: Job, folder: Path) -> None:
+def _write_weights(job: Job, writer: Writer) -> None:
     first, model = dist.rank() == 0, job.engine.model
     files: dict[str, Mapping[str, Tensor] | None] = {WEIGHTS: None}
     if job.average is not None:
@@ -146,13 +173,11 @@ def _write_weights(job: Job, folder: Path) -> None:
     for name, pieces in files.items():
         state = whole_state(model, pieces, keep=first)
         if first:
-            save_file(state, folder / name, metadata={"digest": job.digest})
-            # safetensors makes files that only their owner may read.
-            (folder / name).chmod(folder.stat().st_mode & 0o666)
+            writer.tensors(name, state, job.digest)
     if first:
-        (folder / "config.yaml").write_text(job.config)
+        writer.file("config.yaml", lambda path: path.write_text(job.config))
         if (job.folder / TOKENIZER).is_file():
-            shutil.copyfile(job.folder / TOKENIZER, folder / TOKENIZER)
+            writer.file(TOKENIZER, partial(shutil.copyfile, job.folder / TOKENIZER))
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -202,8 +227,20 @@ def _restore_average(average: Average, model: nn.Module, folder: Path) -> None:
 
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, by its files alone: `latest` is not asked."""
-    for folder in sorted((run / "checkpoints").glob("step-????????"), reverse=True):
+    for folder in sorted((run / "checkpoints").glob(_STEPS), reverse=True):
         if not problem(folder):
+            return folder
+    return None
+
+
+def newest_for_all(run: Path) -> Path | None:
+    """As `newest`, with the same answer on all ranks, which share the reading; a collective.
+
+    A checkpoint that one rank does not see as it was written is none.
+    """
+    steps = on_rank0(lambda: sorted((run / "checkpoints").glob(_STEPS), reverse=True))
+    for folder in steps:
+        if not any(dist.gather_objects(problem(folder, dist.world_size(), dist.rank()))):
             return folder
     return None
 
@@ -226,7 +263,7 @@ def find(path: str | Path, which: str = "best") -> Path:
         if damage := problem(run):
             raise UserError(f"{damage}; choose another checkpoint of the run")
         return run
-    best = sorted((run / "best").glob("step-????????"), reverse=True) if which == "best" else []
+    best = sorted((run / "best").glob(_STEPS), reverse=True) if which == "best" else []
     found = next((folder for folder in best if not problem(folder)), None) or newest(run)
     if found is None:
         raise UserError(f"{run}: no complete checkpoint here; expected RUN/checkpoints/step-*")
@@ -256,8 +293,8 @@ def load_weights(path: str | Path, ema: bool = False, which: str = "best") -> di
         raise UserError(f"{file}: not a safetensors file: {error}") from error
 
 
-def _rank_file(folder: Path) -> Path:
-    return folder / "ranks" / f"{dist.rank():05d}.pt"
+def _rank_file() -> str:
+    return f"ranks/{dist.rank():05d}.pt"
 
 
 def _name(step: int) -> str:

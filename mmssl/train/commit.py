@@ -1,8 +1,9 @@
 """Folders that exist completely or not at all.
 
-All ranks write into `NAME.tmp`; when every file is on disk, rank 0 records sizes and CRC32C in
-`manifest.json` and renames the folder. A folder without a manifest, or one that its manifest does
-not describe, counts as absent, whatever its name.
+All ranks write into `NAME.tmp` and tell size and CRC32C of their files; when every file is on disk
+and rank 0 finds it there as it was written, it writes `manifest.json` and renames the folder. A
+folder without a manifest, or one that its manifest does not describe, counts as absent, whatever
+its name.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import google_crc32c
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mmssl import dist
+from mmssl.train.migrations import FORMAT_VERSION, migrated
 from mmssl.types import UserError
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, TEMPORARY = "manifest.json", ".tmp"
 _CHUNK = 1 << 22
 
 
@@ -46,9 +50,48 @@ def on_rank0(work: Callable[[], T]) -> T:
     return cast("T", value)
 
 
+class NotSavedError(UserError):
+    """A folder could not be written; nothing of it is left, and all else is untouched."""
+
+
+class Writer:
+    """The files of one rank in a folder that is being committed.
+
+    A file that cannot be written is no reason to leave the others alone in a collective: the error
+    is kept until all ranks have come to the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.error = folder, ""
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def file(self, name: str, write: Callable[[Path], object]) -> None:
+        """Have `write` make a file at the path it is given; nothing any more after an error."""
+        path = self.folder / name
+        if self.error:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            _sync(path)
+            self.files[name] = {"size": path.stat().st_size, "crc32c": crc32c(path)}
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk so
+            self.error = f"{path}: {error}"
+
+    def tensors(self, name: str, state: dict[str, Tensor], digest: str) -> None:
+        """A safetensors file that names the configuration it belongs to."""
+
+        def write(path: Path) -> None:
+            save_file(state, path, metadata={"digest": digest})
+            # safetensors makes files that only their owner may read
+            path.chmod(path.parent.stat().st_mode & 0o666)
+
+        self.file(name, write)
+
+
 def commit(
     target: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Writer], None],
     facts: dict[str, Any],
     replace: bool = False,
 ) -> None:
@@ -57,57 +100,76 @@ def commit(
     Args:
         target: a folder on storage that all ranks share. What stands there already and is not
             complete is replaced.
-        write: called on every rank with the folder to write into; may run collectives.
+        write: called on every rank; may run collectives.
         facts: entries of the manifest, besides `format_version` and `files`.
         replace: a complete folder of that name gives way, too.
 
     Raises:
         FileExistsError: `target` is a complete folder and `replace` is off.
-        OSError: rank 0 cannot write.
+        NotSavedError: a rank could not write, or rank 0 does not see what was written.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    on_rank0(lambda: _prepare(target, temporary, replace))
-    write(temporary)
-    dist.barrier()
-    on_rank0(lambda: _seal(temporary, target, facts))
+    temporary = target.with_name(target.name + TEMPORARY)
+    writer = Writer(temporary)
+    try:
+        on_rank0(lambda: _prepare(target, temporary, replace))
+        write(writer)
+        written = dist.gather_objects((writer.files, writer.error))
+        if errors := [error for _, error in written if error]:
+            raise OSError(errors[0])
+        files = {name: entry for theirs, _ in written for name, entry in theirs.items()}
+        on_rank0(lambda: _seal(temporary, target, {**facts, "files": files}))
+    except FileExistsError:
+        raise
+    except OSError as error:  # the same on all ranks
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise NotSavedError(f"{target}: not saved: {error}") from error
 
 
-def problem(folder: Path, content: bool = True) -> str:
+def problem(folder: Path, every: int = 1, first: int = 0) -> str:
     """What keeps a folder from being complete, or an empty string.
 
     Args:
         folder: a committed folder.
-        content: also read every file and compare its CRC32C.
+        every: so many ranks share the reading: of each file they compare the size, and the CRC32C
+            of every `every`-th one,
+        first: from this one on.
     """
     try:
-        manifest = read_manifest(folder)
+        files = read_manifest(folder)["files"]
+        read = sorted(files)[first::every]
+        return _mismatch(folder, files, read)
     except (OSError, ValueError) as error:
         return f"{folder / MANIFEST}: {error}"
-    if manifest.get("format_version") != FORMAT_VERSION:
-        return f"{folder / MANIFEST}: format_version {manifest.get('format_version')!r} is unknown"
-    for name, facts in manifest["files"].items():
+
+
+def _mismatch(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], read: Collection[str]
+) -> str:
+    """The first file that is not as listed, or an empty string; `read`: whose bytes count, too."""
+    for name, facts in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != facts["size"]:
             return f"{path}: {path.stat().st_size} bytes instead of {facts['size']}"
-        if content and crc32c(path) != facts["crc32c"]:
+        if name in read and crc32c(path) != facts["crc32c"]:
             return f"{path}: content differs from its CRC32C in {MANIFEST}"
     return ""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder.
+    """The manifest of a folder, in today's form.
 
     Raises:
         OSError: no such file.
-        ValueError: no JSON object with a table `files` of sizes and CRCs.
+        ValueError: no JSON object with a table `files` of sizes and CRCs, or of an unknown format.
     """
     manifest = json.loads((folder / MANIFEST).read_text())
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
         raise ValueError("not a manifest")
-    return cast("dict[str, Any]", manifest)
+    return migrated(manifest)
 
 
 def crc32c(path: Path) -> str:
@@ -148,12 +210,9 @@ def _prepare(target: Path, temporary: Path, replace: bool) -> None:
 
 
 def _seal(temporary: Path, target: Path, facts: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        _sync(path)
-        name = path.relative_to(temporary).as_posix()
-        files[name] = {"size": path.stat().st_size, "crc32c": crc32c(path)}
-    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    if damage := _mismatch(temporary, facts["files"], facts["files"]):
+        raise OSError(damage)
+    manifest = {"format_version": FORMAT_VERSION, **facts}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     folders = (p for p in temporary.rglob("*") if p.is_dir())
     for path in (temporary / MANIFEST, *folders, temporary):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmssl import config, dist
 from mmssl.partition import piece
 from mmssl.specs import OptimSpec, TrainSpec
+from mmssl.train.commit import Writer
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain
 from mmssl.types import Batch, Floor, Term, UserError
@@ -185,7 +186,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self._engine.checkpoint_engine = _shard_files()
+        self._engine.checkpoint_engine = self._files = _shard_files()
+        # a script that would load pickles without a check; no part of the data
+        self._engine._copy_recovery_script = lambda save_path: None
         if self.stage == 3:
             _hold_own_parameters(model, deepspeed.zero.register_external_parameter)
             _clear_padding(model, deepspeed.utils)
@@ -216,13 +219,10 @@ class Engine:
         self._engine.step()
         return norm
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's shards into `folder`; every rank calls it."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if dist.rank() == 0:
-            # Helper scripts of DeepSpeed that load pickles without a check; no part of the data.
-            for script in folder.parent.glob("zero_to_*.py"):
-                script.unlink()
+    def save(self, writer: Writer, name: str) -> None:
+        """Write DeepSpeed's shards into the folder `name`; every rank calls it."""
+        self._files.writer = writer
+        self._engine.save_checkpoint(str(writer.folder), tag=name, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote: weights, optimiser state, counters; every rank calls it.
@@ -278,7 +278,7 @@ def _clear_padding(model: nn.Module, tools: Any) -> None:
 
 
 def _shard_files() -> Any:
-    """DeepSpeed's file layer with loads that can build nothing but tensors and plain values."""
+    """DeepSpeed's file layer: writes through a `Writer`; loads build tensors and plain values."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -287,9 +287,13 @@ def _shard_files() -> Any:
     allowed = [LossScaler, ZeroStageEnum, fragment_address]
 
     class ShardFiles(TorchCheckpointEngine):  # type: ignore[misc]
+        writer: Writer
+
+        def save(self, state_dict: Any, path: str) -> None:
+            name = Path(path).relative_to(self.writer.folder).as_posix()
+            self.writer.file(name, lambda file: torch.save(state_dict, file))
+
         def load(self, path: str, map_location: Any = None) -> Any:
             return load_plain(path, allowed, map_location)
 
-    files = ShardFiles()
-    files.zipfile_serialization = True
-    return files
+    return ShardFiles()

@@ -9,7 +9,7 @@ from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
 from mmssl.train import checkpoint, preempt
 from mmssl.train.checkpoint import Job
-from mmssl.train.commit import on_rank0
+from mmssl.train.commit import NotSavedError
 from mmssl.train.engine import Terms, Trainable
 from mmssl.train.meters import Meters
 from mmssl.train.randomness import untouched_random_state
@@ -39,9 +39,7 @@ def train(spec: RunSpec, job: Job, meters: Meters, validator: Validator | None) 
         due = every and progress.step % every == 0
         if progress.step != saved and (over or asked or due):
             with meters.aside():
-                progress.elapsed_s = meters.elapsed_s()
-                checkpoint.save(job)
-            saved = progress.step
+                saved = progress.step if _save(spec, job, meters, over or asked) else saved
         if over:
             return
         if asked:
@@ -53,6 +51,26 @@ def train(spec: RunSpec, job: Job, meters: Meters, validator: Validator | None) 
             saved = _count_trouble(spec, job, meters, trouble, saved)
         else:
             progress.bad_in_a_row = 0
+
+
+def _save(spec: RunSpec, job: Job, meters: Meters, last: bool) -> bool:
+    """Write a checkpoint and remove old ones; False if that failed and the run is to go on.
+
+    The `last` one of a process must not fail.
+
+    Raises:
+        NotSavedError: a rank could not write.
+    """
+    job.progress.elapsed_s = meters.elapsed_s()
+    try:
+        checkpoint.save(job)
+    except NotSavedError as error:
+        if last or spec.train.on_save_error == "stop":
+            raise
+        meters.not_saved(job.progress.step, str(error))
+        return False
+    checkpoint.prune(job.folder, spec.train.keep_last, spec.train.keep_every)
+    return True
 
 
 def _step(spec: RunSpec, job: Job, meters: Meters) -> str:
@@ -107,7 +125,7 @@ def _count_trouble(spec: RunSpec, job: Job, meters: Meters, what: str, saved: in
     meters.skipped(progress.step, what, progress.skipped)
     if progress.bad_in_a_row < spec.train.bad_steps:
         return saved
-    found = None if progress.rollbacks else on_rank0(lambda: checkpoint.newest(job.folder))
+    found = None if progress.rollbacks else checkpoint.newest_for_all(job.folder)
     if found is None:
         tried = "again, after going back once" if progress.rollbacks else "and there is no checkpoint"
         raise UserError(

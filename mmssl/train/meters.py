@@ -160,6 +160,12 @@ class Meters:
             self.sinks.message(f"warning: step {step}: skipped, {what} is not finite ({count})")
             self.sinks.advance()
 
+    def not_saved(self, step: int, why: str) -> None:
+        """The checkpoint of a step could not be written."""
+        if self.sinks:
+            self.sinks.event(step, "not saved", why=why)
+            self.sinks.message(f"warning: step {step}: {why}; the run goes on")
+
     def rolled_back(self, step: int, from_step: int) -> None:
         """The run goes on from an earlier step."""
         if self.sinks:

@@ -113,7 +113,7 @@ def fit(
 def _fit(
     spec: RunSpec, parts: Parts, folder: Path, device: torch.device, again: bool, stop: StopRequest
 ) -> Progress:
-    found = on_rank0(lambda: checkpoint.newest(folder))
+    found = checkpoint.newest_for_all(folder)
     if again and found is None:
         raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
     job = _job(spec, parts, folder, device, stop, fresh=found is None)

@@ -39,7 +39,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(folder: Path, engine: Engine, ema: bool = True) -> Job:
     average = Average(engine.model) if ema else None
-    return Job(folder, "text", "digest", engine, ToyLoader(8), average, Progress(), StopRequest(), Watchdog(0))
+    watched = StopRequest(), Watchdog(0)
+    return Job(folder, "text", "digest", engine, ToyLoader(8), average, Progress(), *watched)
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -106,6 +107,21 @@ def test_the_pointer_is_only_advice_and_damage_falls_back(finished: Path, tmp_pa
     assert newest(folder) is None
     with pytest.raises(UserError, match="no complete checkpoint here"):
         load_weights(folder)
+
+
+def test_old_checkpoints_go_by_the_policy_alone(tmp_path: Path) -> None:
+    def steps() -> list[int]:
+        return sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step-*"))
+
+    with session() as device:
+        train = {"steps": 7, "save_every": 1, "keep_last": 2, "keep_every": 3}
+        run(device, str(tmp_path), train=train)
+        assert steps() == [3, 6, 7]
+        left = tmp_path / "checkpoints" / "step-00000005.tmp"
+        left.mkdir()
+        run(device, str(tmp_path), train={**train, "steps": 8, "keep_last": 0})
+    assert not left.exists()
+    assert steps() == [3, 6, 7, 8]
 
 
 def test_missing_averages_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -7,21 +7,20 @@ import google_crc32c
 import pytest
 
 from mmssl.train import commit as module
-from mmssl.train.commit import commit, crc32c, on_rank0, problem, read_manifest, write_text
+from mmssl.train.commit import NotSavedError, Writer, commit, crc32c, on_rank0, problem, read_manifest, write_text
 from mmssl.types import UserError
 
 
-def write(folder: Path) -> None:
-    (folder / "inner").mkdir()
-    (folder / "inner" / "a.bin").write_bytes(bytes(range(256)) * 40)
-    (folder / "b.txt").write_text("hello")
+def write(writer: Writer) -> None:
+    writer.file("inner/a.bin", lambda path: path.write_bytes(bytes(range(256)) * 40))
+    writer.file("b.txt", lambda path: path.write_text("hello"))
 
 
 def test_a_committed_folder_is_described_by_its_manifest(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
     commit(target, write, {"step": 1})
     manifest = read_manifest(target)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["step"] == 1
     expected = google_crc32c.value(b"hello")
     assert manifest["files"]["b.txt"] == {"size": 5, "crc32c": f"{expected:08x}"}
@@ -38,15 +37,39 @@ def test_crc32c_of_the_standard_check_string(tmp_path: Path) -> None:
 def test_a_failure_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
 
-    def fail(folder: Path) -> None:
-        write(folder)
-        raise RuntimeError("the disk went away")
+    def gone(path: Path) -> None:
+        path.write_text("ha")
+        raise OSError("the disk went away")
 
-    with pytest.raises(RuntimeError, match="went away"):
+    def fail(writer: Writer) -> None:
+        write(writer)
+        writer.file("c.txt", gone)
+        writer.file("d.txt", lambda path: pytest.fail("nothing is written behind an error"))
+
+    with pytest.raises(NotSavedError, match=r"step-1: not saved: .*c\.txt: the disk went away"):
         commit(target, fail, {})
-    assert not target.exists()
-    commit(target, write, {})  # the leftover is no obstacle
+    assert list(tmp_path.iterdir()) == []
+    commit(target, write, {})
     assert problem(target) == ""
+
+
+def test_a_file_that_rank_0_does_not_see_as_it_was_written_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = {"lost.bin": {"size": 3, "crc32c": "00000000"}}
+    gather = lambda value: [value, (entries, "")]  # noqa: E731
+    monkeypatch.setattr(module.dist, "gather_objects", gather)
+    with pytest.raises(NotSavedError, match=r"lost\.bin: missing"):
+        commit(tmp_path / "step-1", write, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_commit_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "step-1.tmp").mkdir()
+    (tmp_path / "step-1.tmp" / "old").write_text("left")
+    commit(tmp_path / "step-1", write, {})
+    assert sorted(read_manifest(tmp_path / "step-1")["files"]) == ["b.txt", "inner/a.bin"]
+    assert not (tmp_path / "step-1" / "old").exists()
 
 
 def test_a_complete_folder_is_never_rewritten_unless_asked(tmp_path: Path) -> None:
@@ -91,11 +114,14 @@ def test_damage_is_found_and_then_replaced(tmp_path: Path, damage: object, messa
     assert problem(target) == ""
 
 
-def test_sizes_alone_can_be_checked_without_reading(tmp_path: Path) -> None:
+def test_ranks_share_the_reading(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
     commit(target, write, {})
     (target / "b.txt").write_text("hellO")
-    assert problem(target, content=False) == ""
+    found = [problem(target, every=2, first=rank) for rank in range(2)]
+    assert [bool(text) for text in found] == [True, False]
+    (target / "b.txt").write_text("hell")  # both look at sizes
+    assert all(problem(target, every=2, first=rank) for rank in range(2))
 
 
 def test_write_text_replaces_in_one_step(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ def test_a_run_that_starts_from_all_parts_encodes_like_its_source(source, weight
 def checkpoint(folder, **files):
     """A complete checkpoint folder of a run with these weight files."""
 
-    def write(where):
+    def write(writer):
         for name, state in files.items():
-            save_file(state, where / f"{name}.safetensors")
+            writer.tensors(f"{name}.safetensors", state, "")
 
     commit(folder / "checkpoints" / "step-00000001", write, {"step": 1})
     return str(folder)
