@@ -7,6 +7,7 @@ the worker as one block of shared memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmssl.data.blend import train_weights
 from mmssl.data.collate import Item, PackedBatch, failed, pack
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
 from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
+from mmssl.data.join import join
 from mmssl.data.labels import LabelBook
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
@@ -39,18 +41,20 @@ def train_loader(
     world: int,
     tokenizer: Tokenizer | None,
     ledger: str | Path | None = None,
+    joined: int = 1,
 ) -> TrainLoader:
     """An endless iterator of training batches.
 
     Args:
         data: folders with blend weights, workers, limits.
         views: views by name.
-        micro_batch: rows per batch.
+        micro_batch: rows that a reader puts together.
         seed: seeds the order and everything random about a sample.
         rank: number of this process among those that read.
         world: how many processes read.
         tokenizer: needed by text views.
         ledger: file to which skipped samples are appended as JSON lines.
+        joined: so many of the readers' batches are delivered as one.
 
     Raises:
         UserError: a folder is missing or not prepared, has fewer samples than there are readers, or
@@ -91,7 +95,7 @@ def train_loader(
     }
     if data.frame_labels:
         identity["frame_labels"] = labels.digests
-    return TrainLoader(loader, identity)
+    return TrainLoader(loader, identity, joined)
 
 
 def _check_readers(
@@ -110,9 +114,8 @@ def _check_readers(
 class TrainLoader:
     """Endless iterator of batches whose position can be saved and restored exactly."""
 
-    def __init__(self, loader: Any, identity: dict[str, Any]) -> None:
-        self._loader = loader
-        self._identity = identity
+    def __init__(self, loader: Any, identity: dict[str, Any], joined: int) -> None:
+        self._loader, self._identity, self._joined = loader, identity, joined
         self._iterator: Iterator[PackedBatch] | None = None
 
     def __iter__(self) -> TrainLoader:
@@ -124,13 +127,14 @@ class TrainLoader:
         Raises:
             UserError: too many samples were bad.
         """
+        return join([self._one() for _ in range(self._joined)])
+
+    def _one(self) -> Batch:
         if self._iterator is None:
             with energon.quiet():
                 self._iterator = iter(self._loader)
-                packed = next(self._iterator)
-        else:
-            packed = next(self._iterator)
-        return packed.unpack()
+                return next(self._iterator).unpack()
+        return next(self._iterator).unpack()
 
     def state(self) -> dict[str, Any]:
         """Position after the last batch delivered, as plain data and tensors.
@@ -147,17 +151,46 @@ class TrainLoader:
             UserError: the state belongs to other shards, another seed, batch or number of readers.
             RuntimeError: batches were already taken.
         """
+        self._check(state["identity"], self._identity)
+        self._loader.restore_state_rank(_position(state))
+
+    def redistribute(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue what another number of ranks has read; call it before the first batch.
+
+        Readers keep their number, counted over the ranks, and with it their samples and position:
+        nothing is lost or read twice.
+
+        Args:
+            states: of all ranks of that run, in their order.
+
+        Raises:
+            UserError: as `restore`, or the number of readers is another.
+            RuntimeError: batches were already taken.
+        """
+        mine = self._identity
+        for rank, state in enumerate(states):
+            layout = {"rank": rank, "world": len(states), "workers": state["identity"]["workers"]}
+            self._check(state["identity"], {**mine, **layout})
+        readers = [reader for state in states for reader in _position(state).worker_states]
+        if not mine["workers"] or len(readers) != mine["world"] * mine["workers"]:
+            raise UserError(
+                f"the saved data position belongs to {len(readers)} readers; this run has "
+                f"{mine['world']} ranks x {mine['workers']} workers"
+            )
+        first = mine["rank"] * mine["workers"]
+        position = replace(
+            _position(states[0]),
+            worker_states=readers[first : first + mine["workers"]],
+            next_worker_id=0,
+        )
+        self._loader.restore_state_rank(position)
+
+    def _check(self, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         if self._iterator is not None:
             raise RuntimeError("restore the loader before the first batch is taken")
-        saved = state["identity"]
-        for name, value in self._identity.items():
+        for name, value in wanted.items():
             if saved.get(name) != value:
                 raise UserError(_mismatch(name, saved.get(name), value))
-        try:
-            position = energon.from_plain(state["position"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the saved data position is unreadable ({error!r})") from error
-        self._loader.restore_state_rank(position)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -166,6 +199,13 @@ class TrainLoader:
         if inner is not None and hasattr(inner, "_shutdown_workers"):
             inner._shutdown_workers()
         self._loader._iterator = None
+
+
+def _position(state: Mapping[str, Any]) -> Any:
+    try:
+        return energon.from_plain(state["position"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the saved data position is unreadable ({error!r})") from error
 
 
 def _mismatch(name: str, saved: Any, value: Any) -> str:

@@ -26,6 +26,9 @@ class DataSpec(Spec):
     # side-cars of data_tools/label_shards.py by the name tasks use, one file per shard folder
     frame_labels: dict[str, str | list[str]] = {}
     workers: int = Field(2, ge=0)  # per rank; 0 reads in the training process
+    # rows that a reader puts together; 0 = all that a process takes at once. With fewer, a run can go
+    # on with more processes
+    rows: int = Field(0, ge=0)
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling
     max_pixels: int = Field(16_777_216, gt=0)  # refuse larger frames before decoding

@@ -13,7 +13,7 @@ Nothing is loaded that could run code: safetensors, and pickles of tensors and p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mmssl import dist
 from mmssl.files import sha256
+from mmssl.rng import seed_of
 from mmssl.train.commit import (
     MANIFEST,
     TEMPORARY,
@@ -36,9 +37,10 @@ from mmssl.train.commit import (
     read_manifest,
     write_text,
 )
+from mmssl.train.elastic import Layout
 from mmssl.train.engine import Engine
 from mmssl.train.preempt import StopRequest
-from mmssl.train.randomness import random_state, set_random_state
+from mmssl.train.randomness import random_state, seed_all, set_random_state
 from mmssl.train.safe import load_plain
 from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes, whole_state
@@ -60,6 +62,12 @@ class Loader(Protocol):
 
     def restore(self, state: Any) -> None:
         """Go on from a position."""
+
+    def redistribute(self, states: Sequence[Any]) -> None:
+        """Go on from the positions of all ranks of a run of another size."""
+
+    def close(self) -> None:
+        """Stop reading."""
 
 
 @dataclass
@@ -92,6 +100,7 @@ class Job:
     digest: str
     engine: Engine
     loader: Loader
+    layout: Layout
     average: Average | None
     progress: Progress
     stop: StopRequest
@@ -109,7 +118,7 @@ def save(job: Job) -> Path:
         _write_weights(job, writer)
         job.engine.save(writer, "deepspeed")
         state = {"loader": job.loader.state(), "random": random_state()}
-        writer.file(_rank_file(), lambda path: torch.save(state, path))
+        writer.file(_rank_file(dist.rank()), lambda path: torch.save(state, path))
 
     commit(target, write, _facts(job))
     if dist.rank() == 0:
@@ -151,18 +160,24 @@ def restore(job: Job, folder: Path, data: bool = True) -> None:
     Without `data` its loader stays where it is.
 
     Raises:
-        UserError: another number of processes, another ZeRO stage or another model.
+        UserError: another ZeRO stage or another model.
     """
     manifest = read_manifest(folder)
     _check_fit(job, folder, manifest)
-    job.engine.load(folder / "deepspeed")
+    ranks = int(manifest["world_size"])
+    job.engine.load(folder / "deepspeed", ranks)
     if job.average is not None:
         _restore_average(job.average, job.engine.model, folder)
-    state = load_plain(folder / _rank_file())
-    if data:
-        job.loader.restore(state["loader"])
     job.progress = Progress(**manifest["progress"])
-    set_random_state(state["random"])
+    if ranks == dist.world_size():
+        state = load_plain(folder / _rank_file(dist.rank()))
+        if data:
+            job.loader.restore(state["loader"])
+        set_random_state(state["random"])
+    else:
+        states = [load_plain(folder / _rank_file(rank)) for rank in range(ranks)]
+        job.loader.redistribute([state["loader"] for state in states])
+        seed_all(seed_of(job.progress.step, manifest["digest"], dist.rank()))
 
 
 def _write_weights(job: Job, writer: Writer) -> None:
@@ -184,6 +199,8 @@ def _facts(job: Job) -> dict[str, Any]:
     return {
         "step": job.progress.step,
         "world_size": dist.world_size(),
+        "workers": job.layout.workers,
+        "rows": job.layout.rows,
         "zero": job.engine.stage,
         "digest": job.digest,
         "tokenizer_sha256": _sha256(job.folder / TOKENIZER),
@@ -192,13 +209,11 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _check_fit(job: Job, folder: Path, manifest: Mapping[str, Any]) -> None:
-    for key, mine in (("world_size", dist.world_size()), ("zero", job.engine.stage)):
-        if manifest[key] != mine:
-            name = {"world_size": "processes", "zero": "train.zero"}[key]
-            raise UserError(
-                f"{folder}: written with {name}={manifest[key]}, this run has {mine}; resume with "
-                f"{name}={manifest[key]}"
-            )
+    if manifest["zero"] != job.engine.stage:
+        raise UserError(
+            f"{folder}: written with train.zero={manifest['zero']}, this run has "
+            f"{job.engine.stage}; resume with train.zero={manifest['zero']}"
+        )
     if manifest["tokenizer_sha256"] != _sha256(job.folder / TOKENIZER):
         raise UserError(
             f"{job.folder / TOKENIZER}: is not the one of the checkpoint; copy it back from "
@@ -293,8 +308,8 @@ def load_weights(path: str | Path, ema: bool = False, which: str = "best") -> di
         raise UserError(f"{file}: not a safetensors file: {error}") from error
 
 
-def _rank_file() -> str:
-    return f"ranks/{dist.rank():05d}.pt"
+def _rank_file(rank: int) -> str:
+    return f"ranks/{rank:05d}.pt"
 
 
 def _name(step: int) -> str:

@@ -8,10 +8,12 @@ every ZeRO stage, only the matrix products are narrow.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from mmssl.partition import piece
 from mmssl.specs import OptimSpec, TrainSpec
 from mmssl.train.commit import Writer
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
-from mmssl.train.safe import load_plain
+from mmssl.train.safe import load_plain, plain_loads, quiet
 from mmssl.types import Batch, Floor, Term, UserError
 
 Terms = Mapping[str, Term]
@@ -224,13 +226,33 @@ class Engine:
         self._files.writer = writer
         self._engine.save_checkpoint(str(writer.folder), tag=name, save_latest=False)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, ranks: int) -> None:
         """Read what `save` wrote: weights, optimiser state, counters; every rank calls it.
+
+        Shards of another number of `ranks` are first put together in a folder beside, which is
+        removed again.
 
         Raises:
             UserError: a file could run code.
         """
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if ranks == dist.world_size() or not self.stage:
+            with plain_loads(_allowed()):
+                self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            return
+        whole = folder.parent.with_name(f"{folder.parent.name}-whole.tmp")
+        settings = self._engine._config
+        if dist.rank() == 0:
+            _put_together(folder, whole)
+        dist.barrier()
+        settings.load_universal_checkpoint = True
+        try:
+            with plain_loads(_allowed()), quiet():
+                self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
+        finally:
+            settings.load_universal_checkpoint = False
+        dist.barrier()
+        if dist.rank() == 0:
+            shutil.rmtree(whole)
 
     def close(self) -> None:
         """Release hooks and buffers; what follows in this process computes as if nothing had been.
@@ -277,14 +299,38 @@ def _clear_padding(model: nn.Module, tools: Any) -> None:
                 tools.safe_set_local_fp32_param(parameter, master)
 
 
-def _shard_files() -> Any:
-    """DeepSpeed's file layer: writes through a `Writer`; loads build tensors and plain values."""
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+def _allowed() -> list[type]:
+    """The classes in DeepSpeed's shards besides tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    allowed = [LossScaler, ZeroStageEnum, fragment_address]
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _put_together(folder: Path, whole: Path) -> None:
+    """DeepSpeed's shards in its form that any number of ranks can read."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    with plain_loads(_allowed()), quiet():
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(folder),
+                output_folder=str(whole),
+                strict=True,
+                inject_missing_state=True,
+                **options,
+            )
+        )
+    (whole.parent / "latest_universal").unlink()
+
+
+def _shard_files() -> Any:
+    """DeepSpeed's file layer: writes through a `Writer`; loads build tensors and plain values."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    allowed = _allowed()
 
     class ShardFiles(TorchCheckpointEngine):  # type: ignore[misc]
         writer: Writer

@@ -3,7 +3,8 @@
 | version | change |
 |---|---|
 | 1 | the first |
-| 2 | `progress` tells the step of the last evaluation, skipped steps and returns to a checkpoint |
+| 2 | `progress` tells the step of the last evaluation, skipped steps and returns to a checkpoint; \
+`workers` and `rows` of the readers |
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ FORMAT_VERSION = 2
 Manifest = dict[str, Any]
 
 
-def _progress_tells_more(manifest: Manifest) -> Manifest:
+def _from_1(manifest: Manifest) -> Manifest:
     progress = manifest.get("progress", {})
-    # An evaluation that was due came before the checkpoint.
-    return {**manifest, "progress": {**progress, "evaluated": progress.get("step", 0)}}
+    return {
+        **manifest,
+        # an evaluation that was due came before the checkpoint
+        "progress": {**progress, "evaluated": progress.get("step", 0)},
+        # not known: the run goes on with as many processes and its own data.workers
+        "workers": None,
+        "rows": None,
+    }
 
 
 # from which version, and how to the next
-MIGRATIONS: dict[int, Callable[[Manifest], Manifest]] = {1: _progress_tells_more}
+MIGRATIONS: dict[int, Callable[[Manifest], Manifest]] = {1: _from_1}
 
 
 def migrated(manifest: Manifest) -> Manifest:
@@ -33,7 +40,7 @@ def migrated(manifest: Manifest) -> Manifest:
         ValueError: its version is not known.
     """
     version = manifest.get("format_version")
-    if version not in range(1, FORMAT_VERSION + 1):
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         hint = "; it was written by a newer mmssl" if newer else ""
         raise ValueError(f"format_version {version!r} is unknown{hint}")

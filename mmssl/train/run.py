@@ -22,15 +22,16 @@ from torch import nn
 from mmssl import config, dist
 from mmssl.build import build_model
 from mmssl.check import need_labels
-from mmssl.data.loader import train_loader
+from mmssl.data.loader import TrainLoader, train_loader
 from mmssl.data.text import Tokenizer
 from mmssl.model import Model, need_tasks
 from mmssl.rng import seed_of
 from mmssl.specs import RunSpec
-from mmssl.train import checkpoint, preempt
+from mmssl.train import checkpoint, elastic, preempt
 from mmssl.train.checkpoint import Job, Loader, Progress
-from mmssl.train.commit import on_rank0, replace_file, write_text
-from mmssl.train.engine import Engine, Trainable, micro_batch, session
+from mmssl.train.commit import on_rank0, read_manifest, replace_file, write_text
+from mmssl.train.elastic import Layout
+from mmssl.train.engine import Engine, Trainable, session
 from mmssl.train.loop import train
 from mmssl.train.meters import Meters
 from mmssl.train.preempt import StopRequest
@@ -85,7 +86,7 @@ class Parts:
     """What a run is put together from, besides its configuration."""
 
     make_model: Callable[[], nn.Module]
-    loader: Loader
+    make_loader: Callable[[Layout], Loader]
     evaluate: Evaluate
     # of a new run: refuses bad labels, and loads the weights of `init` entries
     load_start: Callable[[nn.Module], None] | None = None
@@ -116,15 +117,26 @@ def _fit(
     found = checkpoint.newest_for_all(folder)
     if again and found is None:
         raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
-    job = _job(spec, parts, folder, device, stop, fresh=found is None)
+    layout = elastic.layout(spec, dist.world_size(), read_manifest(found) if found else None)
+    loader = parts.make_loader(layout)
+    try:
+        job = _job(spec, parts, folder, device, stop, loader, layout, fresh=found is None)
+        return _train(spec, parts, job, found, again)
+    finally:
+        loader.close()
+
+
+def _train(spec: RunSpec, parts: Parts, job: Job, found: Path | None, again: bool) -> Progress:
     if found:
         checkpoint.restore(job, found)
         if again:
             job.progress.stopped, job.progress.waited = "", 0
-    on_rank0(lambda: write_text(folder / "config.yaml", job.config))
+    on_rank0(lambda: write_text(job.folder / "config.yaml", job.config))
     progress = job.progress
     floors = cast("Trainable", job.engine.model).floors
-    meters = Meters(folder, spec.train, device, progress.step, progress.elapsed_s, floors)
+    meters = Meters(
+        job.folder, spec.train, job.engine.device, progress.step, progress.elapsed_s, floors
+    )
     validator = None
     if spec.validation.every:
         validator = Validator(spec.validation, parts.make_model, parts.evaluate)
@@ -205,16 +217,19 @@ def _has_text(spec: RunSpec) -> bool:
 def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> int:
     tokenizer = Tokenizer.load(folder / "tokenizer.model") if _has_text(spec) else None
     rank, world = dist.rank(), dist.world_size()
-    loader = train_loader(
-        spec.data,
-        spec.views,
-        micro_batch(spec.train, world),
-        spec.train.seed,
-        rank,
-        world,
-        tokenizer,
-        folder / ("skipped.jsonl" if world == 1 else f"skipped-{rank:05d}.jsonl"),
-    )
+
+    def make_loader(layout: Layout) -> TrainLoader:
+        return train_loader(
+            spec.data.model_copy(update={"workers": layout.workers}),
+            spec.views,
+            layout.rows,
+            spec.train.seed,
+            rank,
+            world,
+            tokenizer,
+            folder / ("skipped.jsonl" if world == 1 else f"skipped-{rank:05d}.jsonl"),
+            layout.joined,
+        )
 
     def make_model() -> nn.Module:
         if tokenizer is None:
@@ -230,12 +245,8 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
 
         return suites.quick(cast("Any", model), spec, tokenizer, clips)
 
-    try:
-        progress = fit(
-            spec, Parts(make_model, loader, evaluate, load_start), folder, device, again
-        )
-    finally:
-        loader.close()
+    parts = Parts(make_model, make_loader, evaluate, load_start)
+    progress = fit(spec, parts, folder, device, again)
     return preempt.EXIT_CODE if progress.stopped == preempt.REASON else 0
 
 
@@ -245,6 +256,8 @@ def _job(
     folder: Path,
     device: torch.device,
     stop: StopRequest,
+    loader: Loader,
+    layout: Layout,
     fresh: bool,
 ) -> Job:
     # The run owns the global generators: weights start alike on all ranks, dropout differs.
@@ -257,7 +270,7 @@ def _job(
     seed_all(seed_of(spec.train.seed, "rank", dist.rank()))
     text, digest = config.dump(spec), config.digest(spec)
     watch = Watchdog(spec.train.hang_s)
-    return Job(folder, text, digest, engine, parts.loader, average, Progress(), stop, watch)
+    return Job(folder, text, digest, engine, loader, layout, average, Progress(), stop, watch)
 
 
 def _headline(spec: RunSpec, job: Job) -> str:

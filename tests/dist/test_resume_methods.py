@@ -56,7 +56,9 @@ def small_run(name: str) -> RunSpec:
 def train(spec: RunSpec, folder: Path, device: torch.device) -> None:
     folder.mkdir(exist_ok=True)
     parts = Parts(
-        lambda: build_model(spec, VOCABULARY, SPECIAL, BEGINS), FakeLoader(spec), lambda *_: {}
+        lambda: build_model(spec, VOCABULARY, SPECIAL, BEGINS),
+        lambda layout: FakeLoader(spec),
+        lambda *_: {},
     )
     fit(spec, parts, folder, device)
 

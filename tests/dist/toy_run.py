@@ -189,6 +189,12 @@ class ToyLoader:
     def restore(self, state: dict[str, int]) -> None:
         self.position = state["position"]
 
+    def redistribute(self, states: list[dict[str, int]]) -> None:
+        self.position = states[0]["position"]
+
+    def close(self) -> None:
+        pass
+
 
 class TinyLoader(ToyLoader):
     """Batches of the whole model's test run, each rank its own, with missing modalities."""
@@ -245,7 +251,7 @@ def run(
             return build_model(spec, VOCABULARY, SPECIAL)
         return ToyModel(dropout, poison)
 
-    parts = Parts(make_model, loader, evaluate)
+    parts = Parts(make_model, lambda layout: loader, evaluate)
     try:
         return fit(spec, parts, path, device, again)
     except InterruptedError:
