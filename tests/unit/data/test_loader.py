@@ -265,6 +265,72 @@ def test_another_layout_is_refused(shards, tokenizer, change, message):
         make(shards, tokenizer, **change).restore(state)
 
 
+def phase(shards, tokenizer, world, workers, rounds, states=None):
+    """What all ranks read in so many rounds of their readers, and the states behind."""
+    seen, after = [], []
+    for rank in range(world):
+        loader = make(shards, tokenizer, micro_batch=2, rank=rank, world=world, workers=workers)
+        if states is not None:
+            loader.redistribute(states)
+        seen += [str(digest(next(loader))) for _ in range(rounds * workers)]
+        after.append(loader.state())
+        loader.close()
+    return seen, after
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 4, 2), (4, 2, 1)])
+def test_other_numbers_of_ranks_read_on_without_loss_or_repetition(shards, tokenizer, sizes):
+    """The same batches, augmented alike, in whatever order; across the end of an epoch."""
+    readers, rounds = 4, 3
+    whole, _ = phase(shards, tokenizer, sizes[0], readers // sizes[0], rounds * len(sizes))
+    seen, states = [], None
+    for world in sizes:
+        part, states = phase(shards, tokenizer, world, readers // world, rounds, states)
+        seen += part
+    assert Counter(seen) == Counter(whole)
+    assert max(Counter(whole).values()) == 1
+
+
+def test_a_reader_keeps_its_place_when_ranks_change_amid_a_round(shards, tokenizer):
+    """Nothing is lost or read twice, though some readers are one batch ahead."""
+    loader = make(shards, tokenizer, micro_batch=2, workers=4)
+    first = [next(loader) for _ in range(6)]
+    states = [loader.state()]
+    loader.close()
+    rest, _ = phase(shards, tokenizer, 2, 2, 4, states)
+    loader = make(shards, tokenizer, micro_batch=2, workers=4)
+    whole = [next(loader) for _ in range(24)]
+    loader.close()
+    known, read = ({str(digest(batch)) for batch in part} for part in (whole, first))
+    assert len(set(rest)) == 16
+    assert set(rest) <= known - read
+
+
+def test_joined_batches_are_those_of_the_readers_in_turn(shards, tokenizer):
+    single = make(shards, tokenizer, micro_batch=2, workers=2)
+    keys = [next(single).keys for _ in range(6)]
+    single.close()
+    joined = train_loader(spec(shards, workers=2), VIEWS, 2, 0, 0, 1, tokenizer, joined=3)
+    batches = [next(joined) for _ in range(2)]
+    joined.close()
+    assert [b.keys for b in batches] == [keys[0] + keys[1] + keys[2], keys[3] + keys[4] + keys[5]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workers": 1}, "4 readers; this run has 1 ranks x 1 workers"),
+        ({"workers": 0}, "4 readers; this run has 1 ranks x 0 workers"),
+        ({"workers": 4, "seed": 3}, "seed = 0, this run has 3"),
+        ({"workers": 4, "micro_batch": 4}, "micro_batch = 2, this run has 4"),
+    ],
+)
+def test_another_number_of_readers_is_refused(shards, tokenizer, change, message):
+    _, states = phase(shards, tokenizer, 2, 2, 1)
+    with pytest.raises(UserError, match=message):
+        make(shards, tokenizer, **{"micro_batch": 2, **change}).redistribute(states)
+
+
 def test_other_shards_are_refused(shards, tokenizer, tmp_path):
     loader = make(shards, tokenizer)
     next(loader)
