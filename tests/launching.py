@@ -19,6 +19,11 @@ LIMIT_S = 900.0
 TEST_LIMIT_S = 2 * LIMIT_S + 200  # a test launches at most twice one after the other
 
 
+def settings_of(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a started process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+
+
 def run_script(
     words: Sequence[str | Path],
     processes: int = 1,
@@ -31,9 +36,8 @@ def run_script(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
     command += map(str, words)
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=settings, **pipes) as process:
+    with subprocess.Popen(command, text=True, env=settings_of(env), **pipes) as process:
         try:
             out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:

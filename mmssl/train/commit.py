@@ -75,8 +75,10 @@ class Writer:
             write(path)
             _sync(path)
             self.files[name] = {"size": path.stat().st_size, "crc32c": crc32c(path)}
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk so
-            self.error = f"{path}: {error}"
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch reports a full disk as a file position that it did not expect
+            free_mb = shutil.disk_usage(self.folder).free / 1e6
+            self.error = f"{path}: {error}; {free_mb:.1f} MB are free there"
 
     def tensors(self, name: str, state: dict[str, Tensor], digest: str) -> None:
         """A safetensors file that names the configuration it belongs to."""

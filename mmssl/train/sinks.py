@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tqdm import tqdm
 class Sinks:
     """The run folder's `log.jsonl` and `tensorboard/`, and a progress bar.
 
-    Where standard error is no terminal there is no bar, but one line per logged step.
+    Where standard error is no terminal there is no bar, but one line per logged step. Logs that
+    cannot be written, e.g. on a full disk, are no reason to stop: it is said once.
     """
 
     def __init__(self, folder: Path, total: int, step: int = 0) -> None:
@@ -25,6 +27,7 @@ class Sinks:
         self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         # Events a lost process wrote after its last checkpoint are hidden by `purge_step`.
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._unwritten = ""
         self._bar = tqdm(total=total, initial=step, disable=self.quiet, unit="step")
         if step:
             self.event(step, "resumed")
@@ -45,8 +48,7 @@ class Sinks:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Log one line of training values."""
         self._line({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._scalars("train", step, values)
         text = summary_line(values)
         if self.quiet:
             self.message(f"step {step}/{self.total}  {text}")
@@ -56,8 +58,7 @@ class Sinks:
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Log one evaluation."""
         self._line({"step": step, "validation": dict(values)})
-        for name, value in values.items():
-            self._board.add_scalar(f"validation/{name}", value, step)
+        self._scalars("validation", step, values)
 
     def message(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -67,12 +68,29 @@ class Sinks:
     def close(self) -> None:
         """Flush and close."""
         self._bar.close()
-        self._board.close()
-        self._lines.close()
+        with self._unless_full():
+            self._board.close()
+        with self._unless_full():
+            self._lines.close()
 
     def _line(self, values: Mapping[str, Any]) -> None:
-        self._lines.write(json.dumps(_without_nan(values)) + "\n")
-        self._lines.flush()
+        with self._unless_full():
+            self._lines.write(json.dumps(_without_nan(values)) + "\n")
+            self._lines.flush()
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        with self._unless_full():
+            for name, value in values.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    @contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._unwritten:
+                self._unwritten = str(error)
+                self.message(f"warning: the logs cannot be written and will have gaps: {error}")
 
 
 def summary_line(values: Mapping[str, float]) -> str:

@@ -1,0 +1,131 @@
+"""R8: whatever hangs or dies, all processes of a run end within the limit, and say where they were.
+
+    python hangs.py RUN CASE STAGE      one rank of two
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "dist")]
+
+from launching import settings_of
+from report import Outcome, collect
+
+LIMIT_S = 6.0  # train.hang_s
+START_S = 120.0  # to import, build and come to the fault, on a busy machine
+ENDS_S = LIMIT_S + 24.0  # from the fault to the end of both ranks
+CASES = ("rank asleep", "rank killed", "storage stalled", "reader asleep", "reader killed")
+MARK = "fault at"
+
+
+def fault(case: str, where: str) -> None:
+    """Rank 1 comes to harm."""
+    print(MARK, time.time(), flush=True)
+    if case.endswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(f"hanging in {where}", flush=True)
+    time.sleep(1000)
+
+
+def rank(folder: str, case: str, stage: int) -> None:
+    """Train the toy; at the third step of rank 1 the fault happens."""
+    import toy_run
+    from torch.utils.data import DataLoader, IterableDataset
+
+    from mmssl import dist
+    from mmssl.train import commit
+    from mmssl.train.engine import session
+
+    class Samples(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[int]:
+            for i in range(10**6):
+                if i == 3 and case.startswith("reader") and dist.rank() == 1:
+                    fault(case, "a reader")
+                yield i
+
+    class Loader(toy_run.ToyLoader):
+        """Numbers of its batches come from a process of its own."""
+
+        numbers: Any = None
+
+        def __next__(self) -> Any:
+            if self.numbers is None:
+                self.numbers = iter(DataLoader(Samples(), None, num_workers=1, prefetch_factor=1))
+            self.position = next(self.numbers)
+            if self.position == 3 and case.startswith("rank") and dist.rank() == 1:
+                fault(case, "a rank")
+            return super().__next__()
+
+    toy_run.ToyLoader = Loader  # type: ignore[misc]
+    if case == "storage stalled":
+        write = commit.Writer.file
+
+        def stalled(self: commit.Writer, name: str, make: Any) -> None:
+            if dist.rank() == 1 and name.startswith("ranks"):
+                fault(case, "the storage")
+            write(self, name, make)
+
+        commit.Writer.file = stalled  # type: ignore[method-assign]
+    train = {"zero": stage, "steps": 1000, "save_every": 4, "hang_s": LIMIT_S}
+    with session(threads=1) as device:
+        toy_run.run(device, folder, train=train)
+
+
+def attempt(folder: str, case: str, stage: int) -> tuple[bool, float]:
+    """Whether both ranks ended in time with stacks on their way out, and how long it took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    logs = [Path(folder, f"rank{i}.txt") for i in range(2)]
+    ranks = []
+    for i, log in enumerate(logs):
+        layout = {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2"}
+        command = [sys.executable, __file__, f"{folder}/run", case, str(stage)]
+        with log.open("w") as out:
+            env = settings_of({**address, **layout})
+            ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+    try:
+        codes = [process.wait(START_S + ENDS_S) for process in ranks]
+    except subprocess.TimeoutExpired:
+        for process in ranks:
+            process.kill()
+        return False, float("inf")
+    ended = time.time()
+    said = [log.read_text() for log in logs]
+    marks = [line for text in said for line in text.splitlines() if line.startswith(MARK)]
+    if len(marks) != 1 or 0 in codes:
+        return False, float("inf")
+    seconds = ended - float(marks[0].removeprefix(MARK))
+    traces = ("most recent call first", "Traceback (most recent call last)")
+    tells = any(trace in text for text in said for trace in traces)
+    return tells and seconds < ENDS_S, seconds
+
+
+def run(count: int, seed: int) -> list[Outcome]:
+    """`count` faults of all kinds in turn."""
+    rng = random.Random(seed)
+
+    def cases() -> Iterator[tuple[str, bool]]:
+        for i in range(count):
+            case = CASES[i % len(CASES)]
+            with tempfile.TemporaryDirectory() as folder:
+                held, _ = attempt(folder, case, rng.randrange(4))
+            yield f"{case}, 2 ranks: all end within {ENDS_S:.0f} s and say where", held
+
+    return collect("R8", cases())
+
+
+if __name__ == "__main__":
+    rank(sys.argv[1], sys.argv[2], int(sys.argv[3]))
