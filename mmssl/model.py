@@ -106,7 +106,8 @@ class Model(nn.Module):
 
     def passes(self, batch: Batch, position: float = 1.0) -> Passes:
         """Encodings of one batch, each made when first asked for."""
-        return Passes(self.towers, self.joints, self.tower_of, batch, position)  # type: ignore[arg-type]
+        chunk = self.spec.train.chunk
+        return Passes(self.towers, self.joints, self.tower_of, batch, position, chunk)  # type: ignore[arg-type]
 
     def _remember(self, passes: Passes) -> None:
         self.last_tokens = passes.token_count()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmssl.backbones.causal import Trunk
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.backbones.transformer import Transformer
+from mmssl.chunks import in_chunks
 from mmssl.frontends.frame_stem import FrameStem
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import cells_of, padding_mask
@@ -481,9 +482,10 @@ class Passes:
         tower_of: Mapping[str, str],
         batch: Batch,
         position: float,
+        chunk: int = 0,
     ) -> None:
         self.towers, self.joints, self.tower_of = towers, joints, tower_of
-        self.batch, self.position = batch, position
+        self.batch, self.position, self.chunk = batch, position, chunk
         self._done: dict[tuple[str, str], Tokens] = {}
         self.vectors: dict[tuple[int, str, str], Tensor] = {}  # kept for tasks that share a space
 
@@ -502,7 +504,10 @@ class Passes:
         key = (view, "" if mask is None else mask.name)
         if key not in self._done:
             data = self.batch.views[view] if source is None else source
-            self._done[key] = self.tower(view).encode(data, self.position, mask)
+            tower = self.tower(view)
+            self._done[key] = in_chunks(
+                lambda part, mask: tower.encode(part, self.position, mask), data, mask, self.chunk
+            )
         return self._done[key]
 
 

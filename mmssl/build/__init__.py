@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from mmssl.backbones.transformer import Transformer
 from mmssl.build.policy import policy_of
 from mmssl.build.targets import Vocabulary
 from mmssl.build.tasks import TaskBuilder
 from mmssl.build.towers import data_shape, make_joint, make_towers, make_trunk, shared_by
+from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
+from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
 from mmssl.specs import KaldiSpec, RunSpec, SpectrumSpec
 from mmssl.types import UserError
 
@@ -46,8 +50,25 @@ def build_model(
             "train.checkpoint_activations: only layers of transformers can be computed again, and "
             f"{spec.name} has none; set false"
         )
+    if spec.train.chunk:
+        _check_chunks(towers)
     model.set_policy(policy_of(spec, model))
     return model
+
+
+def _check_chunks(towers: Mapping[str, nn.Module]) -> None:
+    for name, tower in towers.items():
+        kinds = {type(part) for part in tower.modules()}
+        if any(issubclass(kind, MaskedSyncBatchNorm) for kind in kinds):
+            raise UserError(
+                f"train.chunk: the tower {name!r} normalises over the whole batch, which a part of "
+                "it cannot; set 0"
+            )
+        if any(issubclass(kind, GumbelQuantizer | VectorQuantizer) for kind in kinds):
+            raise UserError(
+                f"train.chunk: the quantizer of the tower {name!r} counts its codes over the batch; "
+                "set 0"
+            )
 
 
 def _check_names(spec: RunSpec) -> None:

@@ -26,8 +26,8 @@ class DataSpec(Spec):
     # side-cars of data_tools/label_shards.py by the name tasks use, one file per shard folder
     frame_labels: dict[str, str | list[str]] = {}
     workers: int = Field(2, ge=0)  # per rank; 0 reads in the training process
-    # rows that a reader puts together; 0 = all that a process takes at once. With fewer, a run can go
-    # on with more processes
+    # rows that a reader puts together; 0 = all that a process takes at once. With fewer, a run can
+    # go on with more processes
     rows: int = Field(0, ge=0)
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling
@@ -70,6 +70,9 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero: Literal[0, 1, 2, 3] = 0
     checkpoint_activations: bool = False
+    # items of a view that are encoded at once, and again in the backward, where the losses still see
+    # all of them: large batches in little memory; 0 = all
+    chunk: int = Field(0, ge=0)
     log_every: int = Field(10, gt=0)
     save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
     keep_last: int = Field(3, ge=0)  # so many of the newest checkpoints stay; 0 = all

@@ -145,9 +145,7 @@ def problem(folder: Path, every: int = 1, first: int = 0) -> str:
         return f"{folder / MANIFEST}: {error}"
 
 
-def _mismatch(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], read: Collection[str]
-) -> str:
+def _mismatch(folder: Path, files: Mapping[str, Mapping[str, Any]], read: Collection[str]) -> str:
     """The first file that is not as listed, or an empty string; `read`: whose bytes count, too."""
     for name, facts in files.items():
         path = folder / name

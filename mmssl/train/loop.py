@@ -127,7 +127,9 @@ def _count_trouble(spec: RunSpec, job: Job, meters: Meters, what: str, saved: in
         return saved
     found = None if progress.rollbacks else checkpoint.newest_for_all(job.folder)
     if found is None:
-        tried = "again, after going back once" if progress.rollbacks else "and there is no checkpoint"
+        tried = (
+            "again, after going back once" if progress.rollbacks else "and there is no checkpoint"
+        )
         raise UserError(
             f"step {progress.step}: {what} is not finite, as in {progress.bad_in_a_row} steps in a "
             f"row (train.bad_steps), {tried}; resume from the last checkpoint with a lower "

@@ -2,8 +2,8 @@
 
     unshare -Urm python disks.py COUNT SEED
 
-On a small file system of its own the toy has a checkpoint of step 2. Then the disk is filled up to a
-random rest, less than a checkpoint takes, and the run goes on: it stops with a clear message, or
+On a small file system of its own the toy has a checkpoint of step 2. Then the disk is filled up to
+a random rest, less than a checkpoint takes, and the run goes on: it stops with a clear message, or
 (`train.on_save_error: continue`) trains on and saves again as soon as there is room.
 """
 
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "dist")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
 import toy_run
+from faults.report import Outcome, collect
 from launching import settings_of
-from report import Outcome, collect
 
 from mmssl.train import checkpoint, commit
 from mmssl.train.engine import session
@@ -90,7 +90,11 @@ def attempt(disk: Path, rng: random.Random, policy: str, device: Any) -> bool:
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     after = ["step-00000002", "step-00000006", "step-00000008"]
     if policy == "stop":
-        ended = steps == after[:1] and "step-00000004: not saved" in said and " MB are free there" in said
+        ended = (
+            steps == after[:1]
+            and "step-00000004: not saved" in said
+            and " MB are free there" in said
+        )
     else:
         ended = steps == after and not said
     toy_run.run(device, str(folder), train={**common, "steps": 8})

@@ -1,6 +1,6 @@
 """R8: whatever hangs or dies, all processes of a run end within the limit, and say where they were.
 
-    python hangs.py RUN CASE STAGE      one rank of two
+python hangs.py RUN CASE STAGE      one rank of two
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "dist")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
+from faults.report import Outcome, collect
 from launching import settings_of
-from report import Outcome, collect
 
 LIMIT_S = 6.0  # train.hang_s
 START_S = 120.0  # to import, build and come to the fault, on a busy machine

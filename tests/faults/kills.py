@@ -1,8 +1,8 @@
 """R1: killed at any moment of saving, a run loses nothing and takes nothing half-written.
 
 Two ranks train the toy and save all the time, on storage that is made slow and that shows half a
-file before the whole one. They are killed, the run goes on from what is left, and its losses must be
-those of a run that nobody disturbed.
+file before the whole one. They are killed, the run goes on from what is left, and its losses must
+be those of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "dist")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
-from report import Outcome, collect
+from faults.report import Outcome, collect
 from toy_run import run as train_toy
 
 from mmssl.train import checkpoint, commit

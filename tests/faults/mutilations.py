@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "dist")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
+from faults.report import Outcome, collect
 from launching import checked
-from report import Outcome, collect
 
 from mmssl import dist
 from mmssl.train import checkpoint
 from mmssl.train.engine import session
+
+HERE = Path(__file__).parent
 
 LIMIT_S = 30.0
 RANKS = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -57,9 +58,7 @@ def leaves(batch: Batch) -> Iterator[tuple[str, Any]]:
 def test_joined_batches_equal_those_of_all_rows(cuts: tuple[int, ...]) -> None:
     whole = pack(ITEMS, SPECS, shared=False).unpack()
     ends = [0, *cuts, len(ITEMS)]
-    parts = [
-        pack(ITEMS[a:b], SPECS, shared=False).unpack() for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    parts = [pack(ITEMS[a:b], SPECS, shared=False).unpack() for a, b in pairwise(ends)]
     joined = dict(leaves(join(parts)))
     for name, value in leaves(whole):
         if isinstance(value, Tensor):

@@ -18,8 +18,8 @@ from mmssl.train import checkpoint
 from mmssl.train.checkpoint import Job, Progress, find, load_weights, newest, restore
 from mmssl.train.commit import read_manifest
 from mmssl.train.engine import Engine, session
-from mmssl.train.randomness import random_state, set_random_state, untouched_random_state
 from mmssl.train.preempt import StopRequest
+from mmssl.train.randomness import random_state, set_random_state, untouched_random_state
 from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average
 from mmssl.types import UserError

@@ -7,7 +7,16 @@ import google_crc32c
 import pytest
 
 from mmssl.train import commit as module
-from mmssl.train.commit import NotSavedError, Writer, commit, crc32c, on_rank0, problem, read_manifest, write_text
+from mmssl.train.commit import (
+    NotSavedError,
+    Writer,
+    commit,
+    crc32c,
+    on_rank0,
+    problem,
+    read_manifest,
+    write_text,
+)
 from mmssl.types import UserError
 
 

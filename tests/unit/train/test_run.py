@@ -14,7 +14,7 @@ from toy_run import toy_spec
 from mmssl import config
 from mmssl.specs import RunSpec
 from mmssl.train import run
-from mmssl.train.checkpoint import find, newest
+from mmssl.train.checkpoint import find
 from mmssl.train.commit import read_manifest
 from mmssl.train.engine import session
 from mmssl.types import UserError
