@@ -66,8 +66,8 @@ def _check_chunks(towers: Mapping[str, nn.Module]) -> None:
             )
         if any(issubclass(kind, GumbelQuantizer | VectorQuantizer) for kind in kinds):
             raise UserError(
-                f"train.chunk: the quantizer of the tower {name!r} counts its codes over the batch; "
-                "set 0"
+                f"train.chunk: the quantizer of the tower {name!r} counts its codes over the "
+                "batch; set 0"
             )
 
 

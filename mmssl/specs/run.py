@@ -70,10 +70,11 @@ class TrainSpec(Spec):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero: Literal[0, 1, 2, 3] = 0
     checkpoint_activations: bool = False
-    # items of a view that are encoded at once, and again in the backward, where the losses still see
-    # all of them: large batches in little memory; 0 = all
+    # items of a view that are encoded at once, and again in the backward; losses see all of them:
+    # large batches in little memory; 0 = all
     chunk: int = Field(0, ge=0)
     log_every: int = Field(10, gt=0)
+    reference: str = ""  # loss curve to compare with, of python -m mmssl.train.reference
     save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
     keep_last: int = Field(3, ge=0)  # so many of the newest checkpoints stay; 0 = all
     keep_every: int = Field(0, ge=0)  # steps; checkpoints of multiples of it stay, too

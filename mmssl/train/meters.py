@@ -21,6 +21,7 @@ from mmssl import dist
 from mmssl.specs import TrainSpec
 from mmssl.train.flops import peak_flops
 from mmssl.train.health import Monitor
+from mmssl.train.reference import Reference
 from mmssl.train.sinks import Sinks
 from mmssl.types import Batch, Floor, Term
 
@@ -94,6 +95,7 @@ class Meters:
         """
         self.total, self.log_every, self.device = train.steps, train.log_every, device
         self.monitor = Monitor(floors)
+        self.reference = Reference.load(train.reference) if train.reference else None
         narrow = train.precision == "bf16"
         self.peak = peak_flops(device, torch.bfloat16 if narrow else torch.float32)
         self.flops: float | None = None  # of one micro-batch on this rank
@@ -222,6 +224,10 @@ class Meters:
         if self.sinks is None:
             return
         health, warnings = self.monitor.measure(values, embeddings)
+        if self.reference is not None and "loss" in values:
+            said = self.reference.judge(step, values["loss"])
+            health["reference"] = float(self.reference.inside)
+            warnings += [said] if said else []
         self.sinks.numbers(step, {**values, **health})
         for text in warnings:
             self.sinks.message(f"warning: step {step}: {text}")
