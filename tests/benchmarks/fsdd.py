@@ -209,8 +209,9 @@ def save(found: dict[str, Any], out: Path) -> None:
     lines = [
         "# Digits of unheard speakers (FSDD)",
         "",
-        "Accuracy of a logistic regression on frozen features of the last layer, leaving one speaker",
-        "out; mean and range over the six speakers. Pretraining hears all recordings, without labels.",
+        "Accuracy of a logistic regression on frozen features of the last layer, leaving one",
+        "speaker out; mean and range over the six speakers. Pretraining hears all recordings,",
+        "without labels.",
         "",
         "| method | trained | range | random weights | gain | all layers (random) | minutes |",
         "|---|---|---|---|---|---|---|",
