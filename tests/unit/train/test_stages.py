@@ -189,7 +189,8 @@ def test_a_failed_labelling_stops_the_command(tmp_path, monkeypatch):
         ("mfcc.clusters=[3,3]", r"`stages\.mfcc\.label\.clusters`: give one or several different"),
         ("mfcd.clusters=3", r"`mfcd`: unknown key"),
         ("shards=''", r"`stages\.mfcc`: label\.shards is empty"),
-        ("mfcc.clusters=51", r"classes\.mfcc=50: the stage `mfcc` makes \[51\] clusters"),
+        ("layer3.clusters=9", r"classes\.it1=100: the stage `layer3` makes \[9\] clusters"),
+        ("mfcc.clusters=9", r"classes\.mfcc=\[50, 200, 500\]: the stage `mfcc` makes \[9\]"),
         ("mfcc.features=${it1}", r"`stages\.mfcc`: .* key 'it1' not found; it can name shards \("),
         ("layer3.features=${mfcc}", r"features: the stage `mfcc` makes labels and no run"),
         (
