@@ -56,12 +56,15 @@ VERBS = {
 # verbs of the design that this version does not have
 LATER = ("embed", "index", "search", "demo", "plan", "scoreboard", "chaos")
 
-USER_ERROR, INTERRUPTED = 2, 130
+# exit codes; PREEMPTED (EX_TEMPFAIL): a checkpoint was written, the same command goes on with it
+USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (2: bad input, 130: interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # deepspeed's launcher; LOCAL_RANK says it
+        del words[0]
     try:
         code = _dispatch(words)
         sys.stdout.flush()
