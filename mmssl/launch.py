@@ -9,10 +9,11 @@ a checkpoint in their own time, and the exit code is that of the process which f
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
 
 import psutil
 from torch.distributed import run
@@ -26,8 +27,7 @@ OTHERS = "SIGINT,SIGHUP,SIGQUIT"  # remain torchrun's: they end everything
 
 def main(words: Sequence[str]) -> int:
     """Run torchrun; returns 0, the code of the first failure, or 128 + the signal it died of."""
-    for number in SIGNALS:
-        signal.signal(number, _pass_on)
+    _watch_signals()
     try:
         run.main(["--signals-to-handle", OTHERS, *words])
     except ChildFailedError as error:
@@ -37,10 +37,27 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _pass_on(number: int, frame: Any) -> None:
+def _watch_signals() -> None:
+    """Hear signals on a thread: the main one may wait for other nodes, deaf in C++."""
+    hear, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen() -> None:
+        while True:
+            (number,) = os.read(hear, 1)
+            if number in SIGNALS:
+                _pass_on(number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def _pass_on(number: int) -> None:
     children = psutil.Process().children()
-    if not children:  # still meeting the other nodes: nothing to save
-        sys.exit(PREEMPTED)
+    if not children:  # the nodes have not met yet: nothing to save
+        os._exit(PREEMPTED)
     for child in children:
         child.send_signal(number)
 
