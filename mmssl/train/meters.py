@@ -23,6 +23,7 @@ from mmssl.train.health import Monitor
 from mmssl.train.sinks import Sinks
 from mmssl.types import Batch, Floor, Term
 
+
 @dataclass
 class Rates:
     """Work and seconds of this rank."""
