@@ -27,7 +27,6 @@ from typing import Any
 
 import psutil
 import torch
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmssl import config
