@@ -6,7 +6,7 @@ Letters: B rows of the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,14 +29,14 @@ def show(file: str, overrides: Sequence[str] = ()) -> None:
     """Print what a run reads, encodes and learns, with the shape of every view."""
     if is_staged(file):
         rows = [_stage_row(stage) for stage in plan(file, overrides)]
-        print(_table(rows, ("stage", "does", "with", "into")))
+        print(table(rows, ("stage", "does", "with", "into")))
         return
     spec = config.load(file, list(overrides))
     model = _model(spec)
     print(f"{spec.name}  (config {config.digest(spec)}, {_millions(model)} parameters)\n")
-    print(_table(_view_rows(spec, model), ("view", "window", "data", "tower", "tokens", "width")))
+    print(table(_view_rows(spec, model), ("view", "window", "data", "tower", "tokens", "width")))
     print()
-    print(_table(_task_rows(spec), ("task", "kind", "reads", "objective", "weight")))
+    print(table(_task_rows(spec), ("task", "kind", "reads", "objective", "weight")))
 
 
 def check(file: str, overrides: Sequence[str] = ()) -> None:
@@ -74,7 +74,7 @@ def _check_run(file: str, spec: RunSpec) -> None:
     print(f"{spec.name}: {_millions(model)} parameters, one step of 4 rows in {seconds:.2f} s")
     values = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
     rows = [(name, f"{value:.4f}", f"{int(terms[name].count)}") for name, value in values.items()]
-    print(_table(rows, ("term", "value", "count")))
+    print(table(rows, ("term", "value", "count")))
     for absent in labels.absent:
         print(f"not checked: {absent}")
     print("ok: every parameter is used, every term is finite")
@@ -343,7 +343,9 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
+    """Columns of text under a head."""
+    rows = list(rows)
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()

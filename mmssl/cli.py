@@ -50,18 +50,27 @@ VERBS = {
     "list": Verb("mmssl.catalogue:main", (), False, "the methods at hand; --json for programs"),
     "show": Verb("mmssl.check:show", ("FILE",), True, "the flow table of a method"),
     "check": Verb("mmssl.check:check", ("FILE",), True, "dry run on a fake batch"),
+    "plan": Verb(
+        "mmssl.plan:main", ("FILE",), True, "memory, time and cost; gpus=8 gpu=h100 samples=1e9"
+    ),
     "doctor": Verb("mmssl.doctor:main", (), False, "test decoders, DeepSpeed, Energon, device"),
 }
 
 # verbs of the design that this version does not have
-LATER = ("embed", "index", "search", "demo", "plan", "scoreboard", "chaos")
+LATER = ("embed", "index", "search", "demo", "scoreboard", "chaos")
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` returns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the process's exit code (2: bad input, 130: interrupted)."""
+    """Run one verb; returns the process's exit code.
+
+    2: bad input. 70: no progress for `train.hang_s`. 75: asked to stop, a checkpoint is written, the
+    same command goes on. 130: interrupted.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # deepspeed's launcher; LOCAL_RANK says it
+        del words[0]
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -98,6 +107,8 @@ def _dispatch(words: list[str]) -> int:
 def _arguments(name: str, rest: list[str]) -> tuple[list[str], list[str]]:
     """The verb's own words, and the overrides (or flags) after them."""
     verb = VERBS[name]
+    if name == "plan":
+        rest = _paired(rest)
     words, extra = rest[: len(verb.words)], rest[len(verb.words) :]
     missing = len(words) < len(verb.words)
     if missing or any(w.startswith("-") or ("=" in w and not os.path.exists(w)) for w in words):
@@ -108,6 +119,15 @@ def _arguments(name: str, rest: list[str]) -> tuple[list[str], list[str]]:
         if not verb.overrides and not (name == "list" and text == "--json"):
             raise UserError(f"{name}: unexpected `{text}`\nusage: {_synopsis(name)}")
     return words, extra
+
+
+def _paired(rest: list[str]) -> list[str]:
+    """`--key value` and `--key=value` as `key=value`."""
+    out, words = [], iter(rest)
+    for word in words:
+        key = word.removeprefix("--")
+        out.append(word if key == word else key if "=" in key else f"{key}={next(words, '')}")
+    return out
 
 
 def _call(name: str, words: list[str], extra: list[str]) -> int:

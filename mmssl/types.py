@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 MODALITIES = ("audio", "video", "text")
 
+# Exit codes that tell a launcher what to do (names of sysexits.h). EX_SOFTWARE: no progress for
+# `train.hang_s`; EX_TEMPFAIL: asked to stop, a checkpoint is written, the same command goes on.
+HUNG, PREEMPTED = 70, 75
+
 
 class UserError(ValueError):
     """Bad input that a user can mend: names the file, key or field and the remedy.

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -57,12 +57,17 @@ def start(threads: int = 0) -> torch.device:
     """Join the process group (gloo on CPUs, NCCL on GPUs) and return this rank's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and the deepspeed
-    launcher set them; without them this is a group of one.
+    launcher set them; without them this is a group of one. Of Slurm's tasks without a launcher only
+    the last two must be set.
 
     Args:
         threads: torch threads on the CPU; 0 keeps torch's choice.
+
+    Raises:
+        UserError: tasks of Slurm do not know where to meet.
     """
-    local = int(os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    _read_slurm(os.environ, torch.cuda.device_count())
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,6 +80,24 @@ def start(threads: int = 0) -> torch.device:
     dist.init(backend)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def _read_slurm(env: MutableMapping[str, str], devices: int) -> None:
+    """Name the rank of a task that `srun` has started without another launcher.
+
+    Of the variables only that of the step counts: a batch script also has those of its job.
+    """
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if lacking:
+        raise UserError(
+            f"{env['SLURM_STEP_NUM_TASKS']} tasks of srun, but {' and '.join(lacking)} not set: "
+            "export MASTER_ADDR=(the first node) MASTER_PORT=29500, or use launch/slurm.sbatch"
+        )
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    # with --gpus-per-task each task sees its own device only
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"] if devices > 1 else "0"
 
 
 @contextmanager

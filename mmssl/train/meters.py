@@ -15,19 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmssl import dist
 from mmssl.specs import TrainSpec
-from mmssl.train.flops import peak_flops
+from mmssl.train.flops import flop_counter, peak_flops
 from mmssl.train.health import Monitor
 from mmssl.train.reference import Reference
 from mmssl.train.sinks import Sinks
 from mmssl.types import Batch, Floor, Term
-
-# The counter takes composite operations apart, which rounds otherwise: a resumed run, which counts
-# at another step than the uninterrupted one, would not be equal to it. These stay whole.
-_WHOLE = {torch.ops.aten.silu_backward.default: lambda *_, **__: 0}
 
 
 @dataclass
@@ -128,7 +123,7 @@ class Meters:
         if self.flops is not None:
             yield
             return
-        with FlopCounterMode(display=False, custom_mapping=_WHOLE) as counter:
+        with flop_counter() as counter:
             yield
         self.flops = float(counter.get_total_flops())
 

@@ -1,7 +1,7 @@
 """Requests to stop: SIGTERM or SIGUSR1 end a run at the next step, after a checkpoint.
 
 Schedulers send one of them ahead of taking the machine away. The process then exits with
-`EXIT_CODE`, which says: all is saved, start the same command again.
+`types.PREEMPTED`, which says: all is saved, start the same command again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 from mmssl import dist
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASON = "preempted"
 

@@ -40,7 +40,7 @@ from mmssl.train.start import load_start_weights
 from mmssl.train.validate import Evaluate, Validator
 from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes
-from mmssl.types import UserError
+from mmssl.types import PREEMPTED, UserError
 
 _OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
 
@@ -48,7 +48,7 @@ _OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
 def main(file: str, overrides: Sequence[str] = ()) -> int:
     """Train a configuration in its run folder; goes on where the same run was interrupted.
 
-    Returns the exit code: `preempt.EXIT_CODE` after a request to stop, else 0.
+    Returns the exit code: `types.PREEMPTED` after a request to stop, else 0.
 
     Raises:
         UserError: bad configuration or data, or the folder belongs to another run.
@@ -247,7 +247,7 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
 
     parts = Parts(make_model, make_loader, evaluate, load_start)
     progress = fit(spec, parts, folder, device, again)
-    return preempt.EXIT_CODE if progress.stopped == preempt.REASON else 0
+    return PREEMPTED if progress.stopped == preempt.REASON else 0
 
 
 def _job(

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import psutil
 
 from mmssl import dist
+from mmssl.types import HUNG
 
-EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 _CHECKS = 20  # looks at the clock per limit
 _DUMP_S = 1.0  # what children get to write their stacks
 
@@ -39,7 +39,7 @@ class Watchdog:
         """Watch the work inside.
 
         Without a beat in time the stacks of all threads and of all children go to standard error,
-        the children are killed and the process exits with `EXIT_CODE`. A process that is stuck in
+        the children are killed and the process exits with `types.HUNG`. A process that is stuck in
         code that does not let go of Python's lock exits with 1 a little later.
         """
         if not self.limit_s:
@@ -81,4 +81,4 @@ class Watchdog:
                 if child.is_running():
                     child.send_signal(number)
             time.sleep(_DUMP_S)
-        os._exit(EXIT_CODE)
+        os._exit(HUNG)

@@ -32,7 +32,7 @@ from mmssl.train import preempt
 from mmssl.train.checkpoint import Progress
 from mmssl.train.engine import Engine, micro_batch, session
 from mmssl.train.run import Parts, fit
-from mmssl.types import Floor, Term
+from mmssl.types import PREEMPTED, Floor, Term
 
 TREE: dict[str, Any] = {
     "name": "toy",
@@ -289,4 +289,4 @@ if __name__ == "__main__":
         for arguments in json.loads(sys.argv[1]):
             ended = (gradients if "file" in arguments else run)(device_, **arguments)
     if ended and ended.stopped == preempt.REASON:
-        sys.exit(preempt.EXIT_CODE)
+        sys.exit(PREEMPTED)

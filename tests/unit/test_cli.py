@@ -49,7 +49,11 @@ def calls(monkeypatch):
         ("list --json", ("mmssl.catalogue:main", "--json")),
         ("show avt/flagship", ("mmssl.check:show", "avt/flagship", [])),
         ("check avt/flagship x=1", ("mmssl.check:check", "avt/flagship", ["x=1"])),
+        ("plan f.yaml gpus=8 a.b=1", ("mmssl.plan:main", "f.yaml", ["gpus=8", "a.b=1"])),
+        ("plan f.yaml --gpus 8 --gpu=h200", ("mmssl.plan:main", "f.yaml", ["gpus=8", "gpu=h200"])),
         ("doctor", ("mmssl.doctor:main",)),
+        # as the deepspeed launcher calls a module
+        ("--local_rank=1 train f.yaml", ("mmssl.train.stages:main", "f.yaml", [])),
     ],
 )  # fmt: skip
 def test_verb_calls_its_function(calls, words, call):

@@ -72,6 +72,37 @@ def test_session_leaves_no_group_behind_even_after_an_error() -> None:
     assert not dist.is_initialized()
 
 
+STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+MEET = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("devices", "local"), [(4, "1"), (1, "0"), (0, "0")])
+def test_tasks_of_srun_know_their_rank(devices: int, local: str) -> None:
+    env = STEP | MEET
+    module._read_slurm(env, devices)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("5", "8", local)
+
+
+def test_a_launcher_inside_srun_comes_first() -> None:
+    env = STEP | MEET | {"RANK": "2", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}
+    before = dict(env)
+    module._read_slurm(env, 4)
+    assert env == before
+
+
+def test_a_batch_script_and_a_single_task_are_alone() -> None:
+    for env in ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+        module._read_slurm(env, 0)
+        assert "RANK" not in env
+
+
+def test_tasks_of_srun_that_cannot_meet_are_told_how() -> None:
+    with pytest.raises(UserError, match=r"8 tasks of srun, but MASTER_ADDR and MASTER_PORT not"):
+        module._read_slurm(dict(STEP), 1)
+    with pytest.raises(UserError, match=r"but MASTER_PORT not set: export .*slurm\.sbatch"):
+        module._read_slurm(STEP | {"MASTER_ADDR": "node-0"}, 1)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_one_step_reports_the_norm_before_clipping_and_trains_with_the_given_rate(
     stage: int,
