@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import yaml
 
 from mmssl.types import UserError
 
@@ -26,6 +27,7 @@ PROFILE = "mmssl-shards-1"
 
 _KEY = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*")
 _SHARD = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*-\d{6}\.tar")
+_BRACES = re.compile(r"(.+)-\{(\d{6})\.\.(\d{6})\}\.tar")
 _SELF = re.compile(rb'"crc32c_self":"[0-9a-f]{8}",?')
 
 
@@ -183,8 +185,28 @@ def _check_energon_files(folder: Path, shards: list[Shard]) -> None:
         counts = json.loads((meta / ".info.json").read_bytes())["shard_counts"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta / '.info.json'}: unreadable ({error!r}); {remedy}") from error
-    if counts != {shard.name: shard.samples for shard in shards}:
+    names = [shard.name for shard in shards]
+    # The order numbers the shards in index.sqlite.
+    if list(counts.items()) != [(shard.name, shard.samples) for shard in shards]:
         raise UserError(f"{meta / '.info.json'}: lists other shards than {MANIFEST}; {remedy}")
+    if _split_names(meta / "split.yaml", max_names=len(names)) != names:
+        raise UserError(f"{meta / 'split.yaml'}: lists other shards than {MANIFEST}; {remedy}")
+
+
+def _split_names(path: Path, max_names: int) -> list[str]:
+    """Shards in Energon's list; it expands braces without bounds and leaves out what it is told."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+        (patterns,) = tree["split_parts"].values()
+        names: list[str] = []
+        for pattern in patterns if not tree["exclude"] else []:
+            found = _BRACES.fullmatch(pattern)
+            first, last = (int(found[2]), int(found[3])) if found else (0, 0)
+            numbers = range(first, min(last, first + max_names) + 1)
+            names += [f"{found[1]}-{n:06d}.tar" for n in numbers] if found else [pattern]
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return names
 
 
 class Ledger:

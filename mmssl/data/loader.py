@@ -21,6 +21,7 @@ from mmssl.data.collate import Item, PackedBatch, failed, pack
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
 from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
 from mmssl.data.labels import LabelBook
+from mmssl.data.reader import ERROR, NOTE, REASON, ShardReader
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Batch, Sample, UserError
@@ -67,7 +68,9 @@ def train_loader(
     task = _Task(encoder, BadSampleGuard(data.max_bad_share, Ledger(ledger)))
     with energon.quiet():
         dataset = task.build_train_datasets(
-            datasets=[energon.loaded(Path(f), config, w) for f, w in weights.items()],
+            datasets=[
+                energon.loaded(Path(f), config, w, data.max_bytes) for f, w in weights.items()
+            ],
             worker_config=config,
             batch_size=micro_batch,
             shuffle_buffer_size=data.shuffle_buffer or None,
@@ -238,9 +241,11 @@ def encode_guarded(
 ) -> Item | None:
     """Encode a sample, or count it as bad and return None."""
     where = {"shard": str(crude.get("__shard__", ""))}
-    if energon.ERROR in crude:
-        guard.bad(sample.key, "tar", str(crude[energon.ERROR]), **where)
+    if ERROR in crude:
+        guard.bad(sample.key, crude[REASON], crude[ERROR], **where)
         return None
+    if NOTE in crude:  # the sample is read nevertheless
+        guard.ledger.add("index", key=sample.key, message=crude[NOTE], **where)
     try:
         item = encoder(sample)
     except DamagedSampleError as error:
@@ -292,7 +297,9 @@ def eval_batches(
     labels = LabelBook.open(data.frame_labels, [Path(path)], required=False)
     encoder = SampleEncoder(views, data, 0, tokenizer, False, labels)
     with energon.quiet():
-        folder = energon.ShardFolder(Path(path), energon.worker_config(0, 1, 0, 0), training=False)
+        folder = energon.ShardFolder(
+            Path(path), energon.worker_config(0, 1, 0, 0), False, data.max_bytes
+        )
     chosen: Sequence[int] = range(len(folder)) if rows is None else rows
     guard = BadSampleGuard(data.max_bad_share, Ledger(ledger))
     chunks = _Chunks(folder.reader(), encoder, guard, chosen[:limit], micro_batch)
@@ -319,7 +326,7 @@ class _Chunks(Dataset[PackedBatch]):
 
     def __init__(
         self,
-        reader: energon.TolerantReader,
+        reader: ShardReader,
         encoder: SampleEncoder,
         guard: BadSampleGuard,
         rows: Sequence[int],

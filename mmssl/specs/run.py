@@ -30,6 +30,7 @@ class DataSpec(Spec):
     shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling
     max_pixels: int = Field(16_777_216, gt=0)  # refuse larger frames before decoding
     max_seconds: float = Field(600.0, gt=0)  # refuse longer clips before decoding
+    max_bytes: int = Field(134_217_728, gt=0)  # refuse larger samples before reading
     max_bad_share: float = Field(
         0.01, ge=0, le=1
     )  # stop when more samples than this fail in a window
