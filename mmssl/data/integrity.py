@@ -25,6 +25,16 @@ MANIFEST = "manifest.json"
 DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 PROFILE = "mmssl-shards-1"
 
+# Why a sample is left out: its place in the tar and index; its members; its media; how decoding
+# ended in the child process; frame labels; anything else. A sample that
+# only shows that the index is damaged is counted and read.
+REASONS = (
+    *("tar", "index", "key", "json", "members", "crc"),
+    *("header", "bomb", "missing", "decode"),
+    *("timeout", "memory", "crash", "quarantined"),
+    *("labels", "error"),
+)
+
 _KEY = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*")
 _SHARD = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*-\d{6}\.tar")
 _BRACES = re.compile(r"(.+)-\{(\d{6})\.\.(\d{6})\}\.tar")
@@ -218,12 +228,50 @@ class Ledger:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.counts: dict[str, int] = {}
+        self._told: dict[str, int] = {}
+
+    def fresh(self) -> dict[str, int]:
+        """Counts since the last call, by reason."""
+        told, self._told = self._told, dict(self.counts)
+        return {k: n - told.get(k, 0) for k, n in self.counts.items() if n > told.get(k, 0)}
 
     def add(self, reason: str, **context: Any) -> None:
-        """Count one skipped sample under its reason code."""
+        """Count one skipped sample under its reason code, one of `REASONS`."""
+        assert reason in REASONS, reason
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(canonical({"reason": reason, **context}) + b"\n")
+        _append(self.path, {"reason": reason, **context})
+
+
+class Quarantine:
+    """Keys of samples that killed or stalled a process: they are not tried again.
+
+    The list is kept in RUN/quarantine*.jsonl, one file per rank, and read whole, so that a resumed
+    run leaves the same samples out; who removes a line has its sample tried again.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.keys: set[str] = set()
+        self.read()
+
+    def read(self) -> None:
+        """Take in what this and other processes have listed."""
+        for file in self.path.parent.glob("quarantine*.jsonl") if self.path else ():
+            for line in file.read_bytes().splitlines():
+                try:
+                    self.keys.add(str(json.loads(line)["key"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off by a full disk: the sample is tried, and listed, again
+
+    def add(self, key: str, reason: str, message: str) -> None:
+        """List a sample."""
+        self.keys.add(key)
+        _append(self.path, {"key": key, "reason": reason, "message": message})
+
+
+def _append(path: Path | None, line: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(canonical(line) + b"\n")

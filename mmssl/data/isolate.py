@@ -103,8 +103,11 @@ class DecodeChild:
         self._socket, self._owner, self._child = ours, parent, child
 
     def _serve(self, pipe: socket.socket, parent: int) -> None:
-        if sys.platform == "linux":
+        if sys.platform == "linux":  # elsewhere the limit of time must do
             ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            limit = psutil.Process().memory_info().vms + self._bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         if os.getppid() != parent:
             return
         for number in _IGNORED:
@@ -114,8 +117,6 @@ class DecodeChild:
         gc.freeze()  # collections would copy the pages shared with the parent
         torch.set_num_threads(1)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit = psutil.Process().memory_info().vms + self._bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         answer: tuple[str, Any] = ("", None)
         while answer[0] != "memory":  # after that, nobody knows what is left of the heap
             try:

@@ -55,7 +55,7 @@ class ShardReader:
         self._noted: set[int] = set()
 
     def __len__(self) -> int:
-        return self._firsts[-1]
+        return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> CrudeSample:
         if not 0 <= index < len(self):
@@ -75,10 +75,12 @@ class ShardReader:
             key, fields = self._members(shard, number)
             note = self._check_place(shard, number, key)
         except DamagedSampleError as error:
-            return CrudeSample(crude, **{ERROR: str(error), REASON: error.reason})
+            reason, message = error.reason, str(error)
         except Exception as error:  # damage may show as any error: marked, then counted
-            return CrudeSample(crude, **{ERROR: f"{type(error).__name__}: {error}", REASON: "tar"})
-        return CrudeSample(crude | {"__key__": key}, **fields, **note)
+            reason, message = "tar", f"{type(error).__name__}: {error}"
+        else:
+            return CrudeSample(crude | {"__key__": key}, **fields, **note)
+        return CrudeSample(crude, **{ERROR: message, REASON: reason})
 
     def _shard(self, shard: int) -> _Shard:
         """The open files of a shard, those of the least recently used one closed."""
@@ -140,7 +142,7 @@ def _read_members(file: BinaryIO, start: int, end: int) -> tuple[str, dict[str, 
 
 
 class _KeyIndex:
-    """Energon's list of keys. The file is data of others: look-ups are bounded, damage is no end."""
+    """Energon's list of keys; damage is no end, and a hostile file cannot make look-ups long."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._owner = path, 0

@@ -151,6 +151,7 @@ class ToyLoader:
     def __init__(self, size: int, fail_at: int = -1) -> None:
         self.size, self.position, self.fail_at = size, 0, fail_at
         self.started = False
+        self.skipped: dict[str, int] = {}
 
     def __next__(self) -> ToyBatch:
         if self.position == self.fail_at:

@@ -36,9 +36,9 @@ def spec(shards, **changes):
 
 
 def make(shards, tokenizer, micro_batch=4, seed=0, rank=0, world=1, views=VIEWS, **changes):
-    ledger = changes.pop("ledger", None)
+    files = changes.pop("ledger", None), changes.pop("quarantine", None)
     return train_loader(
-        spec(shards, **changes), views, micro_batch, seed, rank, world, tokenizer, ledger
+        spec(shards, **changes), views, micro_batch, seed, rank, world, tokenizer, *files
     )
 
 
@@ -226,7 +226,7 @@ def test_state_files_are_plain_data(shards, tokenizer, tmp_path):
     next(loader)
     torch.save(loader.state(), tmp_path / "s.pt")
     loader.close()
-    assert set(loading.load_state(tmp_path / "s.pt")) == {"identity", "position"}
+    assert set(loading.load_state(tmp_path / "s.pt")) == {"identity", "position", "skipped"}
 
 
 class Evil:
