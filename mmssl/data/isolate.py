@@ -2,7 +2,7 @@
 
 FFmpeg cannot be interrupted from Python. Each process that reads has one child, forked from it when
 the first sample comes and again after it was killed; bytes go in and rows come back through a
-socket. The child protects against accidents; it is no sandbox, it has its parent's rights.
+memory that both share. It protects against accidents; it is no sandbox, it has its parent's rights.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import copyreg
 import ctypes
 import gc
 import io
+import mmap
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import psutil
@@ -54,8 +57,13 @@ class DecodeChild:
             self._start()
         assert self._socket is not None
         try:
-            _send(self._socket, sample)
-            reason, value = _receive(self._socket)
+            _send(self._socket, self._memory, sample)
+            self._wait()
+            reason, value = _receive(self._socket, self._memory)
+        except MemoryError as error:
+            raise DamagedSampleError(
+                "memory", f"{sample.key}: larger than data.decode_mb = {self._bytes >> 20}"
+            ) from error
         except TimeoutError as error:
             self.close()
             raise DamagedSampleError(
@@ -78,6 +86,21 @@ class DecodeChild:
         item: Item = value
         return item
 
+    def _wait(self) -> None:
+        """Until the answer comes.
+
+        Raises:
+            TimeoutError: the time is over; a child that a busy machine keeps from running gets more
+                of it, until it has worked for half of it.
+        """
+        assert self._socket is not None
+        process = psutil.Process(self._child)
+        worked = sum(process.cpu_times()[:2])
+        while not select.select([self._socket], [], [], self._seconds)[0]:
+            runs = process.status() == psutil.STATUS_RUNNING
+            if not runs or sum(process.cpu_times()[:2]) - worked > self._seconds / 2:
+                raise TimeoutError
+
     def close(self) -> int:
         """Kill the child; returns its exit status, negative for a signal."""
         if self._socket is None or self._owner != os.getpid():
@@ -89,6 +112,7 @@ class DecodeChild:
 
     def _start(self) -> None:
         parent, (ours, theirs) = os.getpid(), socket.socketpair()
+        self._memory = mmap.mmap(-1, self._bytes)  # costs what is written to it
         child = os.fork()  # multiprocessing forbids it to the workers of a loader
         if child == 0:
             status = 1
@@ -99,7 +123,6 @@ class DecodeChild:
             finally:
                 os._exit(status)
         theirs.close()
-        ours.settimeout(self._seconds)
         self._socket, self._owner, self._child = ours, parent, child
 
     def _serve(self, pipe: socket.socket, parent: int) -> None:
@@ -120,11 +143,15 @@ class DecodeChild:
         answer: tuple[str, Any] = ("", None)
         while answer[0] != "memory":  # after that, nobody knows what is left of the heap
             try:
-                sample = _receive(pipe)
+                sample = _receive(pipe, self._memory)
             except EOFError:
                 return
             answer = self._answer(sample)
-            _send(pipe, answer)
+            try:
+                _send(pipe, self._memory, answer)
+            except MemoryError:
+                answer = self._too_much(sample)
+                _send(pipe, self._memory, answer)
 
     def _answer(self, sample: Sample) -> tuple[str, Any]:
         """(reason, message) of a sample that must be skipped, ("", row) of any other."""
@@ -136,12 +163,14 @@ class DecodeChild:
             damage = error if isinstance(error, DamagedSampleError) else None
             text = str(error) if damage else f"{type(error).__name__}: {error}"
             if isinstance(error.__cause__ or error, MemoryError) or "allocate memory" in text:
-                limit = f"{self._bytes >> 20} MB beyond the start"
-                return "memory", f"{sample.key}: decoding needs more than {limit}"
+                return self._too_much(sample)
             return (damage.reason if damage else "error"), text
 
+    def _too_much(self, sample: Sample) -> tuple[str, Any]:
+        return "memory", f"{sample.key}: needs more than data.decode_mb = {self._bytes >> 20}"
 
-# --- objects through a socket, big arrays without copies
+
+# --- objects through shared memory, tensors without being pickled
 
 
 def _array(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -151,31 +180,41 @@ def _array(tensor: torch.Tensor) -> tuple[Any, ...]:
 _REDUCERS = copyreg.dispatch_table | {torch.Tensor: _array}
 
 
-def _send(pipe: socket.socket, value: Any) -> None:
+def _send(pipe: socket.socket, memory: mmap.mmap, value: Any) -> None:
+    """Lay a value out in the shared memory, and say how long its parts are.
+
+    Raises:
+        MemoryError: it does not fit.
+    """
     arrays: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     pickler = pickle.Pickler(file, 5, buffer_callback=arrays.append)
     pickler.dispatch_table = _REDUCERS
     pickler.dump(value)
     parts = [file.getbuffer(), *(array.raw() for array in arrays)]
-    pipe.sendall(struct.pack(f"<{1 + len(parts)}Q", len(parts), *(part.nbytes for part in parts)))
+    place = 0
     for part in parts:
-        pipe.sendall(part)
+        if place + part.nbytes > len(memory):
+            raise MemoryError
+        memory[place : place + part.nbytes] = part
+        place += part.nbytes
+    pipe.sendall(struct.pack(f"<{1 + len(parts)}Q", len(parts), *(part.nbytes for part in parts)))
 
 
-def _receive(pipe: socket.socket) -> Any:
-    (count,) = struct.unpack("<Q", _bytes(pipe, 8))
-    sizes = struct.unpack(f"<{count}Q", _bytes(pipe, 8 * count))
-    parts = [_bytes(pipe, size) for size in sizes]
+def _receive(pipe: socket.socket, memory: mmap.mmap) -> Any:
+    (count,) = struct.unpack("<Q", _read(pipe, 8))
+    sizes = struct.unpack(f"<{count}Q", _read(pipe, 8 * count))
+    ends = list(accumulate(sizes))
+    with memoryview(memory) as view:
+        parts = [bytearray(view[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
     return pickle.loads(parts[0], buffers=parts[1:])
 
 
-def _bytes(pipe: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    rest = memoryview(data)
-    while rest:
-        got = pipe.recv_into(rest)
-        if not got:
+def _read(pipe: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = pipe.recv(size - len(data))
+        if not more:
             raise EOFError
-        rest = rest[got:]
+        data += more
     return data

@@ -154,16 +154,17 @@ class _KeyIndex:
                 self._connect()
             place = "SELECT sample_key FROM samples WHERE tar_file_id = ? AND sample_index = ?"
             row = self._database.execute(place, (shard, number)).fetchone()
-            if row is not None and row[0] == key:
+            if row is not None and row[0] == key.encode():
                 return True
             found = self._database.execute("SELECT 1 FROM samples WHERE sample_key = ?", (key,))
             return False if row is not None and found.fetchone() is not None else None
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):  # the message of the error may be damaged, too
             return None
 
     def _connect(self) -> None:
         uri = f"{self._path.resolve().as_uri()}?mode=ro&immutable=1"
         self._database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self._database.text_factory = bytes
         self._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_BYTES)
         self._database.set_progress_handler(lambda: 1, _SQL_STEPS)
         self._owner = os.getpid()

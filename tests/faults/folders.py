@@ -88,6 +88,7 @@ def listed_keys(folder: Path) -> list[Any]:
     path = folder / ".nv-meta" / "index.sqlite"
     found: list[Any] = []
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
+        base.text_factory = bytes
         for s, tar in enumerate(sorted(folder.glob("*.tar"))):
             for n in range(
                 json.loads((folder / ".nv-meta/.info.json").read_text())["shard_counts"][tar.name]
@@ -97,7 +98,7 @@ def listed_keys(folder: Path) -> list[Any]:
                         "SELECT sample_key FROM samples WHERE tar_file_id = ? AND sample_index = ?"
                     )
                     found.append(base.execute(query, (s, n)).fetchone())
-                except sqlite3.Error as error:
+                except (sqlite3.Error, UnicodeDecodeError) as error:
                     found.append(type(error))
     return found
 

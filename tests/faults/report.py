@@ -56,7 +56,7 @@ def markdown() -> str:
     lines = [
         "# Injected faults",
         "",
-        "Written by `make chaos` (`python -m tests.faults`); the guarantees are explained in the modules.",
+        "Written by `make chaos`; the modules beside this file explain the guarantees.",
         "",
         "| guarantee | fault | injected | lost | passed | seconds |",
         "| --- | --- | ---: | ---: | --- | ---: |",

@@ -1,8 +1,8 @@
 """R5: damaged shards are detected, never mixed.
 
-Files of a shard folder are damaged at random. Whatever is delivered must equal, field by field, the
-sample that was written at that place; every sample that still stands complete in its indexed stretch
-must be delivered exactly once; each other place must be counted, and so must a damaged index.
+Files of a shard folder are damaged at random. Whatever is delivered must equal, field by field,
+what was written; every sample that still stands complete where the index says must be delivered
+exactly once; each other place must be counted, and so must a damaged index.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _loaded(folder: Path, complete: set[str], tokenizer: Tokenizer) -> bool:
 
 
 def _complete(folder: Path, known: dict[str, Fields]) -> set[str]:
-    """Keys whose stretch of the tar, cut out by the index as it is now, is what was written there."""
+    """Keys whose stretch of the tar, by the index as it is, is what was written there."""
     keys = iter(known)
     found = set()
     for tar in sorted(folder.glob("*.tar")):
