@@ -132,3 +132,12 @@ def test_shards_hold_no_python_objects(shards):
         with tarfile.open(path) as tar:
             names |= {member.name.partition(".")[2] for member in tar}
     assert names == {"mp4", "m4a", "txt", "json"}
+
+
+def test_guard_lists_what_is_deadly(tmp_path):
+    guard = BadSampleGuard(0.5, Ledger(), Quarantine(tmp_path / "quarantine.jsonl"))
+    for reason in ("crc", "timeout", "decode", "memory", "crash"):
+        guard.bad(f"k-{reason}", reason, "why")
+    assert guard.quarantine.keys == {"k-timeout", "k-memory", "k-crash"}
+    again = BadSampleGuard(0.5, Ledger(), Quarantine(tmp_path / "quarantine.jsonl"))
+    assert again.quarantine.keys == guard.quarantine.keys

@@ -188,3 +188,14 @@ def test_a_part_of_a_table_can_be_counted_without_gradients(meters: Meters) -> N
     table = FactorisedPositions((8,), 4, fit="crop")
     with meters.counting(), torch.no_grad():
         assert torch.equal(table.vectors((5,)), table.axis0[:5])
+
+
+def test_skipped_samples_are_logged_by_reason(meters: Meters, tmp_path: Path) -> None:
+    meters.micro_batch(
+        ToyBatch(torch.zeros(4, 8)), 4, torch.tensor(1.0), {"a": term(1, 1), "none": term(0, 0)}
+    )
+    meters.now += 1.0
+    meters.step(2, 0.1, 2.0, {}, {"crc": 3, "timeout": 1})
+    (line,) = lines(tmp_path)
+    found = {name: value for name, value in line.items() if name.startswith("skipped")}
+    assert found == {"skipped": 4, "skipped/crc": 3, "skipped/timeout": 1}
