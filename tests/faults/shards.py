@@ -104,7 +104,10 @@ def _complete(folder: Path, known: dict[str, Fields]) -> set[str]:
         raw, places = tar.read_bytes(), offsets(tar)
         for n in range(EACH):
             key = next(keys)
-            if n + 1 < len(places) and _fields(raw[places[n] : places[n + 1]]) == [
+            first, end = (*places[n : n + 2], 0, 0)[:2]
+            # A cut may take nothing but the padding; the last byte of a sample is that of its json.
+            padding = bytes(min(max(0, end - max(first, len(raw))), BLOCK))
+            if _fields(raw[first:end] + padding) == [
                 (f"{key}.{name}", data) for name, data in sorted(known[key].items())
             ]:
                 found.add(key)
