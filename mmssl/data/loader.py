@@ -157,7 +157,7 @@ class TrainLoader:
         Raises:
             UserError: too many samples were bad, or workers died again and again.
         """
-        if self._since >= _REMEMBER_EVERY:
+        if self._identity["workers"] and self._since >= _REMEMBER_EVERY:
             self._remember()
         packed: PackedBatch = self._alive(self._fetch)
         self._since += 1
@@ -243,7 +243,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the workers."""
         self._iterator = None
-        self._task.close()
+        _close(self._task.encode)
         inner = getattr(self._loader, "_iterator", None)
         if inner is not None and hasattr(inner, "_shutdown_workers"):
             inner._shutdown_workers()
@@ -281,12 +281,8 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
     def __init__(
         self, encoder: SampleEncoder, guard: BadSampleGuard, flight: workers.InFlight
     ) -> None:
-        self._encoder, self._encode = encoder, guarded(encoder)
+        self._encoder, self.encode = encoder, guarded(encoder)
         self.guard, self.flight = guard, flight
-
-    def close(self) -> None:
-        if isinstance(self._encode, DecodeChild):
-            self._encode.close()
 
     @stateless  # type: ignore[untyped-decorator]
     def encode_sample(self, sample: Any) -> Any:
@@ -294,7 +290,7 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
         if self.guard.stop:
             return None
         self.flight.put(sample["__key__"])
-        item = encode_guarded(self._encode, self.guard, to_sample(sample), sample)
+        item = encode_guarded(self.encode, self.guard, to_sample(sample), sample)
         self.flight.put("")
         if item is None and not self.guard.stop:
             raise SkipSample
@@ -329,6 +325,11 @@ def guarded(encoder: SampleEncoder) -> Encode:
     """The encoder, in a child process where `data.isolate` says so."""
     data = encoder.data
     return DecodeChild(encoder, data.decode_seconds, data.decode_mb) if data.isolate else encoder
+
+
+def _close(encode: Encode) -> None:
+    if isinstance(encode, DecodeChild):
+        encode.close()
 
 
 def encode_guarded(
@@ -413,10 +414,13 @@ def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
             chunks, batch_size=None, num_workers=min(workers, len(chunks)), **options
         )
         iterator = iter(loader)
-    for packed in iterator:
-        batch = packed.unpack()
-        if batch.size:
-            yield batch
+    try:
+        for packed in iterator:
+            batch = packed.unpack()
+            if batch.size:
+                yield batch
+    finally:
+        _close(chunks.encode)
 
 
 class _Chunks(Dataset[PackedBatch]):
@@ -431,7 +435,7 @@ class _Chunks(Dataset[PackedBatch]):
         micro_batch: int,
     ) -> None:
         self._reader, self._encoder, self._guard = reader, encoder, guard
-        self._encode = guarded(encoder)
+        self.encode = guarded(encoder)
         self._rows, self._micro_batch = rows, micro_batch
 
     def __len__(self) -> int:
@@ -444,7 +448,7 @@ class _Chunks(Dataset[PackedBatch]):
         items: list[Item] = []
         for index in self._rows[first : first + self._micro_batch]:
             crude = self._reader[index]
-            item = encode_guarded(self._encode, self._guard, to_sample(crude), crude)
+            item = encode_guarded(self.encode, self._guard, to_sample(crude), crude)
             if self._guard.stop:
                 return failed(self._guard.stop)
             if item is not None:

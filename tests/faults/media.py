@@ -102,8 +102,8 @@ def _sample(name: str, data: bytes, has: tuple[str, ...], key: str = "good") -> 
 def _sound(item: Item, has: tuple[str, ...]) -> bool:
     audio, video = (item.views.get(name, []) for name in ("audio", "video"))
     return (
-        (not audio or (audio[0].data.shape == (8000,) and bool(audio[0].data.isfinite().all())))
-        and (not video or (video[0].data.shape[1:] == (24, 24, 3) and len(video[0].data) > 0))
+        all(0 < len(v.data) <= 8000 and bool(v.data.isfinite().all()) for v in audio)
+        and all(v.data.shape[1:] == (24, 24, 3) and len(v.data) > 0 for v in video)
         and len(audio) == ("audio" in has)
         and len(video) == ("video" in has)
     )
@@ -199,9 +199,14 @@ def _crafted() -> dict[str, Crafted]:
             pictures,
             ("", "bomb", "header"),
         ),
-        "90 000 frames/s": (
+        "1200 frames within 14 ms": (
             "mp4",
-            write_media(frames, None, times_s=[k / 90_000 for k in range(10)], options={"bf": "0"}),
+            write_media(
+                moving_frames(1200, 16, 16),
+                None,
+                times_s=[k / 90_000 for k in range(1200)],
+                options={"bf": "0"},
+            ),
             pictures,
             ("bomb",),
         ),
@@ -239,7 +244,7 @@ def _crafted() -> dict[str, Crafted]:
             pictures,
             ("bomb",),
         ),
-        "hours claimed by the header": ("mp4", _claimed(plain), both, ("bomb",)),
+        "weeks claimed by the header": ("mp4", _claimed(plain), both, ("", "bomb")),
         "text instead of media": ("mp4", b"#EXTM3U\nfile:///etc/passwd\n" * 40, both, ("header",)),
         "playlist that names other files": (
             "mkv",
