@@ -2,6 +2,7 @@
 #   make quickstart           install, make the corpus and its shards, train, evaluate, report
 #   make quickstart QUICK=1   the same in miniature: 40 clips, 20 steps
 #   make test                 install and run the tests;  PYTEST_ARGS='tests/unit -k clip'
+#   make chaos                inject faults in full, write tests/faults/report.md;  SUITES='shards media'
 #   make lint types layers wheel table constraints clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,6 +15,7 @@ PY := $(VENV)/bin/python
 OUT := runs/quickstart
 WORKERS := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+SUITES ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DS_BUILD_OPS := 0# DeepSpeed is installed as pure Python: no compiler needed
@@ -28,10 +30,10 @@ CLIPS :=
 STEPS :=
 endif
 
-.PHONY: help install quickstart test lint types layers wheel table constraints clean
+.PHONY: help install quickstart test chaos lint types layers wheel table constraints clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 # ---------------------------------------------------------------- environment
 
@@ -81,6 +83,9 @@ $(OUT)/.evaluated-$(SIZE): $(OUT)/.trained-$(SIZE)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed
+	$(PY) -m tests.faults $(SUITES)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -51,10 +51,13 @@ def run_script(
 
 
 def checked(
-    words: Sequence[str | Path], processes: int = 1, env: Mapping[str, str] | None = None
+    words: Sequence[str | Path],
+    processes: int = 1,
+    env: Mapping[str, str] | None = None,
+    limit_s: float = LIMIT_S,
 ) -> str:
     """`run_script` of a script that must succeed; returns what it printed."""
-    done = run_script(words, processes, env)
+    done = run_script(words, processes, env, limit_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -53,7 +53,7 @@ class PackedBatch:
     """A batch as one block of bytes and a description; what travels between processes.
 
     error: set instead of the rest when training must stop; raised by the receiver.
-    label_hz: rates of the frame labels by name.
+    label_hz: rates of the frame labels by name. skipped: samples left out on the way, by reason.
     """
 
     block: Tensor
@@ -63,6 +63,7 @@ class PackedBatch:
     meta: list[dict[str, Any]]
     error: str = ""
     label_hz: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory; torch calls it when there is an accelerator."""

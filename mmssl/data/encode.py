@@ -13,7 +13,7 @@ from typing import Any
 from mmssl.data import samples
 from mmssl.data.collate import Item
 from mmssl.data.decode import ClipReader
-from mmssl.data.integrity import Ledger
+from mmssl.data.integrity import Ledger, Quarantine
 from mmssl.data.labels import NO_LABEL, LabelBook
 from mmssl.data.media import Limits
 from mmssl.data.text import Tokenizer
@@ -23,6 +23,7 @@ from mmssl.views import clip as cutting
 from mmssl.views.plan import Cut, Plan, Seeds, plan
 
 _WINDOW = 1000  # samples over which the share of bad ones is taken
+_DEADLY = ("timeout", "memory", "crash")  # see `isolate`
 
 
 @dataclass
@@ -137,10 +138,10 @@ def _evaluation_meta(reader: ClipReader) -> dict[str, Any]:
 
 
 class BadSampleGuard:
-    """Counts bad samples, and says when there are too many to go on."""
+    """Counts bad samples, lists deadly ones, and says when there are too many to go on."""
 
-    def __init__(self, max_share: float, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, max_share: float, ledger: Ledger, quarantine: Quarantine) -> None:
+        self.ledger, self.quarantine = ledger, quarantine
         self._max_bad = max_share * _WINDOW
         self._max_share = max_share
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
@@ -154,6 +155,8 @@ class BadSampleGuard:
         """Note a sample that was skipped; sets `stop` when the window holds too many."""
         self._recent.append(True)
         self.ledger.add(reason, key=key, message=message, **where)
+        if reason in _DEADLY:
+            self.quarantine.add(key, reason, message)
         bad = sum(self._recent)
         if bad > self._max_bad:
             totals = ", ".join(

@@ -1,6 +1,6 @@
 """What we change about Energon.
 
-Data sets name no code, damaged tars are skipped, and states are plain data.
+Data sets name no code, `reader` reads the tars, and states are plain data.
 
 Energon keeps the order of samples, the blending of data sets and the bookkeeping of resumption.
 """
@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.energon import CrudeSample, CrudeWebdataset, WorkerConfig
+from megatron.energon import CrudeWebdataset, WorkerConfig
 from megatron.energon.epathlib import EPath
 from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.webdataset import sample_loader
-from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.metadataset.loader_interface import LoadedDataset
 from megatron.energon.rng import SystemRngState
@@ -34,49 +33,20 @@ from megatron.energon.savable_loader import (
 from megatron.energon.state import FlexState
 from megatron.energon.wrappers.map_dataset import MapDataset
 
+from mmssl.data.reader import OPEN_SHARDS, ShardReader
+
 SPLIT = "train"  # Energon's name for the one part of every folder, whatever it is used for
-ERROR = "__mmssl_error__"
 
 # A worker's order is a shuffled list of slices of consecutive samples; the state holds the list.
 _MAX_SLICES = 8192
-_OPEN_SHARDS = 16
-
-
-class TolerantReader:
-    """Reads samples by number; what cannot be read comes back as a marked sample.
-
-    Energon ends the whole iteration at the first structural damage of a tar.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self._inner[index]
-        except (
-            Exception
-        ) as error:  # a damaged header or index may show as any error: marked, then counted
-            return CrudeSample(
-                __key__=f"#{index}",
-                __shard__="",
-                __restore_key__=("Webdataset", index),
-                __sources__=(),
-                **{ERROR: f"{type(error).__name__}: {error}"},
-            )
-        finally:
-            # Every header ever read would stay in memory as long as its tar is open.
-            for tar in getattr(self._inner, "itar_files_cache", {}).values():
-                tar.members.clear()
 
 
 class ShardFolder(CrudeWebdataset):  # type: ignore[misc]
-    """One shard folder as an Energon data set."""
+    """One shard folder as an Energon data set; samples of more than `max_bytes` are damage."""
 
-    def __init__(self, folder: Path, worker_config: WorkerConfig, training: bool) -> None:
+    def __init__(
+        self, folder: Path, worker_config: WorkerConfig, training: bool, max_bytes: int
+    ) -> None:
         super().__init__(
             EPath(folder.resolve()),
             split_part=SPLIT,
@@ -84,13 +54,13 @@ class ShardFolder(CrudeWebdataset):  # type: ignore[misc]
             worker_config=worker_config,
             decoder=None,
         )
+        self._max_bytes = max_bytes
         readers = max(1, worker_config.num_workers) * worker_config.world_size
         self.max_samples_per_sequence = max(1, math.ceil(len(self) / readers / _MAX_SLICES))
 
-    def reader(self) -> TolerantReader:
+    def reader(self) -> ShardReader:
         """Random access by sample number."""
-        inner = ShardInfosITarReader(self.path, self.shards, itar_cache_size=_OPEN_SHARDS)
-        return TolerantReader(inner)
+        return ShardReader(self.path, self.shards, self._max_bytes)
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         """As Energon's, with our reader."""
@@ -105,7 +75,7 @@ class ShardFolder(CrudeWebdataset):  # type: ignore[misc]
             workers_sample_slice_offsets=slices,
             worker_config=self.worker_config,
             shuffle_over_epochs=1 if self.training else None,
-            parallel_slice_iters=_OPEN_SHARDS if self.training else 1,
+            parallel_slice_iters=OPEN_SHARDS if self.training else 1,
         )
         return MapDataset(
             dataset,
@@ -127,9 +97,9 @@ def worker_config(rank: int, world: int, workers: int, seed: int) -> WorkerConfi
     )
 
 
-def loaded(folder: Path, config: WorkerConfig, weight: float | None) -> LoadedDataset:
+def loaded(folder: Path, config: WorkerConfig, weight: float, max_bytes: int) -> LoadedDataset:
     """A folder with its blend weight."""
-    return LoadedDataset(dataset=ShardFolder(folder, config, training=True), weight=weight)
+    return LoadedDataset(dataset=ShardFolder(folder, config, True, max_bytes), weight=weight)
 
 
 class _Nowhere(io.TextIOBase):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import yaml
 
 from mmssl.types import UserError
 
@@ -24,8 +25,19 @@ MANIFEST = "manifest.json"
 DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 PROFILE = "mmssl-shards-1"
 
+# Why a sample is left out: its place in the tar and index; its members; its media; how decoding
+# ended in the child process; frame labels; anything else. A sample that
+# only shows that the index is damaged is counted and read.
+REASONS = (
+    *("tar", "index", "key", "json", "members", "crc"),
+    *("header", "bomb", "missing", "decode"),
+    *("timeout", "memory", "crash", "quarantined"),
+    *("labels", "error"),
+)
+
 _KEY = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*")
 _SHARD = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*-\d{6}\.tar")
+_BRACES = re.compile(r"(.+)-\{(\d{6})\.\.(\d{6})\}\.tar")
 _SELF = re.compile(rb'"crc32c_self":"[0-9a-f]{8}",?')
 
 
@@ -183,8 +195,28 @@ def _check_energon_files(folder: Path, shards: list[Shard]) -> None:
         counts = json.loads((meta / ".info.json").read_bytes())["shard_counts"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta / '.info.json'}: unreadable ({error!r}); {remedy}") from error
-    if counts != {shard.name: shard.samples for shard in shards}:
+    names = [shard.name for shard in shards]
+    # The order numbers the shards in index.sqlite.
+    if list(counts.items()) != [(shard.name, shard.samples) for shard in shards]:
         raise UserError(f"{meta / '.info.json'}: lists other shards than {MANIFEST}; {remedy}")
+    if _split_names(meta / "split.yaml", max_names=len(names)) != names:
+        raise UserError(f"{meta / 'split.yaml'}: lists other shards than {MANIFEST}; {remedy}")
+
+
+def _split_names(path: Path, max_names: int) -> list[str]:
+    """Shards in Energon's list; it expands braces without bounds and leaves out what it is told."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+        (patterns,) = tree["split_parts"].values()
+        names: list[str] = []
+        for pattern in patterns if not tree["exclude"] else []:
+            found = _BRACES.fullmatch(pattern)
+            first, last = (int(found[2]), int(found[3])) if found else (0, 0)
+            numbers = range(first, min(last, first + max_names) + 1)
+            names += [f"{found[1]}-{n:06d}.tar" for n in numbers] if found else [pattern]
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return names
 
 
 class Ledger:
@@ -196,12 +228,50 @@ class Ledger:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.counts: dict[str, int] = {}
+        self._told: dict[str, int] = {}
+
+    def fresh(self) -> dict[str, int]:
+        """Counts since the last call, by reason."""
+        told, self._told = self._told, dict(self.counts)
+        return {k: n - told.get(k, 0) for k, n in self.counts.items() if n > told.get(k, 0)}
 
     def add(self, reason: str, **context: Any) -> None:
-        """Count one skipped sample under its reason code."""
+        """Count one skipped sample under its reason code, one of `REASONS`."""
+        assert reason in REASONS, reason
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(canonical({"reason": reason, **context}) + b"\n")
+        _append(self.path, {"reason": reason, **context})
+
+
+class Quarantine:
+    """Keys of samples that killed or stalled a process: they are not tried again.
+
+    The list is kept in RUN/quarantine*.jsonl, one file per rank, and read whole, so that a resumed
+    run leaves the same samples out; who removes a line has its sample tried again.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.keys: set[str] = set()
+        self.read()
+
+    def read(self) -> None:
+        """Take in what this and other processes have listed."""
+        for file in self.path.parent.glob("quarantine*.jsonl") if self.path else ():
+            for line in file.read_bytes().splitlines():
+                try:
+                    self.keys.add(str(json.loads(line)["key"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off by a full disk: the sample is tried, and listed, again
+
+    def add(self, key: str, reason: str, message: str) -> None:
+        """List a sample."""
+        self.keys.add(key)
+        _append(self.path, {"key": key, "reason": reason, "message": message})
+
+
+def _append(path: Path | None, line: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(canonical(line) + b"\n")

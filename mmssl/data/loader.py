@@ -6,7 +6,8 @@ the worker as one block of shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,28 @@ from megatron.energon import Cooker, SkipSample, TaskEncoder, get_savable_loader
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mmssl.data import energon
+from mmssl.data import energon, workers
 from mmssl.data.blend import train_weights
 from mmssl.data.collate import Item, PackedBatch, failed, pack
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
-from mmssl.data.integrity import DamagedSampleError, Ledger, Shard, read_manifest
+from mmssl.data.integrity import DamagedSampleError, Ledger, Quarantine, Shard, read_manifest
+from mmssl.data.isolate import DecodeChild
 from mmssl.data.join import join
 from mmssl.data.labels import LabelBook
+from mmssl.data.reader import ERROR, NOTE, REASON, ShardReader
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Batch, Sample, UserError
 
+Encode = Callable[[Sample], Item]
+
 _STATE_VERSION = 1
 # Energon stores a worker's state at most this often; resuming repeats the reading since then.
 _STATE_EVERY_S = 2.0
+# A dead worker takes its state along: the loader remembers one this often, and reads the batches
+# since then again.
+_REMEMBER_EVERY = 200
+_MAX_DEATHS = 5  # of workers, in one process of training
 
 
 def train_loader(
@@ -41,6 +50,7 @@ def train_loader(
     world: int,
     tokenizer: Tokenizer | None,
     ledger: str | Path | None = None,
+    quarantine: str | Path | None = None,
     joined: int = 1,
 ) -> TrainLoader:
     """An endless iterator of training batches.
@@ -54,6 +64,8 @@ def train_loader(
         world: how many processes read.
         tokenizer: needed by text views.
         ledger: file to which skipped samples are appended as JSON lines.
+        quarantine: file to which samples that killed or stalled a decoder are appended; those
+            listed there, or in files beside it, are skipped.
         joined: so many of the readers' batches are delivered as one.
 
     Raises:
@@ -68,21 +80,26 @@ def train_loader(
     labels = LabelBook.open(data.frame_labels, [Path(f) for f in weights], required=True)
     encoder = SampleEncoder(views, data, seed, tokenizer, True, labels)
     config = energon.worker_config(rank, world, data.workers, seed)
-    task = _Task(encoder, BadSampleGuard(data.max_bad_share, Ledger(ledger)))
-    with energon.quiet():
+    guard = BadSampleGuard(data.max_bad_share, Ledger(ledger), Quarantine(quarantine))
+    task = _Task(encoder, guard, workers.InFlight(data.workers))
+
+    def make() -> Any:
         dataset = task.build_train_datasets(
-            datasets=[energon.loaded(Path(f), config, w) for f, w in weights.items()],
+            datasets=[
+                energon.loaded(Path(f), config, w, data.max_bytes) for f, w in weights.items()
+            ],
             worker_config=config,
             batch_size=micro_batch,
             shuffle_buffer_size=data.shuffle_buffer or None,
             blend_mode=DatasetBlendMode.DATASET_WEIGHT,
         )
-        loader = get_savable_loader(
+        return get_savable_loader(
             dataset,
             checkpoint_every_sec=_STATE_EVERY_S,
             gc_collect_every_n_steps=100 if data.workers else 0,
             watchdog_timeout_seconds=None,
         )
+
     identity = {
         "version": _STATE_VERSION,
         "seed": seed,
@@ -95,7 +112,7 @@ def train_loader(
     }
     if data.frame_labels:
         identity["frame_labels"] = labels.digests
-    return TrainLoader(loader, identity, joined)
+    return TrainLoader(make, task, identity, joined)
 
 
 def _check_readers(
@@ -112,11 +129,31 @@ def _check_readers(
 
 
 class TrainLoader:
-    """Endless iterator of batches whose position can be saved and restored exactly."""
+    """Endless iterator of batches whose position can be saved and restored exactly.
 
-    def __init__(self, loader: Any, identity: dict[str, Any], joined: int) -> None:
-        self._loader, self._identity, self._joined = loader, identity, joined
+    Where a worker process dies, all workers are started again from the last remembered position,
+    batches delivered since are read again and dropped, and the sample the worker was at is put into
+    quarantine. (Had that sample been delivered since that position, another one of the epoch would
+    be left out in its stead.)
+
+    skipped: samples left out of the batches so far, by reason, those before a resumption included.
+    """
+
+    def __init__(
+        self, make: Callable[[], Any], task: _Task, identity: dict[str, Any], joined: int
+    ) -> None:
+        self._make, self._task = make, task
+        self._identity, self._joined = identity, joined
         self._iterator: Iterator[PackedBatch] | None = None
+        self.skipped: dict[str, int] = {}
+        # Energon's position, batches delivered since, and how many of them are to be dropped
+        self._position: Any = None
+        self._since = self._behind = self._deaths = 0
+        self._loader = self._made()
+
+    def _made(self) -> Any:
+        with energon.quiet():
+            return self._make()
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -125,24 +162,73 @@ class TrainLoader:
         """The next batch.
 
         Raises:
-            UserError: too many samples were bad.
+            UserError: too many samples were bad, or workers died again and again.
         """
         return join([self._one() for _ in range(self._joined)])
 
     def _one(self) -> Batch:
-        if self._iterator is None:
-            with energon.quiet():
-                self._iterator = iter(self._loader)
-                return next(self._iterator).unpack()
-        return next(self._iterator).unpack()
+        if self._identity["workers"] and self._since >= _REMEMBER_EVERY:
+            self._remember()
+        packed: PackedBatch = self._alive(self._fetch)
+        self._since += 1
+        for reason, count in packed.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        return packed.unpack()
+
+    def _fetch(self) -> PackedBatch:
+        if self._iterator is not None:
+            return next(self._iterator)
+        with energon.quiet():
+            self._iterator = iter(self._loader)
+            packed = next(self._iterator)
+        if self._identity["workers"]:
+            workers.watch(self._loader)
+        return packed
+
+    def _remember(self) -> None:
+        self._position = self._alive(lambda: self._loader.save_state_rank())
+        self._since = 0
+
+    def _alive(self, ask: Callable[[], Any]) -> Any:
+        """Ask, and ask again of new workers where it failed because one has died."""
+        while True:
+            try:
+                while self._behind:
+                    self._fetch()
+                    self._behind -= 1
+                return ask()
+            except (RuntimeError, OSError, EOFError) as error:
+                dead = workers.dead(self._loader)
+                if not dead:
+                    raise
+                self._start_again(dead, error)
+
+    def _start_again(self, dead: Sequence[int], error: Exception) -> None:
+        flight, quarantine = self._task.flight, self._task.guard.quarantine
+        keys = [key for key in map(flight.take, dead) if key]
+        self._deaths += 1
+        for key in keys:
+            quarantine.add(key, "worker", f"a worker died over it: {error}")
+        if self._deaths > _MAX_DEATHS:
+            raise UserError(
+                f"data workers died {self._deaths} times, the last one over "
+                f"{', '.join(keys) or 'no sample'} ({error}); if memory is short, lower "
+                "data.workers or data.shuffle_buffer, and see the kernel's log"
+            ) from error
+        self.close()
+        quarantine.read()
+        self._loader = self._made()
+        self._loader.restore_state_rank(self._position)
+        self._behind = self._since
 
     def state(self) -> dict[str, Any]:
         """Position after the last batch delivered, as plain data and tensors.
 
         `torch.save` it; `torch.load(..., weights_only=True)` reads it back.
         """
-        state = energon.to_plain(self._loader.save_state_rank())
-        return {"identity": self._identity, "position": state}
+        self._remember()
+        position = energon.to_plain(self._position)
+        return {"identity": self._identity, "position": position, "skipped": dict(self.skipped)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken; call it before the first batch.
@@ -152,7 +238,7 @@ class TrainLoader:
             RuntimeError: batches were already taken.
         """
         self._check(state["identity"], self._identity)
-        self._loader.restore_state_rank(_position(state))
+        self._go_to(_position(state), state.get("skipped", {}))
 
     def redistribute(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Continue what another number of ranks has read; call it before the first batch.
@@ -171,18 +257,22 @@ class TrainLoader:
         for rank, state in enumerate(states):
             layout = {"rank": rank, "world": len(states), "workers": state["identity"]["workers"]}
             self._check(state["identity"], {**mine, **layout})
-        readers = [reader for state in states for reader in _position(state).worker_states]
+        positions = [_position(state) for state in states]
+        readers = [reader for position in positions for reader in position.worker_states]
         if not mine["workers"] or len(readers) != mine["world"] * mine["workers"]:
             raise UserError(
                 f"the saved data position belongs to {len(readers)} readers; this run has "
                 f"{mine['world']} ranks x {mine['workers']} workers"
             )
         first = mine["rank"] * mine["workers"]
-        position = replace(
-            _position(states[0]),
-            worker_states=readers[first : first + mine["workers"]],
-            next_worker_id=0,
-        )
+        share = readers[first : first + mine["workers"]]
+        skipped: Counter[str] = Counter()
+        for state in states if mine["rank"] == 0 else []:  # counted once
+            skipped.update(state.get("skipped", {}))
+        self._go_to(replace(positions[0], worker_states=share, next_worker_id=0), skipped)
+
+    def _go_to(self, position: Any, skipped: Mapping[str, int]) -> None:
+        self._position, self.skipped = position, dict(skipped)
         self._loader.restore_state_rank(position)
 
     def _check(self, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -195,6 +285,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the workers."""
         self._iterator = None
+        _close(self._task.encode)
         inner = getattr(self._loader, "_iterator", None)
         if inner is not None and hasattr(inner, "_shutdown_workers"):
             inner._shutdown_workers()
@@ -236,26 +327,32 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
     cookers = (Cooker(_cook),)
     decoder = None
 
-    def __init__(self, encoder: SampleEncoder, guard: BadSampleGuard) -> None:
-        self._encoder = encoder
-        self._guard = guard
+    def __init__(
+        self, encoder: SampleEncoder, guard: BadSampleGuard, flight: workers.InFlight
+    ) -> None:
+        self._encoder, self.encode = encoder, guarded(encoder)
+        self.guard, self.flight = guard, flight
 
     @stateless  # type: ignore[untyped-decorator]
     def encode_sample(self, sample: Any) -> Any:
         """One row; a bad sample is skipped and counted, after too many of them nothing is read."""
-        if self._guard.stop:
+        if self.guard.stop:
             return None
-        item = encode_guarded(self._encoder, self._guard, to_sample(sample), sample)
-        if item is None and not self._guard.stop:
+        self.flight.put(sample["__key__"])
+        item = encode_guarded(self.encode, self.guard, to_sample(sample), sample)
+        self.flight.put("")
+        if item is None and not self.guard.stop:
             raise SkipSample
         return item
 
     @stateless  # type: ignore[untyped-decorator]
     def batch(self, samples: list[Any]) -> PackedBatch:
         """Rows to one block; `None` among them stands for a stop."""
-        if self._guard.stop:
-            return failed(self._guard.stop)
-        return _packed(samples, self._encoder)
+        if self.guard.stop:
+            return failed(self.guard.stop)
+        packed = _packed(samples, self._encoder)
+        packed.skipped = self.guard.ledger.fresh()
+        return packed
 
 
 def _packed(items: Sequence[Item], encoder: SampleEncoder) -> PackedBatch:
@@ -273,16 +370,32 @@ def to_sample(crude: Mapping[str, Any]) -> Sample:
     return Sample(crude["__key__"], tuple(crude["__restore_key__"]), fields)
 
 
+def guarded(encoder: SampleEncoder) -> Encode:
+    """The encoder, in a child process where `data.isolate` says so."""
+    data = encoder.data
+    return DecodeChild(encoder, data.decode_seconds, data.decode_mb) if data.isolate else encoder
+
+
+def _close(encode: Encode) -> None:
+    if isinstance(encode, DecodeChild):
+        encode.close()
+
+
 def encode_guarded(
-    encoder: SampleEncoder, guard: BadSampleGuard, sample: Sample, crude: Mapping[str, Any]
+    encode: Encode, guard: BadSampleGuard, sample: Sample, crude: Mapping[str, Any]
 ) -> Item | None:
     """Encode a sample, or count it as bad and return None."""
     where = {"shard": str(crude.get("__shard__", ""))}
-    if energon.ERROR in crude:
-        guard.bad(sample.key, "tar", str(crude[energon.ERROR]), **where)
+    if ERROR in crude:
+        guard.bad(sample.key, crude[REASON], crude[ERROR], **where)
+        return None
+    if NOTE in crude:  # the sample is read nevertheless
+        guard.ledger.add("index", key=sample.key, message=crude[NOTE], **where)
+    if sample.key in guard.quarantine.keys:
+        guard.bad(sample.key, "quarantined", "listed in the quarantine", **where)
         return None
     try:
-        item = encoder(sample)
+        item = encode(sample)
     except DamagedSampleError as error:
         guard.bad(sample.key, error.reason, str(error), **where)
     except UserError as error:  # a wrong setting, not a bad sample
@@ -332,9 +445,11 @@ def eval_batches(
     labels = LabelBook.open(data.frame_labels, [Path(path)], required=False)
     encoder = SampleEncoder(views, data, 0, tokenizer, False, labels)
     with energon.quiet():
-        folder = energon.ShardFolder(Path(path), energon.worker_config(0, 1, 0, 0), training=False)
+        folder = energon.ShardFolder(
+            Path(path), energon.worker_config(0, 1, 0, 0), False, data.max_bytes
+        )
     chosen: Sequence[int] = range(len(folder)) if rows is None else rows
-    guard = BadSampleGuard(data.max_bad_share, Ledger(ledger))
+    guard = BadSampleGuard(data.max_bad_share, Ledger(ledger), Quarantine())
     chunks = _Chunks(folder.reader(), encoder, guard, chosen[:limit], micro_batch)
     return _eval_iterator(chunks, data.workers if workers is None else workers)
 
@@ -348,10 +463,13 @@ def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
             chunks, batch_size=None, num_workers=min(workers, len(chunks)), **options
         )
         iterator = iter(loader)
-    for packed in iterator:
-        batch = packed.unpack()
-        if batch.size:
-            yield batch
+    try:
+        for packed in iterator:
+            batch = packed.unpack()
+            if batch.size:
+                yield batch
+    finally:
+        _close(chunks.encode)
 
 
 class _Chunks(Dataset[PackedBatch]):
@@ -359,13 +477,14 @@ class _Chunks(Dataset[PackedBatch]):
 
     def __init__(
         self,
-        reader: energon.TolerantReader,
+        reader: ShardReader,
         encoder: SampleEncoder,
         guard: BadSampleGuard,
         rows: Sequence[int],
         micro_batch: int,
     ) -> None:
         self._reader, self._encoder, self._guard = reader, encoder, guard
+        self.encode = guarded(encoder)
         self._rows, self._micro_batch = rows, micro_batch
 
     def __len__(self) -> int:
@@ -378,7 +497,7 @@ class _Chunks(Dataset[PackedBatch]):
         items: list[Item] = []
         for index in self._rows[first : first + self._micro_batch]:
             crude = self._reader[index]
-            item = encode_guarded(self._encoder, self._guard, to_sample(crude), crude)
+            item = encode_guarded(self.encode, self._guard, to_sample(crude), crude)
             if self._guard.stop:
                 return failed(self._guard.stop)
             if item is not None:
@@ -396,6 +515,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file may fail anywhere in torch's reader
         raise UserError(f"{path}: not a loader state, or a damaged one") from error
-    if not isinstance(state, dict) or set(state) != {"identity", "position"}:
+    if not isinstance(state, dict) or set(state) != {"identity", "position", "skipped"}:
         raise UserError(f"{path}: not a loader state")
     return state

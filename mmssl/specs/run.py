@@ -33,9 +33,12 @@ class DataSpec(Spec):
     shuffle_buffer: int = Field(0, ge=0)  # samples; 0 relies on Energon's shard shuffling
     max_pixels: int = Field(16_777_216, gt=0)  # refuse larger frames before decoding
     max_seconds: float = Field(600.0, gt=0)  # refuse longer clips before decoding
-    max_bad_share: float = Field(
-        0.01, ge=0, le=1
-    )  # stop when more samples than this fail in a window
+    max_bytes: int = Field(134_217_728, gt=0)  # refuse larger samples before reading
+    # stop when more than this share of the last 1000 samples of a reader fails
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    isolate: bool = True  # decode in a child process that a bad file may kill; off: trusted files
+    decode_seconds: float = Field(20.0, gt=0)  # time for one sample; needs `isolate`
+    decode_mb: int = Field(1000, gt=0)  # memory for one sample beyond the start; needs `isolate`
 
 
 class OptimSpec(Spec):

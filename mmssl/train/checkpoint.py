@@ -52,7 +52,12 @@ _STEPS = "step-????????"
 
 
 class Loader(Protocol):
-    """Endless batches of this rank, from a position that can be saved."""
+    """Endless batches of this rank, from a position that can be saved.
+
+    skipped: samples left out so far, by reason.
+    """
+
+    skipped: dict[str, int]
 
     def __next__(self) -> Batch:
         """The next micro-batch."""

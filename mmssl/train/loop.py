@@ -98,7 +98,7 @@ def _step(spec: RunSpec, job: Job, meters: Meters) -> str:
     model.after_step(step, total)
     if job.average is not None:
         job.average.update(engine.model, resolve(spec.optim.ema, step / total))
-    meters.step(step + 1, lr, norm, model.last_embeddings)
+    meters.step(step + 1, lr, norm, model.last_embeddings, job.loader.skipped)
     return ""
 
 

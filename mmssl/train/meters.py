@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmssl import dist
+from mmssl.data.integrity import REASONS
 from mmssl.specs import TrainSpec
 from mmssl.train.flops import flop_counter, peak_flops
 from mmssl.train.health import Monitor
@@ -136,12 +137,21 @@ class Meters:
         self.window += Rates(samples=batch.size, tokens=tokens, flops=self.flops or 0.0)
 
     def step(
-        self, step: int, lr: float, grad_norm: float, embeddings: Mapping[str, Tensor]
+        self,
+        step: int,
+        lr: float,
+        grad_norm: float,
+        embeddings: Mapping[str, Tensor],
+        skipped: Mapping[str, int],
     ) -> None:
-        """Close optimiser step `step` (1-based); a collective when a line is due."""
+        """Close optimiser step `step` (1-based); a collective when a line is due.
+
+        skipped: samples this rank has left out so far, by reason; their sums over ranks are logged.
+        """
         due = step % self.log_every == 0 or step == self.total
         if due:
             values = self.losses.values() | {"lr": lr, "grad_norm": grad_norm} | self._rates()
+            values |= self._skipped(skipped)
             self._write(step, values, embeddings)
             self.losses = Losses()
         elif self.first:
@@ -212,6 +222,12 @@ class Meters:
             "data_wait": waited / seconds if seconds else 0.0,
             "flop_utilisation": flops * ranks / (seconds * peak) if seconds else 0.0,
         }
+
+    def _skipped(self, counts: Mapping[str, int]) -> dict[str, float]:
+        mine = torch.tensor([counts.get(r, 0) for r in REASONS], dtype=torch.float64)
+        totals = dist.sum_over_ranks(mine.to(self.device)).tolist()
+        found = {f"skipped/{r}": n for r, n in zip(REASONS, totals, strict=True) if n}
+        return {"skipped": sum(totals), **found}
 
     def _write(
         self, step: int, values: Mapping[str, float], embeddings: Mapping[str, Tensor]

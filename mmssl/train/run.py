@@ -2,7 +2,7 @@
 
 RUN/config.yaml tokenizer.model      what is needed to go on
 RUN/log.jsonl tensorboard/           numbers of every logged step
-RUN/skipped.jsonl                    samples the loader left out
+RUN/skipped.jsonl quarantine.jsonl   samples the loader left out, and will not try again
 RUN/checkpoints/ best/               see `checkpoint`
 RUN/summary.json                     duration and rates, when training has ended
 """
@@ -42,6 +42,7 @@ from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes
 from mmssl.types import PREEMPTED, UserError
 
+_LISTS = ("skipped", "quarantine")
 _OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
 
 
@@ -217,6 +218,7 @@ def _has_text(spec: RunSpec) -> bool:
 def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> int:
     tokenizer = Tokenizer.load(folder / "tokenizer.model") if _has_text(spec) else None
     rank, world = dist.rank(), dist.world_size()
+    lists = [f"{name}.jsonl" if world == 1 else f"{name}-{rank:05d}.jsonl" for name in _LISTS]
 
     def make_loader(layout: Layout) -> TrainLoader:
         return train_loader(
@@ -227,8 +229,8 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
             rank,
             world,
             tokenizer,
-            folder / ("skipped.jsonl" if world == 1 else f"skipped-{rank:05d}.jsonl"),
-            layout.joined,
+            *(folder / name for name in lists),
+            joined=layout.joined,
         )
 
     def make_model() -> nn.Module:

@@ -170,6 +170,7 @@ class ToyLoader:
     def __init__(self, size: int, fail_at: int = -1, pause_s: float = 0.0) -> None:
         self.size, self.position, self.fail_at, self.pause_s = size, 0, fail_at, pause_s
         self.started = False
+        self.skipped: dict[str, int] = {}
 
     def __next__(self) -> ToyBatch:
         if self.position == self.fail_at:

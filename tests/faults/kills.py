@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
 from faults.report import Outcome, collect
+from launching import checked
 from toy_run import run as train_toy
 
 from mmssl.train import checkpoint, commit
@@ -148,19 +149,23 @@ def kills(folder: Path, stage: int, count: int, rng: random.Random) -> Iterator[
     yield f"going on afterwards, 2 ranks, ZeRO {stage}", finished[STEPS] == plain[STEPS]
 
 
+def inside(count: int, seed: int) -> None:
+    """In a process that may fork, as it has started no thread: print the cases."""
+    import deepspeed  # noqa: F401  once, not in every child
+
+    rng, found = random.Random(seed), []
+    for stage in STAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            found += kills(Path(folder), stage, -(-count // len(STAGES)), rng)
+    print("found", json.dumps(found), flush=True)
+
+
 def run(count: int, seed: int) -> list[Outcome]:
     """`count` kills, shared by ZeRO 1, 2 and 3."""
-    import deepspeed  # noqa: F401  before forking, so that children need not
-
-    rng = random.Random(seed)
-
-    def cases() -> Iterator[tuple[str, bool]]:
-        for stage in STAGES:
-            with tempfile.TemporaryDirectory() as folder:
-                yield from kills(Path(folder), stage, -(-count // len(STAGES)), rng)
-
-    return collect("R1", cases())
+    printed = checked([__file__, str(count), str(seed)], limit_s=300 + 60 * count)
+    line = next(x for x in printed.splitlines() if x.startswith("found "))
+    return collect("R1", map(tuple, json.loads(line.removeprefix("found "))))
 
 
 if __name__ == "__main__":
-    print(*run(int(sys.argv[1]), 0), sep="\n")
+    inside(int(sys.argv[1]), int(sys.argv[2]))

@@ -8,7 +8,7 @@ import torch
 from media_files import moving_frames, tone, write_media
 
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
-from mmssl.data.integrity import DamagedSampleError, Ledger, seal
+from mmssl.data.integrity import DamagedSampleError, Ledger, Quarantine, seal
 from mmssl.specs import AugmentSpec, DataSpec, ViewSpec
 from mmssl.types import Sample, UserError
 
@@ -100,7 +100,7 @@ def test_decoders_give_equal_rows(sample, tokenizer):
 
 
 def test_guard_judges_the_last_thousand():
-    guard = BadSampleGuard(0.01, Ledger())
+    guard = BadSampleGuard(0.01, Ledger(), Quarantine())
     for _ in range(10):
         guard.bad("k", "crc", "broken")
     assert not guard.stop
@@ -119,7 +119,7 @@ def test_guard_judges_the_last_thousand():
 
 
 def test_guard_with_no_tolerance():
-    guard = BadSampleGuard(0.0, Ledger())
+    guard = BadSampleGuard(0.0, Ledger(), Quarantine())
     guard.good()
     assert not guard.stop
     guard.bad("k", "crc", "broken")
@@ -132,3 +132,12 @@ def test_shards_hold_no_python_objects(shards):
         with tarfile.open(path) as tar:
             names |= {member.name.partition(".")[2] for member in tar}
     assert names == {"mp4", "m4a", "txt", "json"}
+
+
+def test_guard_lists_what_is_deadly(tmp_path):
+    guard = BadSampleGuard(0.5, Ledger(), Quarantine(tmp_path / "quarantine.jsonl"))
+    for reason in ("crc", "timeout", "decode", "memory", "crash"):
+        guard.bad(f"k-{reason}", reason, "why")
+    assert guard.quarantine.keys == {"k-timeout", "k-memory", "k-crash"}
+    again = BadSampleGuard(0.5, Ledger(), Quarantine(tmp_path / "quarantine.jsonl"))
+    assert again.quarantine.keys == guard.quarantine.keys

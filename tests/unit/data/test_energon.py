@@ -44,34 +44,6 @@ def test_unknown_types_are_refused():
         energon.from_plain({"__state__": "Popen", "args": "true"})
 
 
-def test_reader_marks_what_it_cannot_read():
-    class Broken:
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            if index:
-                raise ValueError("tar header")
-            return {"__key__": "good"}
-
-    reader = energon.TolerantReader(Broken())
-    assert len(reader) == 2
-    assert reader[0] == {"__key__": "good"}
-    marked = reader[1]
-    assert marked[energon.ERROR] == "ValueError: tar header"
-    assert marked["__restore_key__"] == ("Webdataset", 1)
-
-
-def test_reading_keeps_no_headers(shards):
-    folder = energon.ShardFolder(shards, energon.worker_config(0, 1, 0, 0), training=False)
-    reader = folder.reader()
-    for index in [*range(len(folder)), *range(len(folder))]:
-        assert "json" in reader[index]
-    open_tars = reader._inner.itar_files_cache.values()
-    assert len(open_tars) == 4
-    assert sum(len(tar.members) for tar in open_tars) == 0
-
-
 def test_quiet_swallows_prints_and_restores_them(capsys):
     with energon.quiet():
         print("noise")

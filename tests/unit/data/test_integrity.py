@@ -185,3 +185,57 @@ def test_ledger_counts_and_appends(tmp_path):
     silent = Ledger()
     silent.add("crc")
     assert silent.counts == {"crc": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "split_parts: {train: ['shard-{000000..000002}.tar']}\nexclude: []\n",
+        "split_parts: {train: ['shard-{000000..999999}.tar']}\nexclude: []\n",
+        "split_parts: {train: ['shard-{000000..000003}.tar']}\nexclude: [shard-000000.tar/0]\n",
+        "split_parts: {train: [7]}\nexclude: []\n",
+        "split_parts: {a: [], b: []}\nexclude: []\n",
+        "split_parts: [",
+        "",
+    ],
+)
+def test_split_must_list_the_shards_of_the_manifest(folder, text):
+    """Energon expands braces without bounds, and leaves out what the file tells it to."""
+    (folder / ".nv-meta" / "split.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"split\.yaml: lists other shards"):
+        integrity.read_manifest(folder)
+
+
+def test_split_may_name_shards_one_by_one(folder):
+    names = [f"shard-{n:06d}.tar" for n in range(4)]
+    (folder / ".nv-meta" / "split.yaml").write_text(
+        f"split_parts: {{train: {names}}}\nexclude: []\n"
+    )
+    assert len(integrity.read_manifest(folder)) == 4
+
+
+def test_ledger_tells_what_is_new():
+    ledger = Ledger()
+    ledger.add("crc")
+    ledger.add("tar")
+    assert ledger.fresh() == {"crc": 1, "tar": 1}
+    ledger.add("crc")
+    assert ledger.fresh() == {"crc": 1}
+    assert ledger.fresh() == {}
+    with pytest.raises(AssertionError):
+        ledger.add("no such reason")
+
+
+def test_quarantine_is_read_from_all_ranks_lists(tmp_path):
+    one = integrity.Quarantine(tmp_path / "quarantine-00000.jsonl")
+    one.add("a", "timeout", "slow")
+    two = integrity.Quarantine(tmp_path / "quarantine-00001.jsonl")
+    assert two.keys == {"a"}
+    two.add("b", "crash", "gone")
+    with two.path.open("ab") as file:
+        file.write(b'{"key": "c", "rea')  # the disk was full
+    one.read()
+    assert one.keys == {"a", "b"}
+    silent = integrity.Quarantine()
+    silent.add("c", "memory", "large")
+    assert silent.keys == {"c"}

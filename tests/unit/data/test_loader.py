@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -36,9 +38,9 @@ def spec(shards, **changes):
 
 
 def make(shards, tokenizer, micro_batch=4, seed=0, rank=0, world=1, views=VIEWS, **changes):
-    ledger = changes.pop("ledger", None)
+    files = changes.pop("ledger", None), changes.pop("quarantine", None)
     return train_loader(
-        spec(shards, **changes), views, micro_batch, seed, rank, world, tokenizer, ledger
+        spec(shards, **changes), views, micro_batch, seed, rank, world, tokenizer, *files
     )
 
 
@@ -226,7 +228,7 @@ def test_state_files_are_plain_data(shards, tokenizer, tmp_path):
     next(loader)
     torch.save(loader.state(), tmp_path / "s.pt")
     loader.close()
-    assert set(loading.load_state(tmp_path / "s.pt")) == {"identity", "position"}
+    assert set(loading.load_state(tmp_path / "s.pt")) == {"identity", "position", "skipped"}
 
 
 class Evil:
@@ -552,3 +554,130 @@ def test_evaluation_limit_and_damage(shards, tokenizer, tmp_path):
     strict = spec(tmp_path / "set", max_bad_share=0.001)
     with pytest.raises(UserError, match="max_bad_share"):
         list(eval_batches(tmp_path / "set", strict, VIEWS, 4, tokenizer))
+
+
+# --- deadly samples and dead workers
+
+
+def deadly(monkeypatch, key_of_number, act):
+    """Samples of a row number make their process do something when they are encoded."""
+    original = loading.SampleEncoder.__call__
+
+    def encode(self, sample):
+        item = original(self, sample)
+        if item.index in key_of_number:
+            act(item.index)
+        return item
+
+    monkeypatch.setattr(loading.SampleEncoder, "__call__", encode)
+
+
+def rows(loader, batches):
+    return list(itertools.chain(*(next(loader).index_B.tolist() for _ in range(batches))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_deadly_samples_are_tried_once(shards, tokenizer, tmp_path, monkeypatch, workers):
+    """Quarantine outlives the process, and the others come as if the samples had been damaged."""
+    deadly(monkeypatch, {7, 22}, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    files = {"ledger": tmp_path / "skipped.jsonl", "quarantine": tmp_path / "quarantine.jsonl"}
+    text = {"text": VIEWS["text"]}
+    options = {"workers": workers, "views": text, "max_bad_share": 1.0, "micro_batch": 1, **files}
+    loader = make(shards, tokenizer, **options)
+    first = rows(loader, 38)
+    assert sorted(first) == [n for n in range(40) if n not in (7, 22)]
+    second = rows(loader, 38)
+    state, skipped, after = loader.state(), dict(loader.skipped), rows(loader, 5)
+    loader.close()
+    assert set(first) == set(second)
+    assert {k: skipped[k] for k in ("crash", "quarantined")} == {"crash": 2, "quarantined": 2}
+    listed = [json.loads(line) for line in files["quarantine"].read_text().splitlines()]
+    assert [line["reason"] for line in listed] == ["crash", "crash"]
+    other = make(shards, tokenizer, **options)
+    other.restore(state)
+    assert other.skipped == skipped
+    assert rows(other, 5) == after
+    other.close()
+    monkeypatch.undo()
+    deadly(monkeypatch, {7, 22}, lambda n: (_ for _ in ()).throw(ValueError(n)))
+    plain = make(shards, tokenizer, **{**options, "quarantine": None})
+    assert rows(plain, 38) == first
+    assert rows(plain, 38) == second
+    plain.close()
+
+
+def test_a_dead_worker_is_replaced_and_nothing_else_is_lost(
+    shards, tokenizer, tmp_path, monkeypatch
+):
+    """The batches are those of a run in which only the sample in flight was skipped."""
+    text = {"text": VIEWS["text"]}
+    options = {
+        "workers": 2,
+        "views": text,
+        "max_bad_share": 1.0,
+        "micro_batch": 2,
+        "isolate": False,
+    }
+    deadly(monkeypatch, {13}, lambda n: (_ for _ in ()).throw(ValueError(n)))
+    plain = make(shards, tokenizer, **options)
+    expected = [next(plain).keys for _ in range(30)]
+    plain.close()
+    monkeypatch.undo()
+    deadly(monkeypatch, {13}, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    listed = tmp_path / "quarantine.jsonl"
+    loader = make(shards, tokenizer, **options, quarantine=listed)
+    monkeypatch.setattr(loading, "_REMEMBER_EVERY", 5)
+    assert [next(loader).keys for _ in range(30)] == expected
+    (line,) = [json.loads(text) for text in listed.read_text().splitlines()]
+    assert line["reason"] == "worker"
+    assert loader.skipped["quarantined"] >= 1
+    state = loader.state()
+    after = [next(loader).keys for _ in range(4)]
+    loader.close()
+    other = make(shards, tokenizer, **options, quarantine=listed)
+    other.restore(state)
+    assert [next(other).keys for _ in range(4)] == after
+    other.close()
+
+
+def test_a_worker_killed_from_outside_is_replaced(shards, tokenizer):
+    text = {"text": VIEWS["text"]}
+    options = {"workers": 2, "views": text, "micro_batch": 2}
+    plain = make(shards, tokenizer, **options)
+    expected = [next(plain).keys for _ in range(12)]
+    plain.close()
+    loader = make(shards, tokenizer, **options)
+    found = [next(loader).keys for _ in range(3)]
+    flight, quiet = loader._task.flight._memory, 0
+    while quiet < 20:  # until both workers have made their batches in advance
+        quiet = 0 if any(flight[:]) else quiet + 1
+        time.sleep(0.05)
+    os.kill(loader._loader._iterator._workers[1].pid, signal.SIGKILL)
+    state = loader.state()  # asks the dead one
+    found += [next(loader).keys for _ in range(9)]
+    loader.close()
+    assert found == expected
+    other = make(shards, tokenizer, **options)
+    other.restore(state)
+    assert [next(other).keys for _ in range(9)] == expected[3:]
+    other.close()
+
+
+def test_workers_that_die_again_and_again_end_the_run(shards, tokenizer, monkeypatch):
+    deadly(monkeypatch, range(40), lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loading, "_MAX_DEATHS", 1)
+    options = {"views": {"text": VIEWS["text"]}, "isolate": False, "max_bad_share": 1.0}
+    loader = make(shards, tokenizer, workers=1, **options)
+    with pytest.raises(UserError, match=r"died 2 times, the last one over k?.*data\.workers"):
+        next(loader)
+    loader.close()
+
+
+def test_skipped_samples_are_told_by_reason(shards, tokenizer, tmp_path):
+    shutil.copytree(shards, tmp_path / "set")
+    damage(tmp_path / "set", lambda k: k == 3)
+    loader = make(tmp_path / "set", tokenizer, micro_batch=36, max_bad_share=1.0)
+    next(loader)
+    next(loader)
+    assert loader.skipped["crc"] in (7, 8)  # of two epochs, but for what the last batch left
+    loader.close()

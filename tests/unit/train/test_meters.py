@@ -49,7 +49,7 @@ def one_step(meters: Meters, step: int, wait: float, work: float, loss: float = 
     meters.flops = 300.0
     terms = {"a": term(loss * 4, 4), "none": term(0.0, 0.0)}
     meters.micro_batch(ToyBatch(torch.zeros(4, 8)), 40, torch.tensor(loss), terms)
-    meters.step(step, 0.1, 2.0, {})
+    meters.step(step, 0.1, 2.0, {}, {})
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -92,7 +92,7 @@ def test_accumulated_micro_batches_make_one_step(meters: Meters, tmp_path: Path)
             terms = {"a": term(loss, 1)}
             meters.micro_batch(ToyBatch(torch.zeros(2, 8)), 3, torch.tensor(loss), terms)
         meters.now += 2.0
-        meters.step(step, 0.1, 1.0, {})
+        meters.step(step, 0.1, 1.0, {}, {})
     (line,) = lines(tmp_path)
     assert line["loss"] == line["term/a"] == 3.0
     assert line["samples_per_s"] == pytest.approx(2.0)
@@ -157,7 +157,7 @@ def test_a_collapse_is_announced(
     for step in (1, 2, 3):
         loss = torch.tensor(0.0)
         meters.micro_batch(ToyBatch(torch.zeros(9, 8)), 1, loss, {"a": term(0, 1)})
-        meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)})
+        meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)}, {})
     out = capsys.readouterr().out
     assert "warning: step 3: embedding `common` has collapsed: effective rank 0.00 of 4" in out
     text = (
@@ -188,3 +188,14 @@ def test_a_part_of_a_table_can_be_counted_without_gradients(meters: Meters) -> N
     table = FactorisedPositions((8,), 4, fit="crop")
     with meters.counting(), torch.no_grad():
         assert torch.equal(table.vectors((5,)), table.axis0[:5])
+
+
+def test_skipped_samples_are_logged_by_reason(meters: Meters, tmp_path: Path) -> None:
+    meters.micro_batch(
+        ToyBatch(torch.zeros(4, 8)), 4, torch.tensor(1.0), {"a": term(1, 1), "none": term(0, 0)}
+    )
+    meters.now += 1.0
+    meters.step(2, 0.1, 2.0, {}, {"crc": 3, "timeout": 1})
+    (line,) = lines(tmp_path)
+    found = {name: value for name, value in line.items() if name.startswith("skipped")}
+    assert found == {"skipped": 4, "skipped/crc": 3, "skipped/timeout": 1}
