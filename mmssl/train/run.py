@@ -218,7 +218,9 @@ def _has_text(spec: RunSpec) -> bool:
 def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False) -> int:
     tokenizer = Tokenizer.load(folder / "tokenizer.model") if _has_text(spec) else None
     rank, world = dist.rank(), dist.world_size()
-    lists = [f"{name}.jsonl" if world == 1 else f"{name}-{rank:05d}.jsonl" for name in _LISTS]
+    skipped, quarantine = (
+        folder / (f"{name}.jsonl" if world == 1 else f"{name}-{rank:05d}.jsonl") for name in _LISTS
+    )
 
     def make_loader(layout: Layout) -> TrainLoader:
         return train_loader(
@@ -229,8 +231,9 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
             rank,
             world,
             tokenizer,
-            *(folder / name for name in lists),
-            joined=layout.joined,
+            skipped,
+            quarantine,
+            layout.joined,
         )
 
     def make_model() -> nn.Module:
