@@ -30,9 +30,9 @@ from mmssl.towers import item_weight
 from mmssl.types import Codes, Floor, Term
 
 _REMEDY = "raise `weights.diversity` of the task, or lower `optim.lr`"
-# Of the entries of a group, effectively. Runs with 64 entries on spoken digits begin at 0.7 and fall
-# where the contrast begins to be solved: with the diversity term to 0.47, without it to 0.12, where
-# they stay.
+# Of the entries of a group, effectively. Runs with 64 entries on spoken digits begin at 0.7 and
+# fall where the contrast begins to be solved: with the diversity term to 0.47, without it to 0.12,
+# where they stay.
 USAGE_FLOOR = Floor(0.2, "the codebook", _REMEDY)
 
 
