@@ -105,25 +105,33 @@ def trace(spec: RunSpec, rows: int, real: bool = False, fused: bool = True) -> T
         real: on numbers instead of fake tensors.
         fused: attention as on a GPU, where dropout does not keep it from the fused kernel.
     """
+    counter = flop_counter()
+    with counter:
+        _step(spec, rows, real, fused)
+    # apart, as the counter's hooks keep recomputed activations alive
+    ledger = _step(spec, rows, real, fused)
+    return Trace(float(counter.get_total_flops()), float(ledger.kept), float(ledger.peak))
+
+
+def _step(spec: RunSpec, rows: int, real: bool, fused: bool) -> Ledger:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = fake_model(spec, None if real else mode)
+    model, ledger = fake_model(spec, None if real else mode), Ledger(mode)
     if fused:
         for part in model.modules():
             if isinstance(part, Attention):
                 part.dropout.rate = 0.0
-    ledger, counter = Ledger(mode), flop_counter()
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.ignore(tensor)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(ledger.gradient)
     narrow = torch.autocast("cpu", torch.bfloat16, enabled=spec.train.precision == "bf16")
-    with counter, ledger:
+    with ledger:
         batch = fake_batch(spec, rows, missing=False)
         with narrow:
             loss, _ = model(batch, 0, spec.train.steps)
         loss.backward()
-    return Trace(float(counter.get_total_flops()), float(ledger.kept), float(ledger.peak))
+    return ledger
 
 
 def traced(spec: RunSpec, rows: int, real: bool = False, fused: bool = True) -> Trace:
