@@ -38,12 +38,13 @@ def flop_counter() -> FlopCounterMode:
     """Counts matrix products, convolutions and attention, that on a CPU too."""
 
     def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-        return int(sdpa_flop_count(q, k, v))
+        return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
     def backward(
         grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
     ) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))
+        count = sdpa_backward_flop_count(grad, q, k, v)  # type: ignore[no-untyped-call]
+        return int(count)
 
     # The counter takes composite operations apart, which rounds otherwise: a resumed run, which
     # counts at another step than the uninterrupted one, would not be equal to it. These stay whole.
