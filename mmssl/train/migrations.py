@@ -40,7 +40,7 @@ def migrated(manifest: Manifest) -> Manifest:
         ValueError: its version is not known.
     """
     version = manifest.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         hint = "; it was written by a newer mmssl" if newer else ""
         raise ValueError(f"format_version {version!r} is unknown{hint}")
