@@ -81,6 +81,7 @@ class TrainSpec(Spec):
     save_every: int = Field(0, ge=0)  # steps; 0 = at the end only
     keep_last: int = Field(3, ge=0)  # so many of the newest checkpoints stay; 0 = all
     keep_every: int = Field(0, ge=0)  # steps; checkpoints of multiples of it stay, too
+    copy_to: str = ""  # address (fsspec) to which checkpoints are copied, and fetched from if lost
     # a checkpoint that cannot be written, e.g. on a full disk; the last one of a run always stops
     on_save_error: Literal["stop", "continue"] = "stop"
     # steps in a row that are skipped for a loss or gradient that is not finite, before the run goes

@@ -37,6 +37,7 @@ from mmssl.train.commit import (
     read_manifest,
     write_text,
 )
+from mmssl.train.copies import Copies
 from mmssl.train.elastic import Layout
 from mmssl.train.engine import Engine
 from mmssl.train.preempt import StopRequest
@@ -110,6 +111,7 @@ class Job:
     progress: Progress
     stop: StopRequest
     watch: Watchdog
+    copies: Copies | None = None
 
 
 # ---------------------------------------------------------------- save and restore
@@ -128,6 +130,8 @@ def save(job: Job) -> Path:
     commit(target, write, _facts(job))
     if dist.rank() == 0:
         write_text(target.parent / LATEST, target.name)
+        if job.copies is not None:
+            job.copies.put(target)
     return target
 
 

@@ -30,6 +30,7 @@ from mmssl.specs import RunSpec
 from mmssl.train import checkpoint, elastic, preempt
 from mmssl.train.checkpoint import Job, Loader, Progress
 from mmssl.train.commit import on_rank0, read_manifest, replace_file, write_text
+from mmssl.train.copies import Copies, fetch
 from mmssl.train.elastic import Layout
 from mmssl.train.engine import Engine, Trainable, session
 from mmssl.train.loop import train
@@ -116,6 +117,10 @@ def _fit(
     spec: RunSpec, parts: Parts, folder: Path, device: torch.device, again: bool, stop: StopRequest
 ) -> Progress:
     found = checkpoint.newest_for_all(folder)
+    if found is None and spec.train.copy_to:
+        here = folder / "checkpoints"
+        on_rank0(lambda: fetch(spec.train.copy_to, here, config.digest(spec)))
+        found = checkpoint.newest_for_all(folder)
     if again and found is None:
         raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
     layout = elastic.layout(spec, dist.world_size(), read_manifest(found) if found else None)
@@ -142,11 +147,15 @@ def _train(spec: RunSpec, parts: Parts, job: Job, found: Path | None, again: boo
     if spec.validation.every:
         validator = Validator(spec.validation, parts.make_model, parts.evaluate)
     meters.message(_headline(spec, job))
+    if spec.train.copy_to and dist.rank() == 0:
+        job.copies = Copies(spec.train.copy_to, meters.message)
     try:
         with job.watch.watching():
             train(spec, job, meters, validator)
         _summarise(job, meters)
     finally:
+        if job.copies is not None:
+            job.copies.close()
         meters.close()
         job.engine.close()
     return job.progress
