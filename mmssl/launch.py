@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 from torch.distributed import run
@@ -59,7 +60,8 @@ def _pass_on(number: int) -> None:
     if not children:  # the nodes have not met yet: nothing to save
         os._exit(PREEMPTED)
     for child in children:
-        child.send_signal(number)
+        with suppress(psutil.Error):  # it may be gone
+            child.send_signal(number)
 
 
 if __name__ == "__main__":

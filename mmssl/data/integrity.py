@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,9 @@ class Quarantine:
 def _append(path: Path | None, line: Mapping[str, Any]) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write(canonical(line) + b"\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(canonical(line) + b"\n")
+    except OSError as error:  # a full disk must not end the reading; the counts are kept anyway
+        print(f"mmssl: {path} cannot be written: {error}", file=sys.stderr)

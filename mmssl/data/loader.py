@@ -205,8 +205,9 @@ class TrainLoader:
 
     def _start_again(self, dead: Sequence[int], error: Exception) -> None:
         flight, quarantine = self._task.flight, self._task.guard.quarantine
-        keys = [key for key in map(flight.take, dead) if key]
-        self._deaths += 1
+        guilty = workers.guilty(self._loader, dead)
+        keys = [key for key in map(flight.take, guilty) if key]
+        self._deaths += bool(guilty)
         for key in keys:
             quarantine.add(key, "worker", f"a worker died over it: {error}")
         if self._deaths > _MAX_DEATHS:

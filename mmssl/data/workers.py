@@ -6,6 +6,7 @@ import mmap
 import queue
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -43,6 +44,14 @@ def dead(loader: Any) -> list[int]:
         if found or not processes or time.monotonic() > until:
             return found
         time.sleep(0.02)
+
+
+def guilty(loader: Any, dead: Sequence[int]) -> list[int]:
+    """Those of the dead that were not asked to end: a SIGTERM to the process group says nothing of
+    the sample a worker was at.
+    """
+    processes = loader._iterator._workers
+    return [number for number in dead if processes[number].exitcode != -signal.SIGTERM]
 
 
 def watch(loader: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -129,27 +130,31 @@ def save(job: Job) -> Path:
 
     commit(target, write, _facts(job))
     if dist.rank() == 0:
-        write_text(target.parent / LATEST, target.name)
+        with suppress(OSError):  # only advice
+            write_text(target.parent / LATEST, target.name)
         if job.copies is not None:
             job.copies.put(target)
     return target
 
 
-def prune(run: Path, keep_last: int, keep_every: int) -> None:
+def prune(run: Path, step: int, keep_last: int, keep_every: int, spare: Path | None = None) -> None:
     """Remove checkpoints that the policy does not keep, and what interrupted saves have left.
 
-    The newest `keep_last` (0: all) stay, and those of steps that `keep_every` divides.
+    Of those up to `step`, which has just been saved, the newest `keep_last` (0: all) stay, and
+    those of steps that `keep_every` divides. Later ones, which a run that went back has left, are
+    not looked at: they may be damaged. `spare` stays for now, and what cannot be removed.
     """
     if dist.rank():
         return
     folder = run / "checkpoints"
     for left in folder.glob(f"step-*{TEMPORARY}"):
-        shutil.rmtree(left)
-    steps = sorted(folder.glob(_STEPS))
+        shutil.rmtree(left, ignore_errors=True)
+    steps = sorted(path for path in folder.glob(_STEPS) if path.name <= _name(step))
     for old in steps[:-keep_last] if keep_last else []:
-        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+        if old != spare and (not keep_every or int(old.name.removeprefix("step-")) % keep_every):
             # never half a folder under a name that counts
-            shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY)))
+            with suppress(OSError):
+                shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY)))
 
 
 def save_best(job: Job) -> Path:
@@ -159,7 +164,7 @@ def save_best(job: Job) -> Path:
     if dist.rank() == 0:
         for older in sorted(target.parent.glob("step-*")):
             if older != target:
-                shutil.rmtree(older)
+                shutil.rmtree(older, ignore_errors=True)
     return target
 
 
@@ -185,7 +190,8 @@ def restore(job: Job, folder: Path, data: bool = True) -> None:
         set_random_state(state["random"])
     else:
         states = [load_plain(folder / _rank_file(rank)) for rank in range(ranks)]
-        job.loader.redistribute([state["loader"] for state in states])
+        if data:
+            job.loader.redistribute([state["loader"] for state in states])
         seed_all(seed_of(job.progress.step, manifest["digest"], dist.rank()))
 
 

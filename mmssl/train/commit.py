@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmssl import dist
+from mmssl.data.integrity import canonical
 from mmssl.train.migrations import FORMAT_VERSION, migrated
 from mmssl.types import UserError
 
 T = TypeVar("T")
 
 MANIFEST, TEMPORARY = "manifest.json", ".tmp"
+_SELF = "crc32c_self"
 _CHUNK = 1 << 22
 
 
@@ -35,7 +37,7 @@ def on_rank0(work: Callable[[], T]) -> T:
 
     Raises:
         OSError: what `work` raised, on all ranks alike, so that none waits for another.
-        UserError: likewise.
+        UserError: likewise, and for any other error.
     """
     value: T | None = None
     error: OSError | UserError | None = None
@@ -44,6 +46,9 @@ def on_rank0(work: Callable[[], T]) -> T:
             value = work()
         except (OSError, UserError) as raised:
             error = raised
+        except Exception as raised:  # e.g. of an object store: the others must not wait for ever
+            error = UserError(f"{type(raised).__name__}: {raised}")
+            error.__cause__ = raised
     value, error = dist.broadcast_object((value, error))
     if error is not None:
         raise error
@@ -77,8 +82,7 @@ class Writer:
             self.files[name] = {"size": path.stat().st_size, "crc32c": crc32c(path)}
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch reports a full disk as a file position that it did not expect
-            free_mb = shutil.disk_usage(self.folder).free / 1e6
-            self.error = f"{path}: {error}; {free_mb:.1f} MB are free there"
+            self.error = f"{path}: {error}{_room(self.folder)}"
 
     def tensors(self, name: str, state: dict[str, Tensor], digest: str) -> None:
         """A safetensors file that names the configuration it belongs to."""
@@ -114,7 +118,10 @@ def commit(
     writer = Writer(temporary)
     try:
         on_rank0(lambda: _prepare(target, temporary, replace))
-        write(writer)
+        try:
+            write(writer)
+        except OSError as error:  # told to the others, who must not wait for this rank
+            writer.error = writer.error or str(error)
         written = dist.gather_objects((writer.files, writer.error))
         if errors := [error for _, error in written if error]:
             raise OSError(errors[0])
@@ -169,7 +176,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
         raise ValueError("not a manifest")
-    return migrated(manifest)
+    found = migrated(manifest)
+    if manifest["format_version"] > 1 and manifest != sealed(manifest):
+        raise ValueError("its content differs from its own CRC32C")
+    return found
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the CRC32C of all its other entries."""
+    rest = {key: value for key, value in manifest.items() if key != _SELF}
+    return {**rest, _SELF: f"{google_crc32c.value(canonical(rest)):08x}"}
 
 
 def crc32c(path: Path) -> str:
@@ -201,6 +217,13 @@ def _is_entry(item: tuple[str, Any]) -> bool:
     return inside and isinstance(facts, dict) and facts.keys() >= {"size", "crc32c"}
 
 
+def _room(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    except OSError:
+        return ""
+
+
 def _prepare(target: Path, temporary: Path, replace: bool) -> None:
     if not replace and target.exists() and not problem(target):
         raise FileExistsError(f"{target} is complete already and is never rewritten")
@@ -212,7 +235,7 @@ def _prepare(target: Path, temporary: Path, replace: bool) -> None:
 def _seal(temporary: Path, target: Path, facts: dict[str, Any]) -> None:
     if damage := _mismatch(temporary, facts["files"], facts["files"]):
         raise OSError(damage)
-    manifest = {"format_version": FORMAT_VERSION, **facts}
+    manifest = sealed({"format_version": FORMAT_VERSION, **facts})
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     folders = (p for p in temporary.rglob("*") if p.is_dir())
     for path in (temporary / MANIFEST, *folders, temporary):

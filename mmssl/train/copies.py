@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from mmssl.train.commit import MANIFEST, TEMPORARY, problem, read_manifest
@@ -20,7 +21,8 @@ from mmssl.types import UserError
 class Copies:
     """Copies committed folders one after the other, while the training goes on.
 
-    A copy that fails is reported through `tell` and is no reason to stop.
+    A copy that fails is reported through `tell` and is no reason to stop. Nothing is ever removed
+    at the second location.
     """
 
     def __init__(self, url: str, tell: Callable[[str], None]) -> None:
@@ -31,18 +33,35 @@ class Copies:
         """
         self.url, self._tell = url.rstrip("/"), tell
         self._files, self._root = _open(self.url)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="copies")
-        self._last: Future[None] | None = None
+        self._queue: SimpleQueue[Path | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self.busy: Path | None = None  # what is being read
 
     def put(self, folder: Path) -> None:
-        """Copy a folder; returns at once. A copy that has not begun gives way to a newer one."""
-        if self._last is not None:
-            self._last.cancel()
-        self._last = self._thread.submit(self._put, folder)
+        """Copy a folder; returns at once. Of those that wait only the newest is copied."""
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="copies", daemon=True)
+            self._thread.start()
+        self._queue.put(folder)
 
-    def close(self) -> None:
-        """Wait for the last copy."""
-        self._thread.shutdown()
+    def close(self, limit_s: float | None = None) -> None:
+        """Wait for the newest copy, so many seconds at most; what is left then stays behind."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(limit_s)
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            folder = self._queue.get()
+            while not self._queue.empty():
+                newer = self._queue.get()
+                last, folder = last or newer is None, newer or folder
+            last = last or folder is None
+            if folder is not None:
+                self.busy = folder
+                self._put(folder)
+                self.busy = None
 
     def _put(self, folder: Path) -> None:
         target = f"{self._root}/{folder.name}"
@@ -74,16 +93,19 @@ def fetch(url: str, checkpoints: Path, digest: str) -> Path | None:
         temporary = checkpoints / f"{name}{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        files.get(f"{root}/{name}/", f"{temporary}/", recursive=True)
-        good = not problem(temporary)
-        if good and read_manifest(temporary)["digest"] == digest:
-            return temporary.rename(checkpoints / name)
-        shutil.rmtree(temporary)
-        if good:
+        temporary.mkdir()
+        files.get_file(f"{root}/{name}/{MANIFEST}", str(temporary / MANIFEST))
+        if read_manifest(temporary)["digest"] != digest:
+            shutil.rmtree(temporary)
             raise UserError(
                 f"train.copy_to={url}: {name} is of a run with another configuration; choose "
                 "another address, or resume with the configuration it was saved with"
             )
+        files.get(f"{root}/{name}/", f"{temporary}/", recursive=True)
+        if not problem(temporary):
+            shutil.rmtree(checkpoints / name, ignore_errors=True)  # damaged, or it had been taken
+            return temporary.rename(checkpoints / name)
+        shutil.rmtree(temporary)
     return None
 
 

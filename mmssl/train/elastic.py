@@ -43,6 +43,12 @@ def layout(spec: RunSpec, world: int, manifest: Mapping[str, Any] | None) -> Lay
             )
         return Layout(spec.data.workers, rows, size // rows)
     if manifest["world_size"] == world:
+        if size % manifest["rows"]:
+            raise UserError(
+                f"train.batch={spec.train.batch}, train.accumulate={spec.train.accumulate}: the "
+                f"run's readers put {manifest['rows']} rows together, of which {size} rows at once "
+                "are no multiple; resume with the batch it was saved with"
+            )
         return Layout(manifest["workers"], manifest["rows"], size // manifest["rows"])
     possible = [n for n in range(1, spec.train.batch + 1) if _fits(spec, n, manifest)]
     if world not in possible:

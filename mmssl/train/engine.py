@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from mmssl import config, dist
 from mmssl.partition import piece
 from mmssl.specs import OptimSpec, TrainSpec
-from mmssl.train.commit import Writer
+from mmssl.train.commit import Writer, on_rank0
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain, plain_loads, quiet
 from mmssl.types import Batch, Floor, Term, UserError
 
 Terms = Mapping[str, Term]
+_WEEK_S = 7 * 86400.0
 
 
 class Trainable(Protocol):
@@ -53,7 +54,7 @@ class Trainable(Protocol):
 # ---------------------------------------------------------------- process group
 
 
-def start(threads: int = 0) -> torch.device:
+def start(threads: int = 0, hang_s: float = 1800.0) -> torch.device:
     """Join the process group (gloo on CPUs, NCCL on GPUs) and return this rank's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and the deepspeed
@@ -62,6 +63,7 @@ def start(threads: int = 0) -> torch.device:
 
     Args:
         threads: torch threads on the CPU; 0 keeps torch's choice.
+        hang_s: limit of the watchdog, which is to notice first that a rank does not come; 0 = none.
 
     Raises:
         UserError: tasks of Slurm do not know where to meet.
@@ -77,7 +79,7 @@ def start(threads: int = 0) -> torch.device:
     if cuda:
         torch.cuda.set_device(local)
     backend = "nccl" if cuda else "gloo"
-    dist.init(backend)
+    dist.init(backend, 2 * hang_s + 300 if hang_s else _WEEK_S)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
@@ -101,12 +103,12 @@ def _read_slurm(env: MutableMapping[str, str], devices: int) -> None:
 
 
 @contextmanager
-def session(threads: int = 0) -> Iterator[torch.device]:
+def session(threads: int = 0, hang_s: float = 1800.0) -> Iterator[torch.device]:
     """`start`, and at the normal end a meeting of all ranks before the group is destroyed.
 
     After an error the ranks do not wait for each other (one may be dead): the launcher ends them.
     """
-    device = start(threads)
+    device = start(threads, hang_s)
     try:
         yield device
     except BaseException:
@@ -264,9 +266,7 @@ class Engine:
             return
         whole = folder.parent.with_name(f"{folder.parent.name}-whole.tmp")
         settings = self._engine._config
-        if dist.rank() == 0:
-            _put_together(folder, whole)
-        dist.barrier()
+        on_rank0(lambda: _put_together(folder, whole))
         settings.load_universal_checkpoint = True
         try:
             with plain_loads(_allowed()), quiet():

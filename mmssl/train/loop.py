@@ -30,16 +30,19 @@ def train(spec: RunSpec, job: Job, meters: Meters, validator: Validator | None) 
     while True:
         progress = job.progress
         job.watch.beat()
-        if validator and validator.due(progress, total):
+        asked = job.stop.agreed()
+        if validator and validator.due(progress, total) and not asked:
             with meters.aside():
                 validator.run(job, meters)
-        asked = job.stop.agreed()
+            job.watch.beat()
+            asked, progress = job.stop.agreed(), job.progress
         pending = validator is not None and validator.due(progress, total)  # was interrupted
         over = not pending and (progress.step >= total or bool(progress.stopped))
         due = every and progress.step % every == 0
         if progress.step != saved and (over or asked or due):
             with meters.aside():
                 saved = progress.step if _save(spec, job, meters, over or asked) else saved
+            job.watch.beat()
         if over:
             return
         if asked:
@@ -69,7 +72,9 @@ def _save(spec: RunSpec, job: Job, meters: Meters, last: bool) -> bool:
             raise
         meters.not_saved(job.progress.step, str(error))
         return False
-    checkpoint.prune(job.folder, spec.train.keep_last, spec.train.keep_every)
+    keep = spec.train.keep_last, spec.train.keep_every
+    copied = job.copies.busy if job.copies else None
+    checkpoint.prune(job.folder, job.progress.step, *keep, spare=copied)
     return True
 
 

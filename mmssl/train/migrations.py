@@ -4,7 +4,7 @@
 |---|---|
 | 1 | the first |
 | 2 | `progress` tells the step of the last evaluation, skipped steps and returns to a checkpoint; \
-`workers` and `rows` of the readers |
+`workers` and `rows` of the readers; a CRC32C of itself |
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASON = "preempted"
 
 
-class InterruptedWorkError(Exception):
+class InterruptedWork(BaseException):
     """Work inside `StopRequest.interruptible` was left on a request."""
 
 
@@ -47,7 +47,7 @@ class StopRequest:
             self.received = True
             if self._interruptible:
                 self._interruptible = False
-                raise InterruptedWorkError
+                raise InterruptedWork
 
         for number in SIGNALS:
             signal.signal(number, handle)
@@ -62,12 +62,12 @@ class StopRequest:
         """Leave the work inside at once on a request; it must touch nothing that is kept.
 
         Raises:
-            InterruptedWorkError: a request came, inside or before.
+            InterruptedWork: a request came, inside or before.
         """
         self._interruptible = True
         try:
             if self.received:
-                raise InterruptedWorkError
+                raise InterruptedWork
             yield
         finally:
             self._interruptible = False

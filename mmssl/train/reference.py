@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,12 @@ def write(run: Path, out: Path, band: float) -> None:
     log = run / "log.jsonl"
     if not log.is_file():
         raise UserError(f"{log}: no such file; a run folder is what `mmssl train` wrote")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = {line["step"]: round(line["loss"], 5) for line in lines if line.get("loss")}
+    losses = {}
+    for text in log.read_text().splitlines():
+        with suppress(ValueError):  # a line at which the run was killed
+            line = json.loads(text)
+            if line.get("loss") is not None:
+                losses[line["step"]] = round(line["loss"], 5)
     with whole_file(out) as path:
         path.write_text(json.dumps({"band": band, "loss": losses}, indent=1) + "\n")
 

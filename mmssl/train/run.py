@@ -44,6 +44,7 @@ from mmssl.train.weights import Average, shapes
 from mmssl.types import PREEMPTED, UserError
 
 _LISTS = ("skipped", "quarantine")
+_GRACE_S = 20.0  # for the last copy where the machine is about to go
 _OURS = ("log.jsonl", "checkpoints", "best", "summary.json")
 
 
@@ -56,7 +57,7 @@ def main(file: str, overrides: Sequence[str] = ()) -> int:
         UserError: bad configuration or data, or the folder belongs to another run.
     """
     spec = config.load(file, overrides)
-    with session(spec.train.threads) as device:
+    with session(spec.train.threads, spec.train.hang_s) as device:
         return start(spec, device)
 
 
@@ -79,7 +80,7 @@ def resume(run_dir: str, overrides: Sequence[str] = ()) -> int:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no config.yaml here; a run folder is what `mmssl train` wrote")
     spec = config.load(folder / "config.yaml", overrides)
-    with session(spec.train.threads) as device:
+    with session(spec.train.threads, spec.train.hang_s) as device:
         return _run(spec, folder, device, again=True)
 
 
@@ -145,9 +146,10 @@ def _train(spec: RunSpec, parts: Parts, job: Job, found: Path | None, again: boo
     )
     validator = None
     if spec.validation.every:
-        validator = Validator(spec.validation, parts.make_model, parts.evaluate)
+        go_on = spec.train.on_save_error == "continue"
+        validator = Validator(spec.validation, parts.make_model, parts.evaluate, go_on)
     meters.message(_headline(spec, job))
-    if spec.train.copy_to and dist.rank() == 0:
+    if spec.train.copy_to:  # on all ranks, so that a bad address is known to all
         job.copies = Copies(spec.train.copy_to, meters.message)
     try:
         with job.watch.watching():
@@ -155,7 +157,7 @@ def _train(spec: RunSpec, parts: Parts, job: Job, found: Path | None, again: boo
         _summarise(job, meters)
     finally:
         if job.copies is not None:
-            job.copies.close()
+            job.copies.close(_GRACE_S if job.progress.stopped == preempt.REASON else None)
         meters.close()
         job.engine.close()
     return job.progress

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mmssl import dist
 from mmssl.specs import ValidateSpec
 from mmssl.train.checkpoint import Job, Progress, save_best
+from mmssl.train.commit import NotSavedError
 from mmssl.train.meters import Meters
-from mmssl.train.preempt import InterruptedWorkError
+from mmssl.train.preempt import InterruptedWork
 from mmssl.train.randomness import untouched_random_state
 from mmssl.train.weights import whole_state
 from mmssl.types import UserError
@@ -32,6 +33,7 @@ class Validator:
     spec: ValidateSpec
     make_model: Callable[[], nn.Module]
     evaluate: Evaluate
+    go_on: bool = False  # where the best checkpoint cannot be written
 
     def due(self, progress: Progress, total: int) -> bool:
         """At this step of `total`, and not done yet."""
@@ -52,8 +54,15 @@ class Validator:
             return
         assert values is not None
         job.progress.evaluated = job.progress.step
+        before = replace(job.progress)
         if self.spec.metric and judge(self.spec, values, job.progress):
-            save_best(job)
+            try:
+                save_best(job)
+            except NotSavedError as error:
+                if not self.go_on:
+                    raise
+                job.progress = before  # the next evaluation may be the best and saved
+                meters.not_saved(job.progress.step, str(error))
         meters.validation(job.progress.step, values)
 
     def _values(self, job: Job) -> Mapping[str, float] | None:
@@ -63,7 +72,7 @@ class Validator:
                 model = self.make_model()
                 model.load_state_dict(state)
                 return self.evaluate(model.to(job.engine.device).eval(), self.spec.clips)
-        except InterruptedWorkError:
+        except InterruptedWork:
             return None
 
 

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, so that its launcher can start it again.
+"""Ends a process that makes no progress, rather than to hold its machines for ever.
 
 A rank that waits for one that will never come, a reader that sleeps, storage that does not answer:
 nothing of it raises an error.
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -78,7 +78,7 @@ class Watchdog:
         children = psutil.Process().children(recursive=True)
         for number in (signal.SIGUSR2, signal.SIGKILL):
             for child in children:
-                if child.is_running():
+                with suppress(psutil.Error):  # it may be gone
                     child.send_signal(number)
             time.sleep(_DUMP_S)
         os._exit(HUNG)

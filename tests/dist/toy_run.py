@@ -188,10 +188,11 @@ class ToyLoader:
         return {"position": self.position}
 
     def restore(self, state: dict[str, int]) -> None:
+        assert not self.started  # as with the real one
         self.position = state["position"]
 
     def redistribute(self, states: list[dict[str, int]]) -> None:
-        self.position = states[0]["position"]
+        self.restore(states[0])
 
     def close(self) -> None:
         pass

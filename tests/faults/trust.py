@@ -90,7 +90,7 @@ def put(file: Path, value: Any, archive: bool) -> None:
         manifest = json.loads(path.read_text())
         entry = {"size": file.stat().st_size, "crc32c": commit.crc32c(file)}
         manifest["files"][file.relative_to(folder).as_posix()] = entry
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(commit.sealed(manifest)))
 
 
 def refused(work: Callable[[], object], mark: Path) -> bool:

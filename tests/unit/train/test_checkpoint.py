@@ -16,7 +16,8 @@ from toy_run import ToyLoader, ToyModel, run, toy_spec
 
 from mmssl.train import checkpoint
 from mmssl.train.checkpoint import Job, Progress, find, load_weights, newest, restore
-from mmssl.train.commit import read_manifest
+from mmssl.train.commit import read_manifest, sealed
+from mmssl.train.elastic import Layout
 from mmssl.train.engine import Engine, session
 from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import random_state, set_random_state, untouched_random_state
@@ -40,7 +41,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(folder: Path, engine: Engine, ema: bool = True) -> Job:
     average = Average(engine.model) if ema else None
     watched = StopRequest(), Watchdog(0)
-    return Job(folder, "text", "digest", engine, ToyLoader(8), average, Progress(), *watched)
+    return Job(
+        folder, "text", "digest", engine, ToyLoader(8), Layout(0, 8), average, Progress(), *watched
+    )
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -124,6 +127,24 @@ def test_old_checkpoints_go_by_the_policy_alone(tmp_path: Path) -> None:
     assert steps() == [3, 6, 7, 8]
 
 
+def test_later_checkpoints_that_a_run_went_back_behind_do_not_count(tmp_path: Path) -> None:
+    with session() as device:
+        train = {"steps": 6, "save_every": 2, "keep_last": 1}
+        run(device, str(tmp_path), train={**train, "keep_last": 0})
+        folder = tmp_path / "checkpoints"
+        (folder / "step-00000006" / "weights.safetensors").unlink()
+        run(device, str(tmp_path), train={**train, "steps": 5})
+    assert newest(tmp_path) == folder / "step-00000005"
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000005", "step-00000006"]
+
+
+def test_a_manifest_vouches_for_itself(finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path) / "checkpoints" / "step-00000006"
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"step": 6', '"step": 5', 1))
+    assert newest(folder.parents[1]) == folder.with_name("step-00000004")
+
+
 def test_missing_averages_and_broken_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(UserError, match=r"x\.safetensors: no such file"):
@@ -138,7 +159,7 @@ def test_a_run_without_averages_says_so(finished: Path, tmp_path: Path) -> None:
     (folder / "ema.safetensors").unlink()
     manifest = read_manifest(folder)
     del manifest["files"]["ema.safetensors"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(UserError, match="does not average weights"):
         load_weights(folder, ema=True)
     with session() as device:
@@ -158,10 +179,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(
         engine = Engine(ToyModel(), spec.optim, spec.train, device)
         mine = job(folder.parents[1], engine)
         manifest = read_manifest(folder)
-        for key, message in (("world_size", "processes=2"), ("zero", r"train\.zero=2")):
-            (folder / "manifest.json").write_text(json.dumps({**manifest, key: 2}))
-            with pytest.raises(UserError, match=f"resume with {message}"):
-                restore(mine, folder)
+        (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "zero": 2})))
+        with pytest.raises(UserError, match=r"resume with train\.zero=2"):
+            restore(mine, folder)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder.parents[1] / "tokenizer.model").write_bytes(b"others")
         with pytest.raises(UserError, match="not the one of the checkpoint"):

@@ -53,9 +53,7 @@ def test_copies_of_another_run_are_not_taken(tmp_path: Path) -> None:
     train = {**TRAIN, "copy_to": away(tmp_path)}
     with session(threads=1) as device:
         run(device, str(tmp_path / "a"), train=train)
-        with pytest.raises(
-            UserError, match=r"step-00000006 is of a run with another conf"
-        ):
+        with pytest.raises(UserError, match=r"step-00000006 is of a run with another conf"):
             run(device, str(tmp_path / "b"), train={**train, "seed": 1})
 
 
