@@ -19,17 +19,18 @@ GPUs; R numbers of `reduce_bucket_size` (twice with `overlap_comm`), L = 1e9 tho
 gathered (`stage3_max_reuse_distance`):
 
                        0              1              2                3
-    weights            4P             4P             4P               4P/W + 4 min(P, L)
-    Adam               8T             8T/W + 4T/W    8T/W + 4T/W      8T/W
-    averaged (`ema`)   4T             4T             4T               4T/W
-    during backward    A + G          A + G          A + 4T/W + 4R    A + 4T/W + 4R
-    during the step    4T + 4T        4T + 4R + 4T/W 4T/W + 4T/W      4T/W + 4T/W
+    weights            4P       4P                  4P               4P/W + 4 min(P, L)
+    Adam, fp32 copy    8T       12T/W               12T/W            12T/W
+    averaged (`ema`)   4T       4T                  4T               4T/W
+    during backward    A + G    A + G               A + 4T/W + 4R    A + 4T/W + 4R
+    during the step    8T       4T + 4R + 4T/W      16T/W            16T/W + 4R
+                                or 16T/W
 
-and the buffers (teachers, banks). The 4T/W of ZeRO 1 and 2 are DeepSpeed's fp32 copy of the
-weights. A: bytes of the trace without gradients of parameters, A + G: with them, as they replace
-activations on the way; with `accumulate` above 1 those of earlier micro-batches add 4T. The second
-term of a step is DeepSpeed's flat copy of gradients, or Adam's square roots. The peak is that of
-the larger phase; an allocator's fragments, CUDA's context (about 0.5 GB) and NCCL come on top.
+and the buffers (teachers, banks). A: bytes of the trace without gradients of parameters, A + G:
+with them, as they replace activations on the way; with `accumulate` above 1 those of earlier
+micro-batches add 4T. A step holds the gradients and DeepSpeed's flat copy of them, and from stage 1
+on Adam's two temporaries of one flat tensor. L counts from two GPUs on. The peak is that of the
+larger phase; an allocator's fragments, CUDA's context (about 0.5 GB) and NCCL come on top.
 
     seconds of a step = flops of a rank / (peak * utilisation) + traffic / bandwidth
 
@@ -110,14 +111,20 @@ def memory(spec: RunSpec, stage: int, ranks: int, size: Sizes, work: Trace) -> M
     """The table of the module's docstring; work: of one micro-batch on one rank."""
     train = spec.train.model_copy(update={"zero": stage, "batch": ranks * spec.train.accumulate})
     zero = deepspeed_config(spec.optim, train, ranks)["zero_optimization"]
-    bucket = 4.0 * zero.get("reduce_bucket_size", 0) * (1 + bool(zero.get("overlap_comm")))
+    bucket = 4.0 * zero.get("reduce_bucket_size", 0)
+    bucket *= 2 if stage < 3 and zero.get("overlap_comm") else 1
     whole, trained = 4.0 * size.parameters, 4.0 * size.trained
-    share = trained / ranks
-    weights = whole / ranks + min(whole, 4.0 * GATHERED) if stage == 3 else whole
-    adam = {0: 2 * trained, 3: 2 * share}.get(stage, 3 * share)
+    share, gathered = trained / ranks, min(whole, 4.0 * GATHERED) if ranks > 1 else 0.0
+    weights = whole / ranks + gathered if stage == 3 else whole
+    adam = 3 * share if stage else 2 * trained
     earlier = trained if spec.train.accumulate > 1 else 0.0
     backward = work.kept + share + bucket if stage > 1 else work.peak + earlier
-    step = {0: 2 * trained, 1: trained + bucket + share}.get(stage, 2 * share)
+    step = {
+        0: 2 * trained,
+        1: max(trained + bucket + share, 4 * share),
+        2: 4 * share,
+        3: 4 * share + bucket,
+    }[stage]
     averaged = (share if stage == 3 else trained) if spec.optim.ema != 0 else 0.0
     return Memory(weights, adam, averaged, float(size.buffers), backward, step)
 

@@ -121,7 +121,7 @@ def _step(spec: RunSpec, rows: int, real: bool, fused: bool) -> Ledger:
             if isinstance(part, Attention):
                 part.dropout.rate = 0.0
     for tensor in (*model.parameters(), *model.buffers()):
-        ledger.ignore(tensor)
+        ledger.count(tensor, 0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(ledger.gradient)  # type: ignore[no-untyped-call]
@@ -156,10 +156,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = self.gradients = self.kept = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def ignore(self, tensor: Tensor) -> None:
-        """Leave a tensor's storage out."""
-        self._watch(tensor, 0)
-
     def gradient(self, parameter: Tensor) -> None:
         """A parameter's gradient is complete: from now on its bytes are no activation's."""
         assert parameter.grad is not None
@@ -176,13 +172,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = tree_map_only(Tensor, self._faked, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._watch(tensor, tensor.untyped_storage().nbytes())
+                held = tensor.device.type != "meta"  # fake ones say the device they stand for
+                self.count(tensor, tensor.untyped_storage().nbytes() * held)
         return out
 
     def _faked(self, tensor: Tensor) -> Tensor:
         return self.mode.from_tensor(tensor) if tensor.is_floating_point() else tensor
 
-    def _watch(self, tensor: Tensor, size: int) -> None:
+    def count(self, tensor: Tensor, size: int) -> None:
+        """`size` bytes for a tensor's storage, unless it is known, until it is gone."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:

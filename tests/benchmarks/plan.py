@@ -42,8 +42,9 @@ STEPS = 2
 # name: file, overrides, batch sizes
 RUNS: dict[str, tuple[str, list[str], tuple[int, ...]]] = {
     "flagship": ("avt/flagship", [], (4, 8)),
-    "mae": ("general/mae", ["optim.ema=0.999"], (4, 8)),
-    "bert, recomputed": ("general/bert", ["train.checkpoint_activations=true"], (4, 8)),
+    "flagship, recomputed": ("avt/flagship", ["train.checkpoint_activations=true"], (8, 16)),
+    "mae": ("general/mae", ["optim.ema=0.999"], (4, 16)),
+    "bert": ("general/bert", [], (4, 16)),
 }
 
 

@@ -42,9 +42,9 @@ def test_gradients_of_parameters_are_told_from_activations():
     x = torch.randn(rows, width)
     ledger, matrix, block = trace.Ledger(mode()), 4 * width * width, 4 * rows * width
     for layer in layers:
-        ledger.ignore(layer.weight)
+        ledger.count(layer.weight, 0)
         layer.weight.register_post_accumulate_grad_hook(ledger.gradient)
-    ledger.ignore(x)
+    ledger.count(x, 0)
     with ledger:
         hidden = layers[0](x)
         out = layers[1](hidden.sin())
