@@ -49,6 +49,7 @@ from pydantic import Field
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmssl import config
+from mmssl.backbones.transformer import Transformer
 from mmssl.check import VOCABULARY, table
 from mmssl.eval.options import parse
 from mmssl.specs import RunSpec, Spec
@@ -151,7 +152,7 @@ def report(spec: RunSpec, options: PlanOptions) -> str:
     model = fake_model(spec, FakeTensorMode(allow_non_fake_inputs=True))
     size, by_part = sizes(model), parts(model)
     works = {"kept": traced(_checkpointing(spec, False), rows)}
-    if any(hasattr(part, "checkpointing") for part in model.modules()):
+    if any(isinstance(part, Transformer) for part in model.modules()):
         works["recomputed"] = traced(_checkpointing(spec, True), rows)
     head = (
         f"{spec.name}: {size.parameters / 1e6:.2f} M parameters, {size.trained / 1e6:.2f} M "
@@ -165,8 +166,8 @@ def report(spec: RunSpec, options: PlanOptions) -> str:
     if text and not Path(spec.data.tokenizer).is_file():
         blocks.append(f"no data.tokenizer: counted with a vocabulary of {VOCABULARY} ids")
     blocks.append(
-        f"peak of {gpu.bytes / 1e9:.0f} GB, utilisation {options.utilisation:.2f} (both can be "
-        "otherwise; see the formulas in mmssl/plan.py)"
+        f"fits: in {gpu.bytes / 1e9:.0f} GB; time: at {options.utilisation:.2f} of the peak, an "
+        "assumption (utilisation=...); formulas: mmssl/plan.py"
     )
     return "\n\n".join(blocks)
 
