@@ -34,7 +34,7 @@ from mmssl.train.flops import flop_counter
 
 # From these a straight line goes to larger batches. Tasks that read a random share of the rows bend
 # it by a few percent; the farther apart, the less.
-ROWS = (8, 24)
+ROWS = (8, 32)
 
 
 class Trace(NamedTuple):
