@@ -15,6 +15,7 @@ from toy_run import ToyLoader, ToyModel, toy_spec
 from mmssl import dist
 from mmssl.specs import OptimSpec, TrainSpec
 from mmssl.train import engine as module
+from mmssl.train.commit import Writer
 from mmssl.train.engine import Engine, deepspeed_config, micro_batch, session
 from mmssl.types import UserError
 
@@ -189,12 +190,12 @@ def test_shards_that_carry_code_are_refused(
     spec = toy_spec()
     with session() as device:
         engine = Engine(ToyModel(), spec.optim, spec.train, device)
-        engine.save(tmp_path / "run" / "deepspeed")
+        engine.save(Writer(tmp_path / "run"), "deepspeed")
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["deepspeed"]  # no scripts
         (shard,) = (tmp_path / "run" / "deepspeed").iterdir()
         state = torch.load(shard, weights_only=False)
         torch.save({**state, "module": Payload()}, shard)
         with pytest.raises(UserError, match=r"states\.pt: refused, .* could run code"):
-            engine.load(tmp_path / "run" / "deepspeed")
+            engine.load(tmp_path / "run" / "deepspeed", ranks=1)
         engine.close()
     assert not (tmp_path / "executed").exists()
