@@ -11,7 +11,7 @@ the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from mmssl.types import Tokens, ViewBatch
 
 Encode = Callable[[ViewBatch, Any], Tokens]
-_ITEMS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
 
 
 def in_chunks(encode: Encode, view: ViewBatch, mask: Any, size: int) -> Tokens:
@@ -40,18 +39,22 @@ def in_chunks(encode: Encode, view: ViewBatch, mask: Any, size: int) -> Tokens:
     parts = [
         checkpoint(
             encode,
-            _cut(view, slice(first, first + size), _ITEMS),
-            mask and _cut(mask, slice(first, first + size), ("hidden_PN", "altered")),
+            _cut(view, view.columns(), part),
+            mask and _cut(mask, _columns(mask), part),
             use_reentrant=False,
         )
-        for first in range(0, items, size)
+        for part in (slice(first, first + size) for first in range(0, items, size))
     ]
     return _joined(parts, view)
 
 
-def _cut(record: Any, part: slice, names: Sequence[str]) -> Any:
-    found = {name: getattr(record, name) for name in names}
-    return replace(record, **{k: v[part] for k, v in found.items() if v is not None})
+def _columns(mask: Any) -> dict[str, Tensor]:
+    found = {"hidden_PN": mask.hidden_PN, "altered": mask.altered}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def _cut(record: Any, columns: Mapping[str, Tensor], part: slice) -> Any:
+    return replace(record, **{name: column[part] for name, column in columns.items()})
 
 
 def _joined(parts: Sequence[Tokens], view: ViewBatch) -> Tokens:

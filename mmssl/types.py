@@ -111,6 +111,9 @@ class View:
     labels: dict[str, FrameLabels] = field(default_factory=dict)
 
 
+_COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
+
+
 @dataclass
 class ViewBatch:
     """One view of a batch; holds the present items only (an absent item costs no compute).
@@ -138,6 +141,11 @@ class ViewBatch:
     split_P: Tensor | None = None
     order_P: Tensor | None = None
     labels: dict[str, FrameLabels] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors whose first axis is that of the P items, by field."""
+        found = {name: getattr(self, name) for name in _COLUMNS}
+        return {name: column for name, column in found.items() if column is not None}
 
     @property
     def present_B(self) -> Tensor:

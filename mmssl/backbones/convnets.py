@@ -37,7 +37,9 @@ class MapBatchNorm(MaskedSyncBatchNorm):
         valid_P = self.valid if valid_P is None else valid_P
         places = x_PChw.shape[0] * prod(x_PChw.shape[2:])
         if not self.training or (valid_P is None and world_size() == 1 and places > 1):
-            mean, var = self.running_mean.clone(), self.running_var.clone()
+            mean, var = self.running_mean, self.running_var
+            if self.training:  # torch updates in place, whatever the input holds
+                mean, var = mean.clone(), var.clone()
             out = F.batch_norm(
                 x_PChw,
                 mean,

@@ -43,8 +43,7 @@ def _joined(views: Sequence[ViewBatch], first_rows: Sequence[int]) -> ViewBatch:
     kept = [view for view, _ in real]
     columns: dict[str, Any] = {
         name: torch.cat([getattr(view, name) for view in kept])
-        for name in ("lengths_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
-        if getattr(kept[0], name) is not None
+        for name in kept[0].columns().keys() - {"data", "rows_P"}
     }
     labels = {
         name: FrameLabels(_padded([v.labels[name].ids for v in kept], NO_LABEL), labels.rate_hz)

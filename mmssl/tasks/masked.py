@@ -23,8 +23,6 @@ from mmssl.tasks.base import Task
 from mmssl.towers import Mask, Passes, Tower, item_weight
 from mmssl.types import Batch, Term, ViewBatch
 
-_COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
-
 
 class Masked(Task):
     """Masked prediction on one view.
@@ -135,8 +133,6 @@ def keep_items(view: ViewBatch, keep_P: Tensor) -> ViewBatch:
     present = torch.zeros_like(view.present_BL)
     if not dummy:
         present[view.rows_P[index], view.slots_P[index]] = True
-    columns = {
-        name: getattr(view, name)[index] for name in _COLUMNS if getattr(view, name) is not None
-    }
+    columns: dict[str, Any] = {name: column[index] for name, column in view.columns().items()}
     labels = {name: replace(kept, ids=kept.ids[index]) for name, kept in view.labels.items()}
     return replace(view, **columns, labels=labels, present_BL=present, dummy=dummy)

@@ -35,6 +35,7 @@ class Copies:
         self._files, self._root = _open(self.url)
         self._queue: SimpleQueue[Path | None] = SimpleQueue()
         self._thread: Thread | None = None
+        self._newest: Path | None = None
         self.busy: Path | None = None  # what is being read
 
     def put(self, folder: Path) -> None:
@@ -42,6 +43,7 @@ class Copies:
         if self._thread is None:
             self._thread = Thread(target=self._work, name="copies", daemon=True)
             self._thread.start()
+        self._newest = folder
         self._queue.put(folder)
 
     def close(self, limit_s: float | None = None) -> None:
@@ -51,14 +53,8 @@ class Copies:
             self._thread.join(limit_s)
 
     def _work(self) -> None:
-        last = False
-        while not last:
-            folder = self._queue.get()
-            while not self._queue.empty():
-                newer = self._queue.get()
-                last, folder = last or newer is None, newer or folder
-            last = last or folder is None
-            if folder is not None:
+        for folder in iter(self._queue.get, None):
+            if folder == self._newest:
                 self.busy = folder
                 self._put(folder)
                 self.busy = None
@@ -92,8 +88,7 @@ def fetch(url: str, checkpoints: Path, digest: str) -> Path | None:
             continue
         temporary = checkpoints / f"{name}{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         files.get_file(f"{root}/{name}/{MANIFEST}", str(temporary / MANIFEST))
         if read_manifest(temporary)["digest"] != digest:
             shutil.rmtree(temporary)

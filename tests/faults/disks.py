@@ -9,7 +9,6 @@ a random rest, less than a checkpoint takes, and the run goes on: it stops with 
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
 import toy_run
-from faults.report import Outcome, collect
+from faults.report import Outcome, collect, heard, tell
 from launching import settings_of
 
 from mmssl.train import checkpoint, commit
@@ -114,7 +113,7 @@ def inside(count: int, seed: int) -> None:
             found.append((policy, attempt(disk, rng, policy, device)))
             shutil.rmtree(disk / "run")
         subprocess.run(["umount", name], check=True)
-    print("found", json.dumps(found), flush=True)
+    tell(found)
 
 
 def run(count: int, seed: int) -> list[Outcome]:
@@ -125,10 +124,9 @@ def run(count: int, seed: int) -> list[Outcome]:
         done = subprocess.run(
             command, text=True, capture_output=True, check=False, env=settings_of()
         )
-        line = next((x for x in done.stdout.splitlines() if x.startswith("found ")), "")
-        if not line:
+        if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
-        for policy, good in json.loads(line.removeprefix("found ")):
+        for policy, good in heard(done.stdout):
             yield f"full disk of 64 MB while saving, on_save_error: {policy}", good
 
     return collect("R10", cases())

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
-from faults.report import Outcome, collect
+from faults.report import Outcome, collect, heard, tell
 from launching import checked
 from toy_run import run as train_toy
 
@@ -157,14 +157,13 @@ def inside(count: int, seed: int) -> None:
     for stage in STAGES:
         with tempfile.TemporaryDirectory() as folder:
             found += kills(Path(folder), stage, -(-count // len(STAGES)), rng)
-    print("found", json.dumps(found), flush=True)
+    tell(found)
 
 
 def run(count: int, seed: int) -> list[Outcome]:
     """`count` kills, shared by ZeRO 1, 2 and 3."""
     printed = checked([__file__, str(count), str(seed)], limit_s=300 + 60 * count)
-    line = next(x for x in printed.splitlines() if x.startswith("found "))
-    return collect("R1", map(tuple, json.loads(line.removeprefix("found "))))
+    return collect("R1", heard(printed))
 
 
 if __name__ == "__main__":

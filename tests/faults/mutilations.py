@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
-from faults.report import Outcome, collect
+from faults.report import Outcome, collect, heard, tell
 from launching import checked
 
 from mmssl import dist
@@ -111,7 +111,7 @@ def ranks(run: Path, copy: Path, seed: int, count: int) -> None:
             good = all(path is not None and path.name == "step-00000004" for path in names)
             found.append(("pointer", good))
         if dist.rank() == 0:
-            print("found", json.dumps(found), flush=True)
+            tell(found)
 
 
 def run(count: int, seed: int) -> list[Outcome]:
@@ -124,8 +124,7 @@ def run(count: int, seed: int) -> list[Outcome]:
             checked([HERE.parent / "dist" / "toy_run.py", json.dumps([call])], RANKS)
             words = [Path(__file__), f"{folder}/run", f"{folder}/copy", str(seed), str(count)]
             printed = checked(words, RANKS)
-            line = next(x for x in printed.splitlines() if x.startswith("found "))
-            for name, good in json.loads(line.removeprefix("found ")):
+            for name, good in heard(printed):
                 yield f"a checkpoint's file or pointer, 2 ranks: {name}", good
 
     return collect("R2", cases())

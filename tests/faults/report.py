@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+_TOLD = "found "
 RESULTS, REPORT = HERE / "results", HERE / "report.md"
 
 
@@ -24,7 +25,7 @@ class Outcome:
     seconds: float
 
 
-def collect(guarantee: str, cases: Iterator[tuple[str, bool]]) -> list[Outcome]:
+def collect(guarantee: str, cases: Iterable[tuple[str, bool]]) -> list[Outcome]:
     """Outcomes by kind of fault, of (kind, whether the guarantee held) one by one."""
     found: dict[str, list[float]] = {}
     began = time.perf_counter()
@@ -37,6 +38,17 @@ def collect(guarantee: str, cases: Iterator[tuple[str, bool]]) -> list[Outcome]:
         Outcome(guarantee, what, int(injected), int(lost), not lost, round(seconds, 2))
         for what, (injected, lost, seconds) in found.items()
     ]
+
+
+def tell(cases: Iterable[tuple[str, bool]]) -> None:
+    """Print the cases of a suite that runs in a process of its own; `heard` reads them."""
+    print(_TOLD, json.dumps(list(cases)), flush=True)
+
+
+def heard(printed: str) -> list[tuple[str, bool]]:
+    """What `tell` has printed."""
+    line = next(line for line in printed.splitlines() if line.startswith(_TOLD))
+    return [(what, held) for what, held in json.loads(line.removeprefix(_TOLD))]
 
 
 def save(name: str, outcomes: Sequence[Outcome]) -> None:

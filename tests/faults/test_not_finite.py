@@ -5,7 +5,6 @@ What a single one leaves untouched is in `not_finite`.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
 from faults.not_finite import events
+from test_resume_exact import losses
 from toy_run import run
 
 from mmssl.train.checkpoint import find
@@ -38,10 +38,7 @@ def test_after_too_many_the_run_goes_back_and_other_data_follow(tmp_path: Path, 
     ]
     progress = read_manifest(find(tmp_path / "a", "last"))["progress"]
     assert (progress["step"], progress["skipped"], progress["rollbacks"]) == (8, 2, 1)
-    lines = map(json.loads, (tmp_path / "a" / "log.jsonl").read_text().splitlines())
-    second = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    lines = map(json.loads, (tmp_path / "b" / "log.jsonl").read_text().splitlines())
-    plain = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    second, plain = (losses(tmp_path / name) for name in "ab")
     assert [second[n] == plain[n] for n in (1, 4, 5, 6)] == [True, True, False, False]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tiny_run import TREE, tiny_batch
 
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
+from test_resume_exact import losses
 from toy_run import run as train
 
 from mmssl import config
@@ -83,12 +83,11 @@ def test_towers_whose_items_see_each_other_are_refused(name: str, message: str) 
 
 
 def test_partitioned_weights_are_gathered_for_every_part(tmp_path: Path) -> None:
-    losses = {}
+    found = {}
     with session() as device:
         for stage, chunk in ((0, 0), (3, 2)):
             settings = {"zero": stage, "chunk": chunk, "steps": 4}
             folder = tmp_path / f"zero{stage}"
             train(device, str(folder), whole_model=True, dropout=0.0, train=settings)
-            lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-            losses[stage] = [line["loss"] for line in lines]
-    assert losses[3] == pytest.approx(losses[0], rel=1e-5)
+            found[stage] = losses(folder)
+    assert found[3] == pytest.approx(found[0], rel=1e-5)

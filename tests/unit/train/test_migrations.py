@@ -11,6 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "dist"))
 
+from test_resume_exact import losses
 from toy_run import run
 
 from mmssl.train import checkpoint
@@ -19,11 +20,6 @@ from mmssl.train.engine import session
 from mmssl.train.migrations import FORMAT_VERSION, MIGRATIONS, migrated
 
 ASSETS = Path(__file__).parents[2] / "assets"
-
-
-def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
