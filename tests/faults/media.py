@@ -298,15 +298,15 @@ def _eat(_: Sample) -> Item:
 
 def _hostile_decoders() -> Iterator[tuple[str, bool]]:
     bad = {
-        "decoder in an endless loop": (_hang, "timeout"),
-        "decoder asleep": (_sleep, "timeout"),
-        "decoder crashed": (_crash, "crash"),
-        "decoder ended the process": (_exit, "crash"),
-        "decoder took 6 GB": (_eat, "memory"),
+        "decoder in an endless loop": (_hang, "timeout", 0.5),
+        "decoder asleep": (_sleep, "timeout", 0.5),
+        "decoder crashed": (_crash, "crash", 20.0),
+        "decoder ended the process": (_exit, "crash", 20.0),
+        "decoder took 6 GB": (_eat, "memory", 20.0),
     }
-    for what, (work, reason) in bad.items():
+    for what, (work, reason, seconds) in bad.items():
         for _ in range(2):  # the second time in a new child
-            decode = Decoding(VIEWS, work, seconds=0.5)
+            decode = Decoding(VIEWS, work, seconds)
             yield what, decode("mp4", b"", (reason,)) and len(decode.guard.quarantine.keys) == 1
             decode.child.close()
     stored = Decoding(STORED)
