@@ -296,7 +296,16 @@ class TaskBuilder:
             return Label(task.target, self.widths[task.target.view], task.pool, task.weight)
         for view in (*task.target.between, *([task.target.shifted] if task.target.shifted else [])):
             need_view(self.spec, view, f"tasks.{name}.target")
-        return Match(name, task.target, self._match_score(name, task), task.weight)
+        score, where = self._match_score(name, task), f"tasks.{name}.target.similar"
+        similar = None
+        if task.target.similar:
+            similar = self._space(where, task.target.similar, task.target.between)[0]
+        elif isinstance(score, JointMatch) and task.target.hard != 0:
+            raise UserError(
+                f"{where}: a joint score would need a pass for every pair to find the hard ones; "
+                "name a space, or set hard: 0"
+            )
+        return Match(name, task.target, score, task.weight, similar)
 
     def _match_score(self, name: str, task: ClassifySpec) -> VectorMatch | JointMatch:
         assert not isinstance(task.target, LabelSpec)
@@ -333,16 +342,21 @@ class TaskBuilder:
             reader = PooledReader(views, dict(self.widths), task.pool, task.embed)
             return reader, [task.embed[-1] if task.embed else self.widths[v] for v in views]
         _only_defaults(name, task, "a space makes the vectors", "pool", "embed")
-        owner, _, space = task.space.partition(".")
+        found, width = self._space(f"tasks.{name}.space", task.space, views)
+        return found, [width] * 2
+
+    def _space(self, where: str, path: str, views: tuple[str, str]) -> tuple[SpaceReader, int]:
+        """Reader of a space of a pairs task above, and its width."""
+        owner, _, space = path.partition(".")
         embedder = self.embedders.get(owner)
         reached = [embedder.reaches(v, space) for v in views] if embedder is not None else [False]
         if embedder is None or not all(reached):
             known = [f"{t}.{s}" for t, e in self.embedders.items() for s in e.spaces]
             raise UserError(
-                f"tasks.{name}.space: {task.space!r} is no space that {' and '.join(views)} "
+                f"{where}: {path!r} is no space that {' and '.join(views)} "
                 f"share in a pairs task before it; there are {', '.join(known) or 'none'}"
             )
-        return SpaceReader(embedder, space), [embedder.spaces[space].dim] * 2
+        return SpaceReader(embedder, space), embedder.spaces[space].dim
 
 
 def _only_defaults(name: str, task: ClassifySpec, why: str, *keys: str) -> None:

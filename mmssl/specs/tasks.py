@@ -71,7 +71,8 @@ class MatchSpec(Spec):
     `coin`: half of the rows keep their own partner (AVE-Net); `both`: every row serves once with
     its own and once with another partner. `shifted`: a further audio view of the same clip, at
     another time, as an extra negative. `hard`: share of negatives that are the most similar row of
-    the batch.
+    the batch: by the score itself, or by cosine in the space `similar` of a pairs task above
+    ("task.space"), which a joint score needs.
     """
 
     kind: Literal["match"]
@@ -79,6 +80,7 @@ class MatchSpec(Spec):
     draw: Literal["coin", "both"] = "both"
     shifted: str = ""
     hard: Number = 0.0
+    similar: str = ""
 
 
 class LabelSpec(Spec):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmssl import dist
 from mmssl.heads.embed import Embedder, pool
@@ -21,7 +22,7 @@ from mmssl.schedules import resolve
 from mmssl.specs import LabelSpec, MatchSpec, Number
 from mmssl.tasks.base import Task
 from mmssl.towers import Passes, item_weight, spread, time_steps
-from mmssl.types import Batch, Term, UserError
+from mmssl.types import Batch, Term
 
 Parts = tuple[Tensor, ...]
 
@@ -99,10 +100,15 @@ class Match(Task):
     """Correspondence: own partner against the partner of another source."""
 
     def __init__(
-        self, name: str, spec: MatchSpec, score: VectorMatch | JointMatch, weight: Number
+        self,
+        name: str,
+        spec: MatchSpec,
+        score: VectorMatch | JointMatch,
+        weight: Number,
+        similar: SpaceReader | None = None,
     ) -> None:
         super().__init__(weight)
-        self.name, self.spec, self.score = name, spec, score
+        self.name, self.spec, self.score, self.similar = name, spec, score, similar
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
         """One term: cross-entropy over the true and the false pairs that were drawn."""
@@ -111,7 +117,7 @@ class Match(Task):
         everyone = tuple(dist.gather(part) for part in b)
         seeds = _row_seeds(batch, first)
         both = batch.views[first].present_B & batch.views[second].present_B
-        index, found = self._partners(passes, batch, a, everyone, seeds, both)
+        index, found = self._partners(passes, batch, (a, everyone), seeds, both)
         false = tuple(part[index] for part in everyone)
         own = coin(seeds, 0.5, f"{self.name}/coin") if self.spec.draw == "coin" else None
         pairs = [(b, True, both if own is None else both & own)]
@@ -143,7 +149,12 @@ class Match(Task):
         return Term(binary_cross_entropy(logits, target, rows_B).sum(), rows_B.sum())
 
     def _partners(
-        self, passes: Passes, batch: Batch, a: Parts, everyone: Parts, seeds: Tensor, both: Tensor
+        self,
+        passes: Passes,
+        batch: Batch,
+        parts: tuple[Parts, Parts],
+        seeds: Tensor,
+        both: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(B,) place in the gathered batch of each row's false partner, and whether it has one."""
         columns = torch.stack([batch.source_B, seeds, both.long()], 1)
@@ -157,23 +168,19 @@ class Match(Task):
             return easy
         other = (batch.source_B[:, None] != source_G[None]) & both[:, None] & both_G.bool()[None]
         with torch.no_grad():
-            scores = _similarity(self.score, a, everyone)
+            scores = self._similarity(passes, *parts)
         index, found, _ = mix_hard(easy, hardest(scores, other), seeds, share, f"{self.name}/hard")
         return index, found
 
-
-def _similarity(score: VectorMatch | JointMatch, a: Parts, b: Parts) -> Tensor:
-    """(B, G) how alike rows are, to find hard negatives: the match score itself.
-
-    Raises:
-        UserError: a joint score, which would need a pass for every pair.
-    """
-    if isinstance(score, JointMatch):
-        raise UserError(
-            "match.hard: not with a joint score; use score fusion or distance, or hard: 0"
-        )
-    table: Tensor = score.score(a[0], b[0])
-    return table
+    def _similarity(self, passes: Passes, a: Parts, everyone: Parts) -> Tensor:
+        """(B, G) how alike rows are, to find hard negatives."""
+        if self.similar is not None:
+            read = (self.similar(passes, view, view)[0] for view in self.spec.between)
+            own, theirs = (F.normalize(vectors, dim=-1) for vectors in read)
+            return own @ dist.gather_no_grad(theirs).T
+        assert isinstance(self.score, VectorMatch)  # a joint score needs `similar`
+        table: Tensor = self.score.score(a[0], everyone[0])
+        return table
 
 
 class Label(Task):

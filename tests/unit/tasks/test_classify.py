@@ -178,9 +178,22 @@ def test_hard_negatives_are_of_other_sources_and_whole_rows(drawn):
     assert set(false.values()) <= {0, 3, 4, 5}
 
 
-def test_hard_negatives_need_a_score_of_vectors():
-    with pytest.raises(UserError, match=r"match\.hard: not with a joint score"):
-        tiny_model(match_spec("joint", hard=0.5))(tiny_batch(), 0, 10)
+def test_hard_negatives_need_vectors():
+    with pytest.raises(UserError, match=r"match\.target\.similar: a joint score would need a pass"):
+        tiny_model(match_spec("joint", hard=0.5))
+    with pytest.raises(UserError, match=r"match\.target\.similar: 'align\.x' is no space"):
+        tiny_model(match_spec("joint", hard=0.5, similar="align.x"))
+
+
+def test_a_joint_score_takes_the_most_similar_rows_of_a_space(drawn):
+    alone = match_spec("joint", hard=1.0, similar="").model_dump()["tasks"]["match"]
+    alone["target"]["similar"] = "align.avt"
+    spec = tiny_spec(tasks={"align": TREE["tasks"]["align"], "match": alone})
+    model, batch = tiny_model(spec), tiny_batch(missing=False)
+    found = drawn(model, batch)
+    vectors = model.embed(batch)
+    table = (vectors["video", "avt"][0] @ vectors["audio", "avt"][0].T).fill_diagonal_(-2.0)
+    assert found.of(False) == dict(enumerate(table.argmax(1).tolist()))
 
 
 # ---------------------------------------------------------------- values
