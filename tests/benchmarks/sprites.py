@@ -66,6 +66,7 @@ class Job:
     overrides: tuple[str, ...]
     seed: int
     workers: int
+    shards: Path | None = None  # where they are, if not below `folder`
 
     @property
     def run(self) -> Path:
@@ -95,8 +96,15 @@ def once(job: Job, name: str, *steps: Sequence[str | Path]) -> None:
     mark.write_text(json.dumps(facts, indent=1))
 
 
-def compute(job: Job) -> None:
-    """Corpus, shards, training and evaluation of one fold, each step once."""
+def shards_of(job: Job) -> list[str]:
+    """Overrides that name the data of a job."""
+    shards = job.shards or job.folder / "shards"
+    data = [f"data.{split}={shards / split}" for split in ("train", "val", "test")]
+    return [*data, f"data.tokenizer={shards / 'tokenizer.model'}", f"train.seed={job.seed}"]
+
+
+def make_shards(job: Job) -> None:
+    """Corpus and shards of one fold."""
     corpus, shards = job.folder / "corpus", job.folder / "shards"
     train, val, crops = map(str, job.counts)
     workers = ("--workers", str(job.workers))
@@ -108,13 +116,13 @@ def compute(job: Job) -> None:
     words = ["data_tools.train_tokenizer", shards / "train", shards / "tokenizer.model"]
     once(job, "shards", synth, make, words)
     shutil.rmtree(corpus, ignore_errors=True)
-    data = [f"data.{split}={shards / split}" for split in ("train", "val", "test")]
-    data += [f"data.tokenizer={shards / 'tokenizer.model'}", f"train.seed={job.seed}"]
-    once(
-        job,
-        "trained",
-        ["mmssl.cli", "train", job.config, f"out={job.run}", *data, *job.overrides],
-    )
+
+
+def compute(job: Job) -> None:
+    """Shards, training and evaluation of one fold, each step once."""
+    make_shards(job)
+    train = ["mmssl.cli", "train", job.config, f"out={job.run}", *shards_of(job), *job.overrides]
+    once(job, "trained", train)
     once(job, "evaluated", ["mmssl.cli", "eval", "bouncing", job.run, "split_by=drawing"])
 
 
@@ -137,10 +145,10 @@ def _variant(jobs: Sequence[Job]) -> dict[str, Any]:
     by_drawing = [_by_drawing(t) for t in tables]
     metrics = {}
     for path, _, _ in ROWS:
-        metric = _pooled(path, tables, [t["values"] for t in tables])
+        metric = pooled(path, tables, [t["values"] for t in tables])
         if metric:
             parts = {
-                name: _pooled(path, tables, [part[name] for part in by_drawing])
+                name: pooled(path, tables, [part[name] for part in by_drawing])
                 for name in ("seen", "unseen")
             }
             metrics[path] = metric | parts
@@ -194,7 +202,7 @@ def _minutes(jobs: Sequence[Job], files: Sequence[results.Results]) -> dict[str,
     }
 
 
-def _pooled(
+def pooled(
     path: str, tables: Sequence[dict[str, Any]], values: Sequence[dict[str, dict[str, float]]]
 ) -> dict[str, Any]:
     """Mean over folds; the bootstrap draws whole source sounds out of all folds."""
