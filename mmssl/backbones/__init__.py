@@ -1,7 +1,14 @@
 """Backbones: token sequences to token sequences, and convolutional encoders."""
 
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
+from mmssl.backbones.trunks import VGG16, ResNet, SpeechConv
 
-NETWORKS = {"conv_av8": ConvAV8, "efficientnet_b0": EfficientNetB0}
+NETWORKS = {
+    "conv_av8": ConvAV8,
+    "efficientnet_b0": EfficientNetB0,
+    "resnet": ResNet,
+    "speech_conv": SpeechConv,
+    "vgg16": VGG16,
+}
 
-__all__ = ["NETWORKS", "ConvAV8", "EfficientNetB0"]
+__all__ = ["NETWORKS", "VGG16", "ConvAV8", "EfficientNetB0", "ResNet", "SpeechConv"]

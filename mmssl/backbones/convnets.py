@@ -124,25 +124,23 @@ class ConvAV8(ConvNet):
 
     Widths 64, 64, 128, 128, 256, 256, 512, 512 with batch norm and ReLU, 2x2 max-pools after each
     pair but the last, whose map is returned: 14x14 for a 224x224 image at stride 2 (Arandjelovic
-    and Zisserman 2017, 2018). input_norm puts a batch norm on the input map (OpenL3).
+    and Zisserman 2017, 2018). input_norm puts a batch norm on the input map (OpenL3); `width` are the
+    channels of the first pair.
     """
 
-    WIDTHS = (64, 128, 256, 512)
-
-    def __init__(self, in_channels: int = 1, stride: int = 1, input_norm: bool = False) -> None:
+    def __init__(
+        self, in_channels: int = 1, stride: int = 1, input_norm: bool = False, width: int = 64
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [MapBatchNorm(in_channels)] if input_norm else []
-        kernels: list[int] = []
         last = in_channels
-        for i, width in enumerate(self.WIDTHS):
-            layers += [*_conv(last, width, stride if i == 0 else 1), *_conv(width, width, 1)]
-            layers += [nn.MaxPool2d(2)] if i + 1 < len(self.WIDTHS) else []
-            kernels += [3, 3, 2]
-            last = width
-        kernels.pop()
-        steps = [2 if kernel == 2 else 1 for kernel in kernels]
-        self.stack = (kernels, [stride, *steps[1:]], [1 if k == 3 else 0 for k in kernels])
+        for i in range(4):
+            wide = width << i
+            layers += [*_conv(last, wide, stride if i == 0 else 1), *_conv(wide, wide, 1)]
+            layers += [nn.MaxPool2d(2)] if i < 3 else []
+            last = wide
         self.features = nn.Sequential(*layers)
+        self.stack = spatial_stack(self.features)
         self.width = last
 
 
@@ -158,24 +156,29 @@ class EfficientNetB0(ConvNet):
             weights=None, norm_layer=MapBatchNorm, stochastic_depth_prob=drop_path
         )
         first = net.features[0][0]
-        net.features[0][0] = _he(nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False))
+        net.features[0][0] = he(nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False))
         self.features = net.features
         self.width = 1280
-        wide = [
-            m for m in self.features.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1
-        ]
-        self.stack = (
-            [m.kernel_size[0] for m in wide],
-            [m.stride[0] for m in wide],
-            [int(m.padding[0]) for m in wide],
-        )
+        self.stack = spatial_stack(self.features)
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-    conv = _he(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
+    conv = he(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
     return [conv, MapBatchNorm(outputs), nn.ReLU(inplace=True)]
 
 
-def _he(conv: nn.Conv2d) -> nn.Conv2d:
+def he(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with weights of He et al. (2015)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+def spatial_stack(features: nn.Module) -> Stack:
+    """Kernels, strides and paddings of a network's square convolutions and poolings above 1x1."""
+    found = [
+        [int(n if isinstance(n, int) else n[0]) for n in (m.kernel_size, m.stride, m.padding)]
+        for m in features.modules()
+        if isinstance(m, nn.Conv2d | nn.MaxPool2d)
+    ]
+    kernels, strides, paddings = zip(*(f for f in found if f[0] > 1), strict=True)
+    return list(kernels), list(strides), list(paddings)

@@ -17,6 +17,14 @@ from mmssl.specs.heads import (
     ScoreSpec,
     SpaceSpec,
 )
+from mmssl.specs.networks import (
+    ConvAV8Spec,
+    ConvSpec,
+    EfficientNetSpec,
+    ResNetSpec,
+    SpeechConvSpec,
+    VGG16Spec,
+)
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.run import (
     DataSpec,
@@ -61,11 +69,8 @@ from mmssl.specs.towers import (
     BackboneSpec,
     BorrowedSpec,
     CausalConvSpec,
-    ConvAV8Spec,
     ConvPositionSpec,
-    ConvSpec,
     CutSpec,
-    EfficientNetSpec,
     EmbeddingSpec,
     FixedPositionSpec,
     FrameLatentsSpec,

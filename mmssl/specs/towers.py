@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mmssl.specs.base import Modality, Number, Spec
+from mmssl.specs.networks import ConvSpec
 from mmssl.specs.quantizers import QuantizerSpec
 
 
@@ -305,22 +306,6 @@ class CausalConvSpec(Spec):
         return len(self.kernels)
 
 
-class ConvAV8Spec(Spec):
-    """The eight-convolution network of L3-Net (stride 1) and AVE-Net (stride 2)."""
-
-    kind: Literal["conv_av8"]
-    stride: Literal[1, 2] = 2
-    input_norm: bool = False  # OpenL3's batch norm on the input
-
-
-class EfficientNetSpec(Spec):
-    """EfficientNet-B0 without its classifier (COLA)."""
-
-    kind: Literal["efficientnet_b0"]
-    drop_path: float = Field(0.2, ge=0, lt=1)
-
-
-ConvSpec = ConvAV8Spec | EfficientNetSpec
 BackboneSpec = (
     Literal["shared"]
     | Annotated[TransformerSpec | CausalConvSpec | ConvSpec, Field(discriminator="kind")]

@@ -1,0 +1,65 @@
+"""Records of convolutional networks that read a whole map."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmssl.specs.base import Spec
+
+
+class ConvAV8Spec(Spec):
+    """The eight-convolution network of L3-Net (stride 1) and AVE-Net (stride 2)."""
+
+    kind: Literal["conv_av8"]
+    stride: Literal[1, 2] = 2
+    input_norm: bool = False  # OpenL3's batch norm on the input
+    width: int = Field(64, gt=0)  # channels of the first two convolutions
+
+
+class EfficientNetSpec(Spec):
+    """EfficientNet-B0 without its classifier (COLA)."""
+
+    kind: Literal["efficientnet_b0"]
+    drop_path: float = Field(0.2, ge=0, lt=1)
+
+
+class ResNetSpec(Spec):
+    """torchvision's residual networks of basic blocks; `stride`: pixels per cell."""
+
+    kind: Literal["resnet"]
+    depth: Literal[18, 34] = 18
+    stride: Literal[8, 16, 32] = 32
+
+
+class VGG16Spec(Spec):
+    """VGG-16 up to conv5, and a 3x3 convolution to `outputs` channels unless 0."""
+
+    kind: Literal["vgg16"]
+    outputs: int = Field(0, ge=0)
+
+
+class SpeechConvSpec(Spec):
+    """Convolutions along time over all `bands` (DAVEnet, matchmaps); see `SpeechConv`.
+
+    One entry of `channels`, `kernels` and `pools` (0 = none) per layer.
+    """
+
+    kind: Literal["speech_conv"]
+    bands: int = Field(40, gt=0)
+    channels: list[int] = [128, 256, 512, 512, 1024]
+    kernels: list[int] = [1, 11, 17, 17, 17]
+    pools: list[Literal[0, 3, 4]] = [0, 3, 3, 3, 3]
+    norm: bool = True
+
+    @model_validator(mode="after")
+    def _layers(self) -> SpeechConvSpec:
+        if not len(self.channels) == len(self.kernels) == len(self.pools) > 0:
+            raise ValueError("`channels`, `kernels` and `pools` need one entry per layer")
+        if any(kernel % 2 == 0 for kernel in self.kernels):
+            raise ValueError("`kernels` must be odd, so that each step stays in its middle")
+        return self
+
+
+ConvSpec = ConvAV8Spec | EfficientNetSpec | ResNetSpec | VGG16Spec | SpeechConvSpec
