@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmssl import dist
-from mmssl.heads.dense import Dense
+from mmssl.heads.dense import Dense, MapScore
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
 from mmssl.targets.base import Stats
@@ -179,23 +179,24 @@ class Model(nn.Module):
     @torch.no_grad()
     def dense(self, batch: Batch) -> Dense | None:
         """Features of the first map score, for localization; None without one."""
+        found = self._sound_map()
+        if found is None:
+            return None
         with evaluating(self):
-            passes = self.passes(batch)
-            for task in self._pairs():
-                found = task.dense(passes)
-                if found is not None:
-                    return found
-        return None
+            return found[0].features(self.passes(batch), *found[1])
 
     @torch.no_grad()
     def score_maps(self, video_PTSD: Tensor, audio_PUD: Tensor, valid_PU: Tensor) -> Tensor:
         """(P, T, S) similarity maps of paired rows of `dense` features."""
-        for task in self._pairs():
-            score = task.map_score()
-            if score is not None:
-                maps: Tensor = score.maps(video_PTSD, audio_PUD, valid_PU)
-                return maps
-        raise ValueError("score_maps: the method has no map score")
+        found = self._sound_map()
+        if found is None:
+            raise ValueError("score_maps: the method has no map score")
+        maps: Tensor = found[0].score.maps(video_PTSD, audio_PUD, valid_PU)
+        return maps
+
+    def _sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
+        found = (task.sound_map() for task in self.tasks.values())  # type: ignore[operator]
+        return next((one for one in found if one is not None), None)
 
     @torch.no_grad()
     def match_logit(self, batch: Batch, partner_B: Tensor) -> Tensor | None:

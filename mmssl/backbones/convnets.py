@@ -124,8 +124,8 @@ class ConvAV8(ConvNet):
 
     Widths 64, 64, 128, 128, 256, 256, 512, 512 with batch norm and ReLU, 2x2 max-pools after each
     pair but the last, whose map is returned: 14x14 for a 224x224 image at stride 2 (Arandjelovic
-    and Zisserman 2017, 2018). input_norm puts a batch norm on the input map (OpenL3); `width` are the
-    channels of the first pair.
+    and Zisserman 2017, 2018); those of another `width` in proportion. input_norm puts a batch norm
+    on the input map (OpenL3).
     """
 
     def __init__(
@@ -156,19 +156,21 @@ class EfficientNetB0(ConvNet):
             weights=None, norm_layer=MapBatchNorm, stochastic_depth_prob=drop_path
         )
         first = net.features[0][0]
-        net.features[0][0] = he(nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False))
+        net.features[0][0] = he_normal(
+            nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False)
+        )
         self.features = net.features
         self.width = 1280
         self.stack = spatial_stack(self.features)
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-    conv = he(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
+    conv = he_normal(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
     return [conv, MapBatchNorm(outputs), nn.ReLU(inplace=True)]
 
 
-def he(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution with weights of He et al. (2015)."""
+def he_normal(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with weights drawn as torchvision's ResNets draw them (He et al. 2015)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 

@@ -1,37 +1,36 @@
 """torchvision's image networks and speech networks without their poolings and classifiers.
 
 P items, C channels, N tokens, T frames, F bands. Weights are random. Images and spectrograms alike:
-`ResNet` and `VGG16` read any number of channels.
+`ResNet18` and `VGG16` read any number of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmssl.backbones.convnets import ConvNet, MapBatchNorm, he, spatial_stack
+from mmssl.backbones.convnets import ConvNet, MapBatchNorm, he_normal, spatial_stack
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.frontends.lengths import Field, stack_field, stack_length
 from mmssl.frontends.patches import stack_lengths, zero_behind
 from mmssl.types import UserError
 
 
-class ResNet(ConvNet):
-    """Map of a residual network: 7x7x512 for a 224x224 image and ResNet-18 (EZ-VSL, LVS).
+class ResNet18(ConvNet):
+    """ResNet-18 up to its last block: 7x7x512 for a 224x224 image (LVS, EZ-VSL).
 
     stride: pixels per cell; below 32 the last stages do not stride.
     """
 
-    def __init__(self, in_channels: int = 3, depth: int = 18, stride: int = 32) -> None:
+    def __init__(self, in_channels: int = 3, stride: int = 32) -> None:
         super().__init__()
-        make: Any = getattr(torchvision.models, f"resnet{depth}")
-        net = make(weights=None, norm_layer=MapBatchNorm)
-        first = he(nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False))
+        net = torchvision.models.resnet18(weights=None, norm_layer=MapBatchNorm)
+        first = he_normal(nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False))
         stages = [net.layer1, net.layer2, net.layer3, net.layer4]
         for stage in stages[{32: 4, 16: 3, 8: 2}[stride] :]:
             for layer in stage[0].modules():
@@ -64,9 +63,9 @@ class VGG16(ConvNet):
 class SpeechConv(ConvNet):
     """Convolutions along time over all bands of a spectrogram (DAVEnet 2016, matchmaps 2018).
 
-    Each is followed by ReLU and, where `pools` is not 0, a max-pool of that width and stride 2. What
-    lies behind an item's length is zero before every layer: padding changes no valid step. Their
-    grid is (T', 1).
+    Each is followed by ReLU and, where `pools` is not 0, a max-pool of that width and stride 2.
+    What lies behind an item's length is zero before every layer: padding changes no valid step.
+    Their grid is (T', 1).
 
     norm: batch norm of the spectrogram, one mean and deviation for all bands.
     """
@@ -84,7 +83,7 @@ class SpeechConv(ConvNet):
         widths = [in_channels * bands, *channels]
         self.bands, self.pools, self.width = bands, tuple(pools), widths[-1]
         self.norm = MaskedSyncBatchNorm(1) if norm else None
-        self.features = nn.ModuleList(
+        self.convs = nn.ModuleList(
             nn.Conv1d(widths[i], widths[i + 1], kernel, padding=kernel // 2)
             for i, kernel in enumerate(kernels)
         )
@@ -119,13 +118,15 @@ class SpeechConv(ConvNet):
     ) -> tuple[Tensor, tuple[int, ...]]:
         """(P, 1, T, F) to tokens (P, T', D) and their grid, as `ConvNet`."""
         grid = self.grid(x.shape[2:])
-        x = self._normed(x[:, 0].to(self.features[0].weight.dtype), lengths_P, valid_P)
+        x = self._normed(x[:, 0].to(next(self.convs.parameters()).dtype), lengths_P, valid_P)
         x = x.transpose(1, 2)
-        for conv, pool in zip(self.features, self.pools, strict=True):
+        for conv, pool in zip(self.convs, self.pools, strict=True):
             x = zero_behind(F.relu(conv(zero_behind(x, lengths_P))), lengths_P)
             if pool:
                 x = F.max_pool1d(x, pool, 2, 1)
-                lengths_P = None if lengths_P is None else stack_lengths(lengths_P, [pool], [2], [1])
+                lengths_P = (
+                    None if lengths_P is None else stack_lengths(lengths_P, [pool], [2], [1])
+                )
         return x.transpose(1, 2), grid
 
     def _normed(self, x_PTF: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Tensor:

@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from math import ceil
 
 from mmssl.backbones.causal import CausalConvs
+from mmssl.build.scores import check_map, make_map
 from mmssl.build.targets import (
     TARGETS,
     TargetContext,
     Vocabulary,
     check_mask,
-    shows_motion,
     word_begins,
 )
 from mmssl.build.towers import need_view
-from mmssl.heads.dense import MapScore, PairScore, VectorScore
+from mmssl.heads.dense import PairScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
 from mmssl.heads.predict import StepHeads
 from mmssl.heads.project import SpaceHeads
-from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
+from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP
+from mmssl.objectives.contrastive import LogitScale
 from mmssl.specs import (
     BilinearSpec,
     ClassifySpec,
@@ -27,9 +28,12 @@ from mmssl.specs import (
     DotSpec,
     FusionSpec,
     FutureSpec,
+    InfoNCESpec,
     LabelSpec,
     MapSpec,
     MaskedSpec,
+    MatchMapSpec,
+    MilNCESpec,
     PairSpec,
     PairsSpec,
     RunSpec,
@@ -41,7 +45,9 @@ from mmssl.tasks.base import Task
 from mmssl.tasks.classify import (
     JointMatch,
     Label,
+    MapMatch,
     Match,
+    MatchScore,
     PooledReader,
     SpaceReader,
     VectorMatch,
@@ -101,17 +107,12 @@ class TaskBuilder:
 
     def _pair(self, where: str, task: PairsSpec, pair: PairSpec) -> PairSpec:
         """The pair with its space filled in and its order checked."""
-        modalities = [self._modality(view, f"{where}.between") for view in pair.between]
-        if isinstance(pair.score, MapSpec) and (
-            modalities[0] != "video" or modalities[1] == "video"
-        ):
-            raise UserError(
-                f"{where}.between: a map score compares a video view with an audio or text view, "
-                "in this order"
-            )
-        slots = [self.spec.views[view].candidates for view in pair.between]
+        for view in pair.between:
+            need_view(self.spec, view, f"{where}.between")
+        self._check_objective(where, pair)
         if isinstance(pair.score, MapSpec):
-            self._check_map(where, pair, pair.score, modalities[1], max(slots))
+            check_map(self.spec, where, pair.between, pair.score, self._check_pool)
+        slots = [self.spec.views[view].candidates for view in pair.between]
         if slots[0] > 1 or (slots[1] > 1 and pair.objective.kind != "mil_nce"):
             raise UserError(
                 f"{where}: a view with several candidates must come second and needs objective "
@@ -126,22 +127,22 @@ class TaskBuilder:
             )
         return pair.model_copy(update={"space": space})
 
-    def _check_map(
-        self, where: str, pair: PairSpec, score: MapSpec, other: str, slots: int
-    ) -> None:
-        if slots > 1:
-            raise UserError(f"{where}: a map score compares one item per row, not candidates")
-        if other == "text" and score.aligned and score.query == "steps":
+    def _check_objective(self, where: str, pair: PairSpec) -> None:
+        objective, score = pair.objective, pair.score
+        is_map = isinstance(score, MapSpec)
+        soft = isinstance(score, MapSpec) and score.space == "soft"
+        if soft and not isinstance(objective, InfoNCESpec):
             raise UserError(
-                f"{where}.score: words have no instants; pool them (query: mean) or aligned: false"
+                f"{where}.objective: the background of a `soft` map is one more negative of "
+                "info_nce; use that or another score.space"
             )
-        if score.weigh and not shows_motion(self._tower_spec(pair.between[0])):
+        if {*pair.penalties} - {"temperature"} and not is_map:
+            raise UserError(f"{where}.penalties: they are for map scores; set score.kind: map")
+        learned = isinstance(objective, InfoNCESpec | MilNCESpec) and objective.learned
+        if "temperature" in pair.penalties and not learned:
             raise UserError(
-                f"{where}.score.weigh: the tower of {pair.between[0]} does not tell what moves; "
-                "set its frontend.channels to motion, rgb_motion or foreground"
+                f"{where}.penalties.temperature: needs info_nce or mil_nce with learned: true"
             )
-        if score.query != "steps":
-            self._check_pool(f"{where}.score.query", pair.between[1], score.query)
 
     def _check_pool(self, where: str, view: str, how: str) -> None:
         known = [*self._tower_spec(view).globals, *POOLINGS]
@@ -188,26 +189,7 @@ class TaskBuilder:
     def _score(self, where: str, task: PairsSpec, pair: PairSpec) -> PairScore:
         score = pair.score
         if isinstance(score, MapSpec):
-            video, audio = pair.between
-            other = self.spec.views[audio].modality
-            widths: dict[str, int] = {"video": self.widths[video], other: self.widths[audio]}
-            if score.cells == "stem":
-                widths["video"] = self._transformer_tower(where, video).trunk_width
-            table = ScoreMap(
-                score.space,
-                score.time,
-                score.aligned,
-                score.normalize,
-                sharpness=score.sharpness,
-            )
-            return MapScore(
-                widths,
-                score.dim,
-                table,
-                score.cells == "stem",
-                score.query,
-                score.weigh == "motion",
-            )
+            return make_map(self.spec, where, pair.between, score, self.towers)
         if isinstance(score, DotSpec):
             return VectorScore(Dot(score.normalize))
         if isinstance(score, BilinearSpec):
@@ -307,9 +289,15 @@ class TaskBuilder:
             )
         return Match(name, task.target, score, task.weight, similar)
 
-    def _match_score(self, name: str, task: ClassifySpec) -> VectorMatch | JointMatch:
+    def _match_score(self, name: str, task: ClassifySpec) -> MatchScore:
         assert not isinstance(task.target, LabelSpec)
         views, score = task.target.between, task.score
+        if isinstance(score, MatchMapSpec):
+            _only_defaults(name, task, "a map score has its own `query`", "pool", "embed", "space")
+            check_map(self.spec, f"tasks.{name}", views, score, self._check_pool)
+            scale = LogitScale(score.scale, bias=score.bias)
+            table = make_map(self.spec, f"tasks.{name}", views, score, self.towers)
+            return MapMatch(table, scale)
         if isinstance(score, DistanceSpec | FusionSpec):
             reader, widths = self._reader(name, task)
             if isinstance(score, FusionSpec):

@@ -6,7 +6,7 @@ audio steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmssl.heads.embed import pool
 from mmssl.heads.project import Head
 from mmssl.heads.score import Bilinear, Distance, Dot, ScoreMap
+from mmssl.objectives.dense import PENALTIES
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens
 
@@ -49,16 +50,22 @@ class VectorScore(nn.Module):
         table: Tensor = self.score(a[0][:, 0], flat)
         return table.reshape(-1, *b[0].shape[:2])
 
+    def pairs(self, a: Parts, b: Parts) -> Tensor:
+        """(A,) scores of a (A, 1, D) with b (A, 1, D), row by row."""
+        return self.score.pairs(a[0][:, 0], b[0][:, 0])
+
 
 class MapScore(nn.Module):
-    """`ScoreMap` with its own projections of video cells and of the query: LayerNorm, linear.
+    """`ScoreMap` with its own projections of video cells and of the query.
 
     The query is audio or text. `steps`: it is compared step by step, a spectrogram's bands averaged
     into time steps. Any other pooling makes one vector of the whole query, which every instant is
-    compared with; batch norm + linear project it, since pooled vectors of different clips begin
-    almost parallel. Cells whose length counts get no norm. from_stem: video cells are read before
-    the backbone: attention would let a cell answer for an object in another one. by_motion: they
-    are scaled by the motion inside them, as the receptive field of a cell reaches beyond it.
+    compared with. forms: of the projections by modality, as in `project`; else LayerNorm + linear
+    for cells and steps, linear for cells whose length counts, batch norm + linear for a pooled
+    query, since pooled vectors of different clips begin almost parallel. from_stem: video cells are
+    read before the backbone: attention would let a cell answer for an object in another one.
+    by_motion: they are scaled by the motion inside them, as the receptive field of a cell reaches
+    beyond it.
     """
 
     def __init__(
@@ -69,15 +76,15 @@ class MapScore(nn.Module):
         from_stem: bool = False,
         query: str = "steps",
         by_motion: bool = False,
+        forms: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.from_stem, self.query, self.score = from_stem, query, score
         self.by_motion = by_motion
         of_query = "norm_linear" if query == "steps" else "bn_linear"
         of_cells = "norm_linear" if score.normalize == "both" else "linear"
-        self.maps_of = nn.ModuleDict(
-            {m: Head(of_cells if m == "video" else of_query, w, dim) for m, w in widths.items()}
-        )
+        usual = {m: of_cells if m == "video" else of_query for m in widths} | dict(forms or {})
+        self.maps_of = nn.ModuleDict({m: Head(usual[m], w, dim) for m, w in widths.items()})
 
     def embed(self, passes: Passes, view: str) -> tuple[Parts, Tensor]:
         """Side of one view: ((values, valid), filled (B, L)), one row per batch row."""
@@ -91,7 +98,8 @@ class MapScore(nn.Module):
         values = tokens.stem_PMD if self.from_stem else tokens.x_PND
         pad = tokens.stem_pad_PM if self.from_stem else tokens.pad_PN
         shape = (len(values), self._grid(tokens)[0], -1)
-        cells: Tensor = self.maps_of["video"](values)
+        there = ~pad & (item_weight(tokens.view) > 0)[:, None]
+        cells: Tensor = self.maps_of["video"](values, there)
         if self.by_motion:
             assert tokens.motion_PM is not None  # `build` refuses other front-ends
             cells = cells * tokens.motion_PM[..., None]
@@ -100,10 +108,10 @@ class MapScore(nn.Module):
     def _query(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(P, U, D) projected steps, one if the query is pooled, and which of them are valid."""
         head = self.maps_of[tokens.view.modality]
+        there = item_weight(tokens.view) > 0
         if self.query == "steps":
             x, pad = time_steps(tokens, "mean")
-            return head(x), ~pad
-        there = item_weight(tokens.view) > 0
+            return head(x, ~pad & there[:, None]), ~pad
         return head(pool(tokens, self.query), there)[:, None], there[:, None]
 
     def _grid(self, tokens: Tokens) -> tuple[int, ...]:
@@ -113,6 +121,17 @@ class MapScore(nn.Module):
         """(A, C, 1) scores of A videos with C queries."""
         table: Tensor = self.score(video[0], query[0], video[1], query[1])
         return table[..., None]
+
+    def pairs(self, video: Parts, query: Parts, background: bool = False) -> Tensor:
+        """(A,) scores of A videos with a query each; `background` as in `ScoreMap.pairs`."""
+        return self.score.pairs(video[0], query[0], video[1], query[1], background=background)
+
+    def penalties(self, video: Parts, query: Parts, names: Sequence[str]) -> dict[str, Tensor]:
+        """{name: (A,)} penalties on the similarities of A videos with a query each."""
+        sims, steps = self.score.by_head(video[0], query[0], query[1])
+        cells = video[1] if self.score.aligned else video[1].flatten(1)[:, None]
+        valid = cells if steps is None else cells & steps[..., None]
+        return {n: PENALTIES[n](sims, valid.expand(sims.shape[:3])) for n in names}
 
     def features(self, passes: Passes, video: str, audio: str) -> Dense:
         """What localization needs of a batch."""

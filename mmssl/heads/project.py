@@ -16,6 +16,7 @@ from mmssl.types import UserError
 
 FORMS: dict[str, Callable[[int, int, int, bool], list[nn.Module]]] = {
     # form: (input width, space width, hidden width, bias of a linear map that a norm follows)
+    "none": lambda d, s, h, b: [],
     "linear": lambda d, s, h, b: [nn.Linear(d, s)],
     "norm_linear": lambda d, s, h, b: [nn.LayerNorm(d, eps=1e-6), nn.Linear(d, s)],
     "bn_linear": lambda d, s, h, b: [MaskedSyncBatchNorm(d), nn.Linear(d, s, bias=False)],
@@ -40,10 +41,10 @@ GRAPHS = ("linear", "shared", "disjoint", "fac")
 class Head(nn.Module):
     """One projection, by form.
 
-    linear; norm_linear = LayerNorm, Linear; bn_linear = BN, Linear; mlp = Linear, ReLU, Linear
-    (AVE-Net); mlp_bn = Linear, BN, ReLU, Linear, BN (MMV, VATT); relu_linear_bn = ReLU, Linear, BN
-    (VATT's joint head); linear_norm_tanh = Linear, LayerNorm, tanh (COLA). hidden 0 means the
-    output width.
+    none: the vector itself; linear; norm_linear = LayerNorm, Linear; bn_linear = BN, Linear; mlp =
+    Linear, ReLU, Linear (AVE-Net); mlp_bn = Linear, BN, ReLU, Linear, BN (MMV, VATT);
+    relu_linear_bn = ReLU, Linear, BN (VATT's joint head); linear_norm_tanh = Linear, LayerNorm,
+    tanh (COLA). hidden 0 means the output width.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class Head(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise UserError(f"head form: {form!r} is not known; use one of {', '.join(FORMS)}")
+        if form == "none" and inputs != outputs:
+            raise UserError(
+                f"head form: `none` keeps the width of {inputs}, but {outputs} is asked for; make "
+                "them equal (dim, or the tower's `post`) or use form linear"
+            )
         self.layers = nn.ModuleList(FORMS[form](inputs, outputs, hidden or outputs, bias))
 
     def forward(self, x: Tensor, valid_P: Tensor | None = None) -> Tensor:

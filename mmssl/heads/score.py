@@ -10,18 +10,16 @@ row by row. Scores are computed in fp32 or wider, autocast or not; temperatures 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmssl.heads.reducers import Space, Time, reducer
 from mmssl.objectives.contrastive import in_row_chunks
 from mmssl.objectives.precision import wide
 
-Space = Literal["max", "mean", "lse"]
-Time = Literal["max", "mean"]
 Normalize = Literal["both", "steps", "none"]
 
 
@@ -143,8 +141,9 @@ class ScoreMap(nn.Module):
     `forward(video_QTSD, audio_CUD) -> (Q, C)`. For every audio step the similarities with all
     cells are reduced (`space`), then the steps (`time`). An averaging reducer never comes before a
     maximum: space mean with time max takes each cell's maximum over time first. So max-mean is MISA
-    and DenseAV (Hamilton et al. 2024), mean-max SIMA and mean-mean SISA (Harwath et al. 2018).
-    Padded and absent steps and cells are left out; a pair without any scores 0.
+    and DenseAV (Hamilton et al. 2024), mean-max SIMA and mean-mean SISA (Harwath et al. 2018),
+    soft-mean LVS (Chen et al. 2021), max over cells of a pooled sound AVOL-Net and EZ-VSL. Padded
+    and absent steps and cells are left out; a pair without any scores 0.
 
     aligned: an audio step meets only the cells of the video bin of its own instant. The audio is
       averaged to the T bins first, both sides covering the same stretch of time.
@@ -152,7 +151,9 @@ class ScoreMap(nn.Module):
       scores 0, one that holds all of an object more than one that holds its corner), `none`.
     chunk: video rows that are compared at a time, 0 = all. The similarities of a chunk,
       chunk * C * T * S (times U / T unless aligned), are the only large tensor.
-    sharpness: of `lse`, a soft maximum: ln(mean(exp(sharpness * s))) / sharpness.
+    heads: parts of the width that are compared one by one; the largest similarity counts.
+    sharpness, above: of `lse` and `soft`, see `reducer`.
+    below: for `background`, the `soft` mean of the cells below this similarity.
     """
 
     def __init__(
@@ -163,13 +164,17 @@ class ScoreMap(nn.Module):
         normalize: Normalize = "both",
         chunk: int = 0,
         sharpness: float = 10.0,
+        heads: int = 1,
+        above: float = 0.0,
+        below: float = 0.0,
     ) -> None:
         super().__init__()
         self.space, self.time = space, time
         self.aligned, self.normalize = aligned, normalize
-        self.chunk = chunk
-        self._over_cells = _reducer(space, sharpness)
-        self._over_steps = _reducer(time, sharpness)
+        self.chunk, self.heads = chunk, heads
+        self._over_cells = reducer(space, sharpness, above)
+        self._over_steps = reducer(time)
+        self._behind = reducer("soft", -sharpness, below)
 
     def forward(
         self,
@@ -200,7 +205,7 @@ class ScoreMap(nn.Module):
                 equation = "ctd,qtsd->qcts" if self.aligned else "cud,qnd->qcun"
                 cells = video[rows] if self.aligned else video[rows].flatten(1, 2)
                 # Audio first: einsum then leaves the cells, reduced first, contiguous.
-                sims = torch.einsum(equation, audio, cells)
+                sims = self._best(self._products(equation, audio, cells))
                 steps = None if audio_valid is None else audio_valid[None, :, :, None]
                 return self._reduce(sims, self._cell_mask(valid), steps)
 
@@ -213,14 +218,16 @@ class ScoreMap(nn.Module):
         video_valid_PTS: Tensor | None = None,
         audio_valid_PU: Tensor | None = None,
         steps_per_bin: float | None = None,
+        background: bool = False,
     ) -> Tensor:
-        """Each video with its own audio -> (P,); arguments as `forward`."""
-        with _full_precision(video_PTSD):
-            sims, audio_valid = self._similarities(
-                video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin
-            )
-            steps = None if audio_valid is None else audio_valid[:, None, :, None]
-            return self._reduce(sims[:, None], self._cell_mask(video_valid_PTS), steps)[:, 0]
+        """Each video with its own audio -> (P,); arguments as `forward`.
+
+        background: the score of the cells that do not match instead (the constructor's `below`).
+        """
+        sims_PUNK, steps = self.by_head(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
+        steps = None if steps is None else steps[:, None, :, None]
+        cells = self._cell_mask(video_valid_PTS)
+        return self._reduce(self._best(sims_PUNK)[:, None], cells, steps, background)[:, 0]
 
     def maps(
         self,
@@ -234,29 +241,45 @@ class ScoreMap(nn.Module):
         Aligned: the similarity of a cell with the audio of its own bin, 0 where the bin has no
         audio. Otherwise: reduced over the audio steps as in the score.
         """
-        with _full_precision(video_PTSD):
-            sims, valid = self._similarities(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
-            if not self.aligned:
-                mask = None if valid is None else valid[:, None].expand(-1, sims.shape[2], -1)
-                over = self._over_steps(sims.transpose(1, 2), mask)
-                return over.reshape(video_PTSD.shape[:3])
-            if valid is None:
-                return sims
-            return torch.where(valid[..., None], sims, torch.zeros_like(sims))
+        sims_PUNK, valid = self.by_head(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
+        sims = self._best(sims_PUNK)
+        if not self.aligned:
+            mask = None if valid is None else valid[:, None].expand(-1, sims.shape[2], -1)
+            over = self._over_steps(sims.transpose(1, 2), mask)
+            return over.reshape(video_PTSD.shape[:3])
+        if valid is None:
+            return sims
+        return torch.where(valid[..., None], sims, torch.zeros_like(sims))
 
-    def _similarities(
+    def by_head(
         self,
         video_PTSD: Tensor,
         audio_PUD: Tensor,
-        audio_valid_PU: Tensor | None,
-        steps_per_bin: float | None,
+        audio_valid_PU: Tensor | None = None,
+        steps_per_bin: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(P, T, S) with the valid bins (P, T) when aligned, else (P, U, N) and (P, U)."""
-        audio, valid = self._audio(audio_PUD, audio_valid_PU, video_PTSD, steps_per_bin)
-        video = self._cells(video_PTSD)
-        if self.aligned:
-            return torch.einsum("ptd,ptsd->pts", audio, video), valid
-        return torch.einsum("pud,pnd->pun", audio, video.flatten(1, 2)), valid
+        """Similarities of paired rows, head by head.
+
+        Returns:
+            (P, U, N, K) and the valid steps (P, U), None for all; when aligned (P, T, S, K) and the
+            bins (P, T) that have audio.
+        """
+        with _full_precision(video_PTSD):
+            audio, valid = self._audio(audio_PUD, audio_valid_PU, video_PTSD, steps_per_bin)
+            video = self._cells(video_PTSD)
+            if self.aligned:
+                return self._products("ptd,ptsd->pts", audio, video), valid
+            return self._products("pud,pnd->pun", audio, video.flatten(1, 2)), valid
+
+    def _products(self, equation: str, audio: Tensor, cells: Tensor) -> Tensor:
+        """(..., K) products of the heads' parts of the width."""
+        parts = zip(audio.chunk(self.heads, -1), cells.chunk(self.heads, -1), strict=True)
+        found = [torch.einsum(equation, a, c) for a, c in parts]
+        return found[0][..., None] if self.heads == 1 else torch.stack(found, -1)
+
+    def _best(self, sims: Tensor) -> Tensor:
+        """The largest of the heads' similarities."""
+        return sims[..., 0] if self.heads == 1 else sims.amax(-1)
 
     def _audio(
         self, audio: Tensor, valid: Tensor | None, video: Tensor, steps_per_bin: float | None
@@ -264,10 +287,13 @@ class ScoreMap(nn.Module):
         audio = wide(audio)
         if self.aligned:
             audio, valid = to_bins(audio, valid, video.shape[1], steps_per_bin)
-        return (audio if self.normalize == "none" else _unit(audio)), valid
+        return (audio if self.normalize == "none" else self._units(audio)), valid
 
     def _cells(self, video: Tensor) -> Tensor:
-        return _unit(video) if self.normalize == "both" else wide(video)
+        return self._units(video) if self.normalize == "both" else wide(video)
+
+    def _units(self, x: Tensor) -> Tensor:
+        return _unit(x.reshape(*x.shape[:-1], self.heads, -1)).reshape(x.shape)
 
     def _cell_mask(self, valid_QTS: Tensor | None) -> Tensor | None:
         """Broadcasts against (Q, C, steps, cells)."""
@@ -275,10 +301,16 @@ class ScoreMap(nn.Module):
             return None
         return valid_QTS[:, None] if self.aligned else valid_QTS.flatten(1)[:, None, None]
 
-    def _reduce(self, sims_QCUN: Tensor, cells: Tensor | None, steps: Tensor | None) -> Tensor:
+    def _reduce(
+        self,
+        sims_QCUN: Tensor,
+        cells: Tensor | None,
+        steps: Tensor | None,
+        background: bool = False,
+    ) -> Tensor:
         mask = cells if steps is None else steps if cells is None else cells & steps
         mask = None if mask is None else mask.expand(sims_QCUN.shape)
-        inner, outer = self._over_cells, self._over_steps
+        inner, outer = self._behind if background else self._over_cells, self._over_steps
         if self.space == "mean" and self.time == "max":
             inner, outer = outer, inner
             sims_QCUN = sims_QCUN.transpose(2, 3)
@@ -315,44 +347,6 @@ def to_bins(
     total_CTD = torch.einsum("tu,cud->ctd", overlap_TU, kept_CUD)
     safe_CT = torch.where(valid_CT, weight_CT, torch.ones_like(weight_CT))
     return total_CTD / safe_CT[..., None], valid_CT
-
-
-Reducer = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def _reducer(name: Space | Time, sharpness: float) -> Reducer:
-    """A reduction of the last axis over the marked entries; 0 where none is marked."""
-    if name == "max":
-        return _max
-    if name == "mean":
-        return _mean
-    if name == "lse":
-        return lambda x, mask: _soft_max(x, mask, sharpness)
-    raise ValueError(f"ScoreMap: reducer is max, mean or lse, got {name!r}")
-
-
-def _max(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.max(-1).values
-    best = x.masked_fill(~mask, -math.inf).max(-1).values
-    return torch.where(mask.any(-1), best, torch.zeros_like(best))
-
-
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.mean(-1)
-    total = torch.where(mask, x, torch.zeros_like(x)).sum(-1)
-    return total / mask.sum(-1).clamp(min=1)
-
-
-def _soft_max(x: Tensor, mask: Tensor | None, sharpness: float) -> Tensor:
-    if mask is None:
-        mask = torch.ones_like(x, dtype=torch.bool)
-    some = mask.any(-1, keepdim=True)
-    # Marked everywhere where nothing is marked: an lse of -inf alone has a NaN gradient.
-    filled = (sharpness * x).masked_fill(~mask & some, -math.inf)
-    lse = torch.logsumexp(filled, -1) - mask.sum(-1).clamp(min=1).to(x.dtype).log()
-    return torch.where(some[..., 0], lse / sharpness, torch.zeros_like(lse))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from mmssl.specs.heads import (
     HeadsSpec,
     JointScoreSpec,
     MapSpec,
+    MatchMapSpec,
     MatchScoreSpec,
     ScoreSpec,
     SpaceSpec,
@@ -21,7 +22,7 @@ from mmssl.specs.networks import (
     ConvAV8Spec,
     ConvSpec,
     EfficientNetSpec,
-    ResNetSpec,
+    ResNet18Spec,
     SpeechConvSpec,
     VGG16Spec,
 )
@@ -64,6 +65,7 @@ from mmssl.specs.tasks import (
     PairsSpec,
     SigmoidSpec,
     TaskSpec,
+    TripletSpec,
 )
 from mmssl.specs.towers import (
     BackboneSpec,

@@ -80,31 +80,49 @@ class MapSpec(Spec):
     `query`: the other side's `steps`, or one vector pooled from it (a global token's name, `mean`,
     `max`, `peaks`). `aligned`: a step is compared only with the cells of the same instant; a pooled
     query with the cells of every instant in turn. `cells`: those that leave the backbone, or those
-    of the `stem`, which know their own place only. `sharpness`: of `lse`. `normalize`: which side
-    has unit length. `weigh: motion`: a cell of the stem counts by how much moves inside it, so that
-    it answers for what it holds and not for what it sees beyond its border.
+    of the `stem`, which know their own place only. `space: soft`: the mean of the cells above the
+    similarity `above`; those below `below` are one more negative (LVS, info_nce only). `sharpness`:
+    of `lse` and `soft`. `heads`: parts of `dim` of which the best counts (DenseAV). `form`: of the
+    projections, see `mmssl.heads.dense`. `normalize`: which side has unit length. `weigh: motion`:
+    a cell of the stem counts by how much moves inside it, so that it answers for what it holds and
+    not for what it sees beyond its border.
     """
 
     kind: Literal["map"]
     dim: int = Field(128, gt=0)
-    space: Literal["max", "mean", "lse"] = "max"
+    space: Literal["max", "mean", "lse", "soft"] = "max"
     time: Literal["mean", "max"] = "mean"
     aligned: bool = False
     cells: Literal["backbone", "stem"] = "backbone"
     query: str = "steps"
     sharpness: float = Field(10.0, gt=0)
+    above: float = 0.65
+    below: float = 0.4
+    heads: int = Field(1, gt=0)
+    form: str | dict[Modality, str] = ""
     normalize: Literal["both", "steps", "none"] = "both"
     weigh: Literal["", "motion"] = ""
 
     @model_validator(mode="after")
-    def _weighable(self) -> MapSpec:
+    def _fits(self) -> MapSpec:
         if self.weigh and (self.cells != "stem" or self.normalize == "both"):
             raise ValueError(
                 "`weigh` scales cells of the stem: it needs `cells: stem` and a `normalize` other "
                 "than `both`"
             )
+        if self.dim % self.heads:
+            raise ValueError(f"`dim` ({self.dim}) must be a multiple of `heads` ({self.heads})")
         return self
 
 
+class MatchMapSpec(MapSpec):
+    """Logit scale * score + bias of a map score (AVOL-Net); the learned scale stays positive."""
+
+    scale: float = Field(1.0, gt=0, le=100)
+    bias: float = 0.0
+
+
 ScoreSpec = Annotated[DotSpec | BilinearSpec | DistanceSpec | MapSpec, Field(discriminator="kind")]
-MatchScoreSpec = Annotated[DistanceSpec | FusionSpec | JointScoreSpec, Field(discriminator="kind")]
+MatchScoreSpec = Annotated[
+    DistanceSpec | FusionSpec | JointScoreSpec | MatchMapSpec, Field(discriminator="kind")
+]

@@ -25,11 +25,10 @@ class EfficientNetSpec(Spec):
     drop_path: float = Field(0.2, ge=0, lt=1)
 
 
-class ResNetSpec(Spec):
-    """torchvision's residual networks of basic blocks; `stride`: pixels per cell."""
+class ResNet18Spec(Spec):
+    """ResNet-18 up to its last block; `stride`: pixels per cell."""
 
-    kind: Literal["resnet"]
-    depth: Literal[18, 34] = 18
+    kind: Literal["resnet18"]
     stride: Literal[8, 16, 32] = 32
 
 
@@ -62,4 +61,4 @@ class SpeechConvSpec(Spec):
         return self
 
 
-ConvSpec = ConvAV8Spec | EfficientNetSpec | ResNetSpec | VGG16Spec | SpeechConvSpec
+ConvSpec = ConvAV8Spec | EfficientNetSpec | ResNet18Spec | VGG16Spec | SpeechConvSpec

@@ -42,17 +42,32 @@ class SigmoidSpec(Spec):
     equal_text: bool = False
 
 
-PairObjective = Annotated[InfoNCESpec | MilNCESpec | SigmoidSpec, Field(discriminator="kind")]
+class TripletSpec(Spec):
+    """The own partner scores higher than a random one by a margin, both ways (DAVEnet)."""
+
+    kind: Literal["triplet"]
+    margin: float = Field(1.0, ge=0)
+    equal_text: Literal[False] = False
+
+
+PairObjective = Annotated[
+    InfoNCESpec | MilNCESpec | SigmoidSpec | TripletSpec, Field(discriminator="kind")
+]
 
 
 class PairSpec(Spec):
-    """Two views compared in one space."""
+    """Two views compared in one space.
+
+    `penalties`: weights of what keeps a map score in shape (DenseAV, see
+    `mmssl.objectives.dense`), and of `temperature`, the squared logarithm of a scale below 1.
+    """
 
     between: tuple[str, str]
     space: str = ""  # empty: the only space
     score: ScoreSpec = DotSpec()
     objective: PairObjective = InfoNCESpec()
     weight: Number = 1.0
+    penalties: dict[Literal["negative", "variation", "overlap", "temperature"], Number] = {}
 
 
 class PairsSpec(Spec):

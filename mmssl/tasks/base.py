@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from mmssl import dist
+from mmssl.heads.dense import MapScore
+from mmssl.objectives.negatives import partners
 from mmssl.specs import Number
-from mmssl.towers import Passes
+from mmssl.towers import Passes, item_weight
 from mmssl.types import Batch, Floor, Term
 
 
@@ -39,3 +43,39 @@ class Task(nn.Module):
 
     def after_step(self, position: float) -> None:
         """Update own buffers after an optimiser step; nothing by default."""
+
+    def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
+        """A score of video cells against sound and its (video, audio) views, if there is one."""
+        return None
+
+
+def gathered(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Row-first tensors with the rows of all ranks, with gradient where they can have one."""
+    return tuple(dist.gather(p) if p.is_floating_point() else dist.gather_no_grad(p) for p in parts)
+
+
+def row_seeds(batch: Batch, view: str) -> Tensor:
+    """(B,) seed of each row's first item of a view; 0 where absent."""
+    v = batch.views[view]
+    seeds = torch.zeros(batch.size, dtype=torch.long, device=v.seeds_P.device)
+    weight = item_weight(v).long() * (v.slots_P == 0)
+    return seeds.index_put((v.rows_P,), v.seeds_P * weight, accumulate=True)
+
+
+class Impostors:
+    """Rows of all ranks, among which every row finds one of another source.
+
+    source_G, both_G: source and presence of the rows of all ranks.
+    """
+
+    def __init__(self, batch: Batch, view: str, both_B: Tensor) -> None:
+        columns = torch.stack([batch.source_B, row_seeds(batch, view), both_B.long()], 1)
+        self.source_G, self._seeds_G, both_G = dist.gather_no_grad(columns).unbind(1)
+        self.both_G = both_G.bool()
+        start = dist.rank() * batch.size
+        self._rows = slice(start, start + batch.size)
+
+    def draw(self, stream: str) -> tuple[Tensor, Tensor]:
+        """(B,) place of each row's impostor in the gathered batch, and whether it has one."""
+        index_G, found_G = partners(self.source_G, self._seeds_G, self.both_G, stream)
+        return index_G[self._rows], found_G[self._rows]

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmssl import dist
+from mmssl.heads.dense import MapScore
 from mmssl.heads.embed import Embedder, pool
 from mmssl.heads.score import Distance, FusionMLP
 from mmssl.objectives.classification import binary_cross_entropy, softmax_cross_entropy
-from mmssl.objectives.negatives import coin, hardest, mix_hard, partners
+from mmssl.objectives.contrastive import LogitScale
+from mmssl.objectives.negatives import coin, hardest, mix_hard
 from mmssl.schedules import resolve
 from mmssl.specs import LabelSpec, MatchSpec, Number
-from mmssl.tasks.base import Task
+from mmssl.tasks.base import Impostors, Task, gathered, row_seeds
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Batch, Term
 
@@ -73,6 +75,23 @@ class VectorMatch(nn.Module):
         return self.score.pairs(a[0], b[0])
 
 
+class MapMatch(nn.Module):
+    """Match logit of a map score (AVOL-Net): some cell answers to the sound, or none does."""
+
+    def __init__(self, score: MapScore, scale: LogitScale) -> None:
+        super().__init__()
+        self.score, self.scale = score, scale
+
+    def read(self, passes: Passes, view: str, like: str) -> Parts:
+        """Projected cells or steps of a view and which of them are valid."""
+        return self.score.embed(passes, view)[0]
+
+    def forward(self, passes: Passes, a: Parts, b: Parts) -> Tensor:
+        """(R,) log-odds of a match."""
+        logits: Tensor = self.scale(self.score.pairs(a, b))
+        return logits
+
+
 class JointMatch(nn.Module):
     """Match logit read from a joint tower over both views' time steps."""
 
@@ -96,6 +115,9 @@ class JointMatch(nn.Module):
         return logits[:, 0]
 
 
+MatchScore = VectorMatch | MapMatch | JointMatch
+
+
 class Match(Task):
     """Correspondence: own partner against the partner of another source."""
 
@@ -103,7 +125,7 @@ class Match(Task):
         self,
         name: str,
         spec: MatchSpec,
-        score: VectorMatch | JointMatch,
+        score: MatchScore,
         weight: Number,
         similar: SpaceReader | None = None,
     ) -> None:
@@ -114,8 +136,8 @@ class Match(Task):
         """One term: cross-entropy over the true and the false pairs that were drawn."""
         first, second = self.spec.between
         a, b = self._read(passes, first), self._read(passes, second)
-        everyone = tuple(dist.gather(part) for part in b)
-        seeds = _row_seeds(batch, first)
+        everyone = gathered(b)
+        seeds = row_seeds(batch, first)
         both = batch.views[first].present_B & batch.views[second].present_B
         index, found = self._partners(passes, batch, (a, everyone), seeds, both)
         false = tuple(part[index] for part in everyone)
@@ -140,6 +162,10 @@ class Match(Task):
         out: Tensor = self.score(passes, self._read(passes, first), tuple(p[partner_B] for p in b))
         return out
 
+    def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
+        """The map score and its views, if the match is read from one."""
+        return (self.score.score, self.spec.between) if isinstance(self.score, MapMatch) else None
+
     def _read(self, passes: Passes, view: str) -> Parts:
         return self.score.read(passes, view, view)
 
@@ -157,16 +183,12 @@ class Match(Task):
         both: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(B,) place in the gathered batch of each row's false partner, and whether it has one."""
-        columns = torch.stack([batch.source_B, seeds, both.long()], 1)
-        source_G, seeds_G, both_G = dist.gather_no_grad(columns).unbind(1)
-        start = dist.rank() * batch.size
-        rows = slice(start, start + batch.size)
-        index_G, found_G = partners(source_G, seeds_G, both_G.bool(), f"{self.name}/partner")
-        easy = index_G[rows], found_G[rows]
+        others = Impostors(batch, self.spec.between[0], both)
+        easy = others.draw(f"{self.name}/partner")
         share = resolve(self.spec.hard, passes.position)
         if share == 0:
             return easy
-        other = (batch.source_B[:, None] != source_G[None]) & both[:, None] & both_G.bool()[None]
+        other = (batch.source_B[:, None] != others.source_G) & both[:, None] & others.both_G
         with torch.no_grad():
             scores = self._similarity(passes, *parts)
         index, found, _ = mix_hard(easy, hardest(scores, other), seeds, share, f"{self.name}/hard")
@@ -202,14 +224,6 @@ class Label(Task):
     def _label(self, meta: dict[str, Any]) -> int:
         value = meta.get(self.spec.field)
         return self.spec.classes.index(value) if value in self.spec.classes else -1
-
-
-def _row_seeds(batch: Batch, view: str) -> Tensor:
-    """(B,) seed of each row's first item of a view; 0 where absent."""
-    v = batch.views[view]
-    seeds = torch.zeros(batch.size, dtype=torch.long, device=v.seeds_P.device)
-    weight = item_weight(v).long() * (v.slots_P == 0)
-    return seeds.index_put((v.rows_P,), v.seeds_P * weight, accumulate=True)
 
 
 def _mlp(width: int, widths: list[int]) -> nn.Module:

@@ -11,16 +11,15 @@ never in memory and gradients reach the rows of other ranks through the gather.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mmssl import dist
-from mmssl.heads.dense import Dense, MapScore, PairScore
+from mmssl.heads.dense import MapScore, PairScore
 from mmssl.heads.embed import Embedder
-from mmssl.heads.score import ScoreMap
 from mmssl.objectives.contrastive import (
     Candidates,
     LogitScale,
@@ -30,8 +29,8 @@ from mmssl.objectives.contrastive import (
     mil_nce,
     sigmoid_pairs,
 )
-from mmssl.specs import InfoNCESpec, MilNCESpec, Number, PairSpec, SigmoidSpec
-from mmssl.tasks.base import Task
+from mmssl.specs import InfoNCESpec, MilNCESpec, Number, PairSpec, SigmoidSpec, TripletSpec
+from mmssl.tasks.base import Impostors, Task, gathered
 from mmssl.towers import Passes
 from mmssl.types import Batch, Term
 
@@ -52,10 +51,8 @@ class Side:
 
     def gathered(self) -> Side:
         """The same side with the rows of all ranks."""
-        parts = tuple(
-            dist.gather(p) if p.is_floating_point() else dist.gather_no_grad(p) for p in self.parts
-        )
-        return Side(parts, dist.gather_no_grad(self.filled_BL), self.rows.gathered())
+        filled = dist.gather_no_grad(self.filled_BL)
+        return Side(gathered(self.parts), filled, self.rows.gathered())
 
 
 class Pairs(Task):
@@ -75,11 +72,17 @@ class Pairs(Task):
         self.scales = nn.ModuleDict({name: _logit_scale(p) for name, p in pairs.items()})
 
     def weight(self, term: str) -> list[Number]:
-        """The task's weight and the pair's own."""
-        return [self._weight, self.pairs[term].weight]
+        """The task's weight, the pair's own, and that of a penalty."""
+        name, _, penalty = term.partition(".")
+        pair = self.pairs[name]
+        own = [p for n, p in pair.penalties.items() if n == penalty]
+        return [self._weight, pair.weight, *own]
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
-        """One term per pair: (sum over rows that have both sides, number of such rows)."""
+        """One term per pair: (sum over rows that have both sides, number of such rows).
+
+        The penalties of a pair are terms named PAIR.PENALTY.
+        """
         sides = self._sides(passes, batch)
         everyone = {key: side.gathered() for key, side in sides.items()}
         self.last = {
@@ -87,16 +90,16 @@ class Pairs(Task):
             for (view, space), side in sides.items()
             if space in self.embedder.spaces
         }
-        return {
-            name: self._term(
-                name,
-                *(
-                    (sides[key], everyone[key])
-                    for key in (self._key(name, v) for v in pair.between)
-                ),
-            )
-            for name, pair in self.pairs.items()
-        }
+        terms: dict[str, Term] = {}
+        for name, pair in self.pairs.items():
+            keys = [self._key(name, view) for view in pair.between]
+            a, b = ((sides[key], everyone[key]) for key in keys)
+            if isinstance(pair.objective, TripletSpec):
+                terms[name] = self._triplet(name, a, b, batch)
+            else:
+                terms[name] = self._term(name, a, b)
+            terms |= self._penalties(name, a[0], b, batch)
+        return terms
 
     def _key(self, name: str, view: str) -> tuple[str, str]:
         """A map score has projections of its own; the others share a space."""
@@ -142,20 +145,12 @@ class Pairs(Task):
             out |= {(view, space): (z, filled) for space, z in vectors.items()}
         return out
 
-    def dense(self, passes: Passes) -> Dense | None:
-        """Localization features of the first map of sounds, if there is one."""
-        for name, score in self._sound_maps():
-            return score.features(passes, *self.pairs[name].between)
-        return None
-
-    def map_score(self) -> ScoreMap | None:
-        """The score of the first map of sounds."""
-        return next((score.score for _, score in self._sound_maps()), None)
-
-    def _sound_maps(self) -> Iterator[tuple[str, MapScore]]:
+    def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
+        """The first map score of sounds and its views."""
         for name, score in self.scores.items():
             if isinstance(score, MapScore) and "audio" in score.maps_of:
-                yield name, score
+                return score, self.pairs[name].between
+        return None
 
     def _term(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side]) -> Term:
         objective = self.pairs[name].objective
@@ -168,6 +163,40 @@ class Pairs(Task):
         # A row with one side only may still have an equal caption as positive: it is not counted.
         both = a[0].rows.present & b[0].rows.present
         return Term(torch.where(both, loss_B, torch.zeros_like(loss_B)).sum(), both.sum())
+
+    def _triplet(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], batch: Batch) -> Term:
+        """Margin to one random impostor on each side, of other sources (Harwath et al. 2016)."""
+        objective, score = self.pairs[name].objective, self.scores[name]
+        assert isinstance(objective, TripletSpec)
+        both = a[0].rows.present & b[0].rows.present
+        others = Impostors(batch, self.pairs[name].between[0], both)
+        (index_a, found_a), (index_b, found_b) = (others.draw(f"{name}/{s}") for s in "ab")
+        own_B = score.pairs(a[0].parts, b[0].parts)  # type: ignore[operator]
+        false_a = score.pairs(tuple(p[index_a] for p in a[1].parts), b[0].parts)  # type: ignore[operator]
+        false_b = score.pairs(a[0].parts, tuple(p[index_b] for p in b[1].parts))  # type: ignore[operator]
+        excess = (false - own_B + objective.margin for false in (false_a, false_b))
+        return _mean_term(sum(e.clamp(min=0) for e in excess), found_a & found_b)
+
+    def _penalties(self, name: str, a: Side, b: tuple[Side, Side], batch: Batch) -> dict[str, Term]:
+        """Penalties on the own pairs; `negative` on as many pairs that do not match, too."""
+        pair, score = self.pairs[name], self.scores[name]
+        both = a.rows.present & b[0].rows.present
+        found: dict[str, Term] = {}
+        dense = [p for p in pair.penalties if p != "temperature"]
+        if dense:
+            assert isinstance(score, MapScore)  # `build` refuses others
+            own = score.penalties(a.parts, b[0].parts, dense)
+            found = {p: _mean_term(value, both) for p, value in own.items()}
+        if "negative" in dense:
+            index, there = Impostors(batch, pair.between[0], both).draw(f"{name}/penalty")
+            other = tuple(part[index] for part in b[1].parts)
+            more = _mean_term(score.penalties(a.parts, other, ["negative"])["negative"], there)  # type: ignore[operator]
+            first = found["negative"]
+            found["negative"] = Term(first.sum + more.sum, first.count + more.count)
+        if "temperature" in pair.penalties:
+            low = self.scales[name].log_scale.clamp(max=0).square()  # type: ignore[operator]
+            found["temperature"] = Term(low * both.sum(), both.sum())
+        return {f"{name}.{p}": term for p, term in found.items()}
 
     def _logits(self, name: str, query: Side, keys: Side, flip: bool) -> Tensor:
         """(Q, C) or (Q, C, L) logits; `flip`: the query is the pair's second side."""
@@ -186,15 +215,26 @@ class Pairs(Task):
     def _info_nce(
         self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], rows: slice
     ) -> Tensor:
-        forward = self._one_way(name, a[0][rows], b[1], flip=False)
+        forward = self._one_way(name, a[0][rows], b[1], flip=False, own=b[0][rows])
         spec = self.pairs[name].objective
         if isinstance(spec, InfoNCESpec) and spec.form == "one_way":
             return forward
         return (forward + self._one_way(name, b[0][rows], a[1], flip=True)) / 2
 
-    def _one_way(self, name: str, query: Side, keys: Side, flip: bool) -> Tensor:
+    def _one_way(
+        self, name: str, query: Side, keys: Side, flip: bool, own: Side | None = None
+    ) -> Tensor:
+        """own: the queries' partners, whose background in a `soft` map is one more negative."""
         logits = self._logits(name, query, keys, flip).flatten(1)
-        return info_nce(logits, *self._masks(name, query, keys))
+        positive, valid = self._masks(name, query, keys)
+        score = self.scores[name]
+        if own is not None and isinstance(score, MapScore) and score.score.space == "soft":
+            behind = self.scales[name](score.pairs(query.parts, own.parts, background=True))
+            there = (query.rows.present & own.rows.present)[:, None]
+            logits = torch.cat([logits, behind[:, None]], 1)
+            positive = torch.cat([positive, torch.zeros_like(there)], 1)
+            valid = torch.cat([valid, there], 1)
+        return info_nce(logits, positive, valid)
 
     def _sigmoid(
         self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], rows: slice
@@ -228,8 +268,14 @@ def _slots_last(scores: Tensor) -> Tensor:
     return scores if scores.ndim == 3 else scores[..., None]
 
 
+def _mean_term(value_B: Tensor, rows_B: Tensor) -> Term:
+    return Term(torch.where(rows_B, value_B, torch.zeros_like(value_B)).sum(), rows_B.sum())
+
+
 def _logit_scale(pair: PairSpec) -> nn.Module:
     spec = pair.objective
+    if isinstance(spec, TripletSpec):
+        return nn.Identity()  # the margin is in the units of the score
     if isinstance(spec, SigmoidSpec):
         return LogitScale(spec.scale, bias=spec.bias)
     if pair.score.kind == "bilinear":

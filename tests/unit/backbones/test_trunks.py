@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from mmssl.backbones.convnets import MapBatchNorm
-from mmssl.backbones.trunks import VGG16, ResNet, SpeechConv
+from mmssl.backbones.trunks import VGG16, ResNet18, SpeechConv
 from mmssl.specs import SpeechConvSpec
 from mmssl.types import UserError
 
@@ -16,10 +16,10 @@ def _seed():
 
 
 def test_published_grids():
-    assert ResNet(3, 18).grid((1, 224, 224)) == (1, 7, 7)
-    assert ResNet(3, 18, 16).grid((1, 224, 224)) == (1, 14, 14)
+    assert ResNet18(3).grid((1, 224, 224)) == (1, 7, 7)
+    assert ResNet18(3, 16).grid((1, 224, 224)) == (1, 14, 14)
     assert VGG16(3).grid((1, 224, 224)) == (1, 14, 14)
-    assert ResNet(3, 18).width == VGG16(3).width == 512
+    assert ResNet18(3).width == VGG16(3).width == 512
     assert VGG16(3, outputs=1024).width == 1024
     # matchmaps: 16 frames of 10 ms per step, each of which sees 265
     matchmaps = SpeechConv()
@@ -32,7 +32,7 @@ def test_published_grids():
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
 def test_resnet_equals_torchvision(stride):
-    net = ResNet(3, 18, stride).eval()
+    net = ResNet18(3, stride).eval()
     reference = torchvision.models.resnet18(weights=None)
     names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
     state = {}
@@ -63,7 +63,7 @@ def test_vgg_equals_torchvision():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("make", [ResNet, VGG16])
+@pytest.mark.parametrize("make", [ResNet18, VGG16])
 def test_any_number_of_channels(make, channels):
     tokens, grid = make(channels).eval()(torch.randn(2, channels, 65, 70))
     assert tokens.shape == (2, grid[0] * grid[1], 512)

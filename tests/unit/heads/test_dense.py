@@ -9,6 +9,7 @@ from tiny_run import TREE, take_rows, tiny_batch, tiny_model, tiny_spec
 from torch import nn
 
 from mmssl.heads.dense import MapScore, VectorScore
+from mmssl.heads.project import Head
 from mmssl.heads.score import Bilinear, Distance, Dot, ScoreMap
 from mmssl.towers import Passes
 from mmssl.types import UserError
@@ -77,7 +78,7 @@ def plain_map(aligned=True):
     """A map score whose projections change nothing."""
     score = MapScore({"video": 8, "audio": 8}, 8, ScoreMap("max", "mean", aligned))
     for name in score.maps_of:
-        score.maps_of[name] = nn.Identity()
+        score.maps_of[name] = Head("none", 8, 8)
     return score
 
 

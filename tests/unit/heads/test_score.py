@@ -319,5 +319,5 @@ def test_chunks_change_nothing_but_memory(aligned: bool) -> None:
 
 
 def test_unknown_reducer_is_named() -> None:
-    with pytest.raises(ValueError, match="max, mean or lse, got 'median'"):
+    with pytest.raises(ValueError, match="max, mean, lse or soft, got 'median'"):
         ScoreMap("median")  # type: ignore[arg-type]

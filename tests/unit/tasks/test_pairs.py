@@ -91,8 +91,8 @@ def test_the_sigmoid_objective_is_siglips():
 
 def test_the_map_term_is_info_nce_on_the_table_of_maps():
     model, batch = tiny_model(align()), tiny_batch(missing=False)
-    dense = model.train().tasks["align"].dense(model.passes(batch))
-    score = model.tasks["align"].map_score()
+    found, views = model.train().tasks["align"].sound_map()
+    dense, score = found.features(model.passes(batch), *views), found.score
     table = score(dense.video, dense.audio, None, dense.audio_valid).detach() / 0.07
     target = torch.arange(6)
     want = (F.cross_entropy(table, target) + F.cross_entropy(table.T, target)) / 2
