@@ -423,7 +423,7 @@ class ConvTower(nn.Module):
         lengths = _shorter(view)
         signal = self.signal(view.data, lengths)
         frames = None if lengths is None else self.signal.out_lengths(lengths)  # type: ignore[operator]
-        x, grid = self.network(signal, frames, item_weight(view) > 0)
+        x, grid = self.network(signal, frames, item_weight(view) > 0 if view.dummy else None)
         pad = None
         if frames is not None:
             steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]

@@ -86,6 +86,9 @@ def _views(spec: RunSpec) -> Iterator[str]:
     for name, view in spec.views.items():
         if view.modality == "audio":
             longest = SAMPLES / 16000 if view.codes else SAMPLES / view.hz
+            tower = spec.towers[view.tower_name]
+            if tower.cut.kind == "patches" and len(tower.cut.patch) == 2:  # two patches, at least
+                longest = max(longest, 2 * tower.cut.patch[0] * tower.frontend.hop / view.hz)
             yield f"views.{name}.crop_s={min(view.crop_s, longest)}"
         elif view.modality == "video":
             yield f"views.{name}.crop_s={min(view.crop_s, FRAMES / view.fps)}"
@@ -112,7 +115,7 @@ def _heads(spec: RunSpec) -> Iterator[str]:
             dim = 8 * s.steps if s.pool == "steps" else 16
             yield f"tasks.{name}.heads.spaces.{space}.dim={dim}"
         for pair, p in task.pairs.items():
-            if p.score.kind == "map":
+            if p.score.kind == "map" and "none" not in str(p.score.form):
                 yield f"tasks.{name}.pairs.{pair}.score.dim=8"
 
 
