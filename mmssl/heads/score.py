@@ -205,7 +205,7 @@ class ScoreMap(nn.Module):
                 equation = "ctd,qtsd->qcts" if self.aligned else "cud,qnd->qcun"
                 cells = video[rows] if self.aligned else video[rows].flatten(1, 2)
                 # Audio first: einsum then leaves the cells, reduced first, contiguous.
-                sims = self._best(self._products(equation, audio, cells))
+                sims = _best(self._products(equation, audio, cells))
                 steps = None if audio_valid is None else audio_valid[None, :, :, None]
                 return self._reduce(sims, self._cell_mask(valid), steps)
 
@@ -224,10 +224,10 @@ class ScoreMap(nn.Module):
 
         background: the score of the cells that do not match instead (the constructor's `below`).
         """
-        sims_PUNK, steps = self.by_head(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
+        parts, steps = self._paired(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
         steps = None if steps is None else steps[:, None, :, None]
         cells = self._cell_mask(video_valid_PTS)
-        return self._reduce(self._best(sims_PUNK)[:, None], cells, steps, background)[:, 0]
+        return self._reduce(_best(parts)[:, None], cells, steps, background)[:, 0]
 
     def maps(
         self,
@@ -241,8 +241,8 @@ class ScoreMap(nn.Module):
         Aligned: the similarity of a cell with the audio of its own bin, 0 where the bin has no
         audio. Otherwise: reduced over the audio steps as in the score.
         """
-        sims_PUNK, valid = self.by_head(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
-        sims = self._best(sims_PUNK)
+        parts, valid = self._paired(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
+        sims = _best(parts)
         if not self.aligned:
             mask = None if valid is None else valid[:, None].expand(-1, sims.shape[2], -1)
             over = self._over_steps(sims.transpose(1, 2), mask)
@@ -264,6 +264,17 @@ class ScoreMap(nn.Module):
             (P, U, N, K) and the valid steps (P, U), None for all; when aligned (P, T, S, K) and the
             bins (P, T) that have audio.
         """
+        parts, valid = self._paired(video_PTSD, audio_PUD, audio_valid_PU, steps_per_bin)
+        return torch.stack(parts, -1), valid
+
+    def _paired(
+        self,
+        video_PTSD: Tensor,
+        audio_PUD: Tensor,
+        audio_valid_PU: Tensor | None,
+        steps_per_bin: float | None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """`by_head` as a list."""
         with _full_precision(video_PTSD):
             audio, valid = self._audio(audio_PUD, audio_valid_PU, video_PTSD, steps_per_bin)
             video = self._cells(video_PTSD)
@@ -271,15 +282,12 @@ class ScoreMap(nn.Module):
                 return self._products("ptd,ptsd->pts", audio, video), valid
             return self._products("pud,pnd->pun", audio, video.flatten(1, 2)), valid
 
-    def _products(self, equation: str, audio: Tensor, cells: Tensor) -> Tensor:
-        """(..., K) products of the heads' parts of the width."""
+    def _products(self, equation: str, audio: Tensor, cells: Tensor) -> list[Tensor]:
+        """Products of the heads' parts of the width."""
+        if self.heads == 1:
+            return [torch.einsum(equation, audio, cells)]
         parts = zip(audio.chunk(self.heads, -1), cells.chunk(self.heads, -1), strict=True)
-        found = [torch.einsum(equation, a, c) for a, c in parts]
-        return found[0][..., None] if self.heads == 1 else torch.stack(found, -1)
-
-    def _best(self, sims: Tensor) -> Tensor:
-        """The largest of the heads' similarities."""
-        return sims[..., 0] if self.heads == 1 else sims.amax(-1)
+        return [torch.einsum(equation, a, c) for a, c in parts]
 
     def _audio(
         self, audio: Tensor, valid: Tensor | None, video: Tensor, steps_per_bin: float | None
@@ -293,6 +301,8 @@ class ScoreMap(nn.Module):
         return self._units(video) if self.normalize == "both" else wide(video)
 
     def _units(self, x: Tensor) -> Tensor:
+        if self.heads == 1:
+            return _unit(x)
         return _unit(x.reshape(*x.shape[:-1], self.heads, -1)).reshape(x.shape)
 
     def _cell_mask(self, valid_QTS: Tensor | None) -> Tensor | None:
@@ -347,6 +357,11 @@ def to_bins(
     total_CTD = torch.einsum("tu,cud->ctd", overlap_TU, kept_CUD)
     safe_CT = torch.where(valid_CT, weight_CT, torch.ones_like(weight_CT))
     return total_CTD / safe_CT[..., None], valid_CT
+
+
+def _best(parts: list[Tensor]) -> Tensor:
+    """The largest of the heads' similarities."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, -1).amax(-1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -135,7 +135,10 @@ def test_penalties_against_loops():
         below = [float(sims[p, u, n, k].clamp(max=0) ** 2) for u, n in places for k in range(3)]
         assert float(negative_part(sims, valid)[p]) == pytest.approx(sum(below) / len(below))
         pairs = [
-            sum(float((sims[p, u, n, k] * sims[p, u, n, j]).abs()) for k, j in combinations(range(3), 2))
+            sum(
+                float((sims[p, u, n, k] * sims[p, u, n, j]).abs())
+                for k, j in combinations(range(3), 2)
+            )
             for u, n in places
         ]
         assert float(overlap(sims, valid)[p]) == pytest.approx(sum(pairs) / len(pairs))
