@@ -138,6 +138,39 @@ def recipe() -> dict[str, Any]:
     }
 
 
+def localizers() -> dict[str, Any]:
+    """Changes that wire the tiny run as the localization methods, with all their scores."""
+    score = {"kind": "map", "dim": 8}
+    pairs = {
+        "triplet": {"score": {**score, "normalize": "none"}, "objective": {"kind": "triplet"}},
+        "soft": {
+            "score": {**score, "query": "max", "space": "soft"},
+            "objective": {"kind": "info_nce", "form": "one_way"},
+        },
+        "heads": {
+            "score": {**score, "heads": 2, "normalize": "none", "form": "norm_linear"},
+            "objective": {"kind": "info_nce", "temperature": 2.0},
+            "penalties": {"negative": 1.0, "variation": 1.0, "overlap": 1.0, "temperature": 1.0},
+        },
+    }
+    between = {"between": ["video", "audio"]}
+    match = {"kind": "match", **between}
+    towers = {name: TREE["towers"][name] for name in ("video", "audio")}
+    best = {**score, "query": "max", "form": "mlp", "normalize": "none", "bias": -0.1}
+    return {
+        "towers": towers,
+        "views": {name: TREE["views"][name] for name in towers},
+        "joints": {},
+        "tasks": {
+            "align": {"kind": "pairs", "pairs": {n: {**between, **p} for n, p in pairs.items()}},
+            "match": {"kind": "classify", "target": match, "score": best},
+        },
+    }
+
+
+RECIPES = {"every_part": dict, "flagship": recipe, "localizers": localizers}
+
+
 def tiny_model(
     spec: RunSpec | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Model:

@@ -282,10 +282,10 @@ class TaskBuilder:
         similar = None
         if task.target.similar:
             similar = self._space(where, task.target.similar, task.target.between)[0]
-        elif isinstance(score, JointMatch) and task.target.hard != 0:
+        elif isinstance(score, JointMatch | MapMatch) and task.target.hard != 0:
             raise UserError(
-                f"{where}: a joint score would need a pass for every pair to find the hard ones; "
-                "name a space, or set hard: 0"
+                f"{where}: a {task.score.kind} score would need a pass for every pair to find the "
+                "hard ones; name a space, or set hard: 0"
             )
         return Match(name, task.target, score, task.weight, similar)
 

@@ -24,8 +24,8 @@ def launch(calls: list[dict[str, object]], processes: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize("recipe", [False, True], ids=["every_part", "flagship"])
-def test_two_ranks_equal_one(tmp_path: Path, recipe: bool) -> None:
+@pytest.mark.parametrize("recipe", ["every_part", "flagship", "localizers"])
+def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
     names = {name: f"layout{i}" for i, name in enumerate(LAYOUTS)}
     split = [
         {"file": str(tmp_path / f"{names[name]}-zero{stage}"), "zero": stage, "rows": rows}

@@ -20,6 +20,7 @@ from mmssl.eval.suites import numbers
 from mmssl.heads.score import ScoreMap
 from mmssl.objectives.negatives import partners
 from mmssl.tasks.base import row_seeds
+from mmssl.types import Batch, ViewBatch
 
 LOCAL = ("avol_net", "lvs", "ez_vsl", "davenet", "matchmap", "dense_av")
 PAIRS = LOCAL[1:]
@@ -231,7 +232,7 @@ def test_padding_behind_a_caption_changes_nothing(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_absent_rows_change_neither_loss_nor_gradient(name):
-    """Rows 1 and 2 lack sound or picture: alone they say nothing, as partners they are not drawn."""
+    """Rows 1 and 2 lack sound or picture: they say nothing and are nobody's partners."""
     model = exact(name)
     batch = fake_batch(model.spec, 6)
     loss, grads = gradients(model, batch)
@@ -252,7 +253,7 @@ def test_absent_rows_change_neither_loss_nor_gradient(name):
 def test_an_avol_nets_gradient_reaches_one_cell_per_picture():
     model = exact("avol_net").train()
     batch = full_batch(model.spec, 4)
-    (cells, seen), (sound, heard), score = parts(model, batch)
+    (cells, seen), (sound, heard), _ = parts(model, batch)
     cells = cells.detach().requires_grad_()
     logits = model.tasks["avc"].score(None, (cells, seen), (sound.detach(), heard))
     logits.sum().backward()
@@ -332,3 +333,71 @@ def test_evaluation_and_demo_draw_the_methods_own_map(name, tmp_path):
     assert heat.times_N == pytest.approx(np.arange(5.0))
     assert np.isfinite(heat.maps_NHW).all()
     assert heat.maps_NHW.std() > 0
+
+
+# ---------------------------------------------------------------- AVOL-Net's scene
+
+SIDE, SAMPLES, COLOURS = 16, 960, 8
+SMALL_NETWORKS = [
+    "views.video.size=16",
+    "views.video.augment=[]",
+    f"views.audio.crop_s={SAMPLES / 48000}",
+    "tasks.avc.score.cells=stem",  # a cell knows its own quadrant only
+    "tasks.avc.score.dim=32",
+] + [
+    f"towers.{view}={{cut: {{kind: patches, patch: {patch}}}, backbone: {{kind: transformer, "
+    "stride: null, width: 32, layers: 1, head_size: 16, hidden: 64}}"
+    for view, patch in (("video", [1, 8, 8]), ("audio", [2, 32]))
+]
+
+
+def scene(rows, seed):
+    """Two of eight colours in two quadrants of a grey picture, and the tone of the first one.
+
+    Returns:
+        batch, quadrants (rows, 2) of the colours, and the tones (rows, 3, S): of the first, of the
+        second and of a colour that is not shown.
+    """
+    g = torch.Generator().manual_seed(seed)
+    kinds = torch.rand(rows, COLOURS, generator=g).argsort(1)[:, :3]
+    places = torch.rand(rows, 4, generator=g).argsort(1)[:, :2]
+    palette = torch.tensor([[48 + 160 * ((k >> i) & 1) for i in range(3)] for k in range(8)])
+    quarters = torch.full((rows, 4, 3), 128)
+    quarters.scatter_(1, places[..., None].expand(-1, -1, 3), palette[kinds[:, :2]])
+    frames = quarters.reshape(rows, 1, 2, 1, 2, 1, 3).expand(-1, -1, -1, 8, -1, 8, -1)
+    noise = torch.randint(-20, 20, (rows, 1, SIDE, SIDE, 3), generator=g)
+    frames = (frames.reshape(rows, 1, SIDE, SIDE, 3) + noise).to(torch.uint8)
+    phase = 2 * math.pi * torch.rand(rows, 3, 1, generator=g)
+    time = torch.arange(SAMPLES) / 48000
+    tones = 0.3 * torch.sin(2 * math.pi * (1500 + 2700 * kinds[..., None]) * time + phase)
+    index, views = torch.arange(rows), {}
+    one, start = torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows)
+    for name, data, rate in (("video", frames, 25.0), ("audio", tones[:, 0], 48000.0)):
+        seeds = torch.randint(0, 2**62, (rows,), generator=g)
+        full = torch.full_like(index, data.shape[1])
+        zeros = torch.zeros_like(index)
+        views[name] = ViewBatch(name, data, full, index, zeros, seeds, start, one, rate)
+    keys = [str(i) for i in range(rows)]
+    return Batch(views, keys, index, torch.zeros_like(index), index), places, tones
+
+
+def test_avol_net_points_at_what_sounds_and_moves_with_the_sound():
+    """Peak in the tone's quadrant, moves with the tone, and low where nothing sounds: 90 %."""
+    model = small_model(small("av/avol_net", *SMALL_NETWORKS))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(400):
+        loss, _ = model.train()(scene(64, 100 + step)[0], step, 400)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    batch, places, tones = scene(256, 1)
+    model.eval()
+    for heard, place in ((0, places[:, 0]), (1, places[:, 1]), (2, None)):
+        batch.views["audio"].data[:] = tones[:, heard]
+        dense = model.dense(batch)
+        maps = model.score_maps(dense.video, dense.audio, dense.audio_valid)[:, 0]
+        if place is not None:
+            assert float((maps.argmax(1) == place).float().mean()) > 0.9
+        else:
+            logits = model.match_logit(batch, torch.arange(256))
+            assert float((logits.sigmoid() < 0.5).float().mean()) > 0.9
