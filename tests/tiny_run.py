@@ -142,15 +142,15 @@ def localizers() -> dict[str, Any]:
     """Changes that wire the tiny run as the localization methods, with all their scores."""
     score = {"kind": "map", "dim": 8}
     pairs = {
-        "triplet": {"score": {**score, "normalize": "none"}, "objective": {"kind": "triplet"}},
+        "triplet": {"score": score, "objective": {"kind": "triplet"}},
         "soft": {
-            "score": {**score, "query": "max", "space": "soft"},
+            "score": {**score, "query": "max", "space": "soft", "form": "norm_linear"},
             "objective": {"kind": "info_nce", "form": "one_way"},
         },
         "heads": {
             "score": {**score, "heads": 2, "normalize": "none", "form": "norm_linear"},
             "objective": {"kind": "info_nce", "temperature": 2.0},
-            "penalties": {"negative": 1.0, "variation": 1.0, "overlap": 1.0, "temperature": 1.0},
+            "penalties": {"negative": 0.1, "variation": 0.1, "overlap": 0.1, "temperature": 1.0},
         },
     }
     between = {"between": ["video", "audio"]}

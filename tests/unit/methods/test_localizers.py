@@ -344,6 +344,8 @@ SMALL_NETWORKS = [
     f"views.audio.crop_s={SAMPLES / 48000}",
     "tasks.avc.score.cells=stem",  # a cell knows its own quadrant only
     "tasks.avc.score.dim=32",
+    "tasks.avc.score.form=linear",
+    "tasks.avc.target.draw=both",
 ] + [
     f"towers.{view}={{cut: {{kind: patches, patch: {patch}}}, backbone: {{kind: transformer, "
     "stride: null, width: 32, layers: 1, head_size: 16, hidden: 64}}"
@@ -385,8 +387,10 @@ def test_avol_net_points_at_what_sounds_and_moves_with_the_sound():
     """Peak in the tone's quadrant, moves with the tone, and low where nothing sounds: 90 %."""
     model = small_model(small("av/avol_net", *SMALL_NETWORKS))
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(400):
-        loss, _ = model.train()(scene(64, 100 + step)[0], step, 400)
+    for step in range(200):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 200)
+        loss, _ = model.train()(scene(128, 100 + step)[0], step, 200)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
