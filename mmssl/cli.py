@@ -30,7 +30,10 @@ VERBS = {
     ),
     "resume": Verb("mmssl.train.run:resume", ("RUN",), True, "go on with an interrupted run"),
     "eval": Verb(
-        "mmssl.eval.suites:main", ("SUITE", "RUN"), True, "evaluate: retrieval, localize, bouncing"
+        "mmssl.eval.suites:main",
+        ("SUITE", "RUN"),
+        True,
+        "evaluate: retrieval localize bouncing boxes sync probe knn finetune abx units",
     ),
     "localize": Verb(
         "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"

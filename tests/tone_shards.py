@@ -22,7 +22,7 @@ def tones(numbers):
 SCORES = [[0, 1, 2], [2, 0], [1, 1, 0, 2], [2, 2, 1], [0, 2, 1, 0, 1]]
 
 
-def write_tones(folder, scores, silent=()):
+def write_tones(folder, scores, silent=(), metas=()):
     folder.mkdir()
     lines = []
     for k, score in enumerate(scores):
@@ -31,7 +31,7 @@ def write_tones(folder, scores, silent=()):
             out.writeframes(np.round(tones(score) * 32767).astype("<i2").tobytes())
         has = ["text"] if k in silent else ["audio"]
         line = {"media": f"{k}.wav", "has": has, "caption": "x", "source": f"s{k}"}
-        lines.append(line)
+        lines.append(line | ({"meta": metas[k]} if metas else {}))
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     make_shards(folder, folder / "shards", shard_samples=3, workers=1)
     return folder / "shards"

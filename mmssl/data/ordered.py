@@ -52,15 +52,29 @@ def eval_batches(
     Raises:
         UserError: no such folder, or too many bad samples.
     """
-    read_manifest(path)
+    folder = _folder(path, data)
     labels = LabelBook.open(data.frame_labels, [path], required=False)
     encoder = SampleEncoder(views, data, 0, tokenizer, False, labels)
-    with energon.quiet():
-        folder = energon.Shards(path, energon.worker_config(0, 1, 0, 0), False, data.max_bytes)
     chosen: Sequence[int] = range(len(folder)) if rows is None else rows
     guard = BadSampleGuard(data.max_bad_share, Ledger(ledger), Quarantine())
     chunks = _Chunks(folder.reader(), encoder, guard, chosen[:limit], micro_batch)
     return _eval_iterator(chunks, data.workers if workers is None else workers)
+
+
+def places(path: str | Path, data: DataSpec) -> dict[str, int]:
+    """Number of every sample of a folder by its key, as `rows` of `eval_batches` counts them.
+
+    Raises:
+        UserError: no such folder.
+    """
+    reader = _folder(path, data).reader()
+    return {reader[number]["__key__"]: number for number in range(len(reader))}
+
+
+def _folder(path: str | Path, data: DataSpec) -> energon.Shards:
+    read_manifest(path)
+    with energon.quiet():
+        return energon.Shards(path, energon.worker_config(0, 1, 0, 0), False, data.max_bytes)
 
 
 def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:

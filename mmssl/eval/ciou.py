@@ -7,6 +7,7 @@ Letters in shapes: P pictures, H rows, W columns, K boxes. Places are in units o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,20 +88,27 @@ def success_area(values_P: ArrayLike) -> float:
     return float(np.trapezoid(rates, SUCCESS))
 
 
-def ciou_summary(
-    pictures_PHW: Sequence[Floats], weights_PHW: Sequence[Floats]
-) -> dict[str, object]:
-    """CIoU by the three rules (mean, share >= 0.5, area) and the absolute rule at 19 map levels."""
+def rates(values_P: ArrayLike) -> dict[str, float]:
+    """Mean cIoU, share at or above 0.5, and area under the success curve."""
+    mean = float(np.mean(np.asarray(values_P)))
+    return {"mean": mean, "at_0.5": success_rate(values_P), "auc": success_area(values_P)}
+
+
+def ciou_values(pictures_PHW: Sequence[Floats], weights_PHW: Sequence[Floats]) -> dict[str, Floats]:
+    """(P,) cIoU of every picture by each of the three rules."""
     pairs = list(zip(pictures_PHW, weights_PHW, strict=True))
-    values = {
-        "relative": [ciou(predict_relative(h), g) for h, g in pairs],
-        "absolute": [ciou(predict_absolute(h), g) for h, g in pairs],
-        "adaptive": [ciou(predict_adaptive(h, g), g) for h, g in pairs],
+    return {
+        "relative": np.asarray([ciou(predict_relative(h), g) for h, g in pairs]),
+        "absolute": np.asarray([ciou(predict_absolute(h), g) for h, g in pairs]),
+        "adaptive": np.asarray([ciou(predict_adaptive(h, g), g) for h, g in pairs]),
     }
-    result: dict[str, object] = {
-        rule: {"mean": float(np.mean(v)), "at_0.5": success_rate(v), "auc": success_area(v)}
-        for rule, v in values.items()
-    }
+
+
+def ciou_summary(pictures_PHW: Sequence[Floats], weights_PHW: Sequence[Floats]) -> dict[str, Any]:
+    """CIoU by the three rules (mean, share >= 0.5, area) and the absolute rule at 19 map levels."""
+    values = ciou_values(pictures_PHW, weights_PHW)
+    result: dict[str, Any] = {rule: rates(column) for rule, column in values.items()}
+    pairs = list(zip(pictures_PHW, weights_PHW, strict=True))
     result["curve"] = {
         "level": [round(float(level), 2) for level in LEVELS],
         "at_0.5": [
@@ -124,3 +132,21 @@ def pointing_game(picture_HW: Floats, weights_HW: Floats, tolerance: float = 0.0
     if len(rows) == 0:
         return False
     return bool(np.hypot(rows - row, columns - column).min() <= tolerance)
+
+
+def spectral_residual(frame_HWC: NDArray[np.uint8], side: int = 64) -> Floats:
+    """(side, side) saliency of a picture alone: what is unusual in its spectrum (Hou, Zhang 2007).
+
+    The logarithm of the amplitudes minus its local mean, with the phases, back to a picture,
+    squared and blurred.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    grey = torch.from_numpy(frame_HWC).double().mean(-1)[None, None]
+    small = torch.nn.functional.interpolate(grey, (side, side), mode="area")
+    spectrum = torch.fft.fft2(small)
+    log = (spectrum.abs() + 1e-8).log()
+    around = torch.nn.functional.pad(log, (1, 1, 1, 1), mode="circular")
+    residual = log - torch.nn.functional.avg_pool2d(around, 3, stride=1)
+    energy = torch.fft.ifft2(torch.polar(residual.exp(), spectrum.angle())).abs().square()
+    return np.asarray(gaussian_blur(energy, [9, 9], [2.5, 2.5])[0, 0].numpy())

@@ -90,10 +90,15 @@ class Rows:
 
     def add(self, batch: Batch) -> None:
         """Append the rows of a batch."""
-        self.keys.extend(batch.keys)
-        self.sources.extend(int(s) for s in batch.source_B)
-        self.texts.extend(int(t) for t in batch.text_B)
-        self.meta.extend(batch.meta or [{} for _ in batch.keys])
+        self.add_some(batch, range(batch.size))
+
+    def add_some(self, batch: Batch, kept: Iterable[int]) -> None:
+        """Append some rows of a batch."""
+        for row in kept:
+            self.keys.append(batch.keys[row])
+            self.sources.append(int(batch.source_B[row]))
+            self.texts.append(int(batch.text_B[row]))
+            self.meta.append(batch.meta[row] if batch.meta else {})
 
 
 @dataclass
@@ -268,22 +273,9 @@ class _Parts:
         shown = [i for i, meta in enumerate(batch.meta) if localizable(meta)]
         if not shown:
             return
-        dense = model.dense(batch)
-        if dense is None:
-            return
-        kept = [i for i in shown if bool(dense.present[i])]
-        times_PT = dense.times_s[kept].double().cpu().numpy()
-        self.dense.append(
-            DenseRows(
-                rows_P=np.asarray(kept, dtype=np.int64) + first,
-                video_PTSD=dense.video[kept].float().cpu(),
-                audio_PAD=dense.audio[kept].float().cpu(),
-                valid_PA=dense.audio_valid[kept].cpu(),
-                times_PT=times_PT,
-                loud_PT=_loud(batch, kept, times_PT),
-                grid=(dense.grid[0], dense.grid[1], dense.grid[2]),
-            )
-        )
+        found = dense_rows(model, batch, shown, first)
+        if found is not None:
+            self.dense.append(found)
 
     def _add_match(self, model: Encoder, batch: Batch, partner_B: Tensor, apart_B: Tensor) -> None:
         own = model.match_logit(batch, torch.arange(batch.size, device=partner_B.device))
@@ -306,7 +298,7 @@ class _Parts:
             result.vectors[space] = np.concatenate([part[space][0] for part in self.embedded])
             result.present[space] = np.concatenate([part[space][1] for part in self.embedded])
         if self.dense:
-            result.dense = _join_dense(self.dense)
+            result.dense = join_dense(self.dense)
         if self.match:
             result.own_N = np.concatenate([own for own, _ in self.match])
             result.other_N = np.concatenate([other for _, other in self.match])
@@ -316,6 +308,27 @@ class _Parts:
 def _pair(value: tuple[Tensor, Tensor]) -> tuple[Singles, Bools]:
     vectors, there = value[0].float().cpu(), value[1].cpu()
     return (vectors * there[:, None]).numpy(), there.numpy()
+
+
+def dense_rows(model: Encoder, batch: Batch, shown: Sequence[int], first: int) -> DenseRows | None:
+    """Local features of those of the rows that have both sides; None if the method has none.
+
+    first: number of the batch's first row in the test set.
+    """
+    dense = model.dense(batch)
+    if dense is None:
+        return None
+    kept = [i for i in shown if bool(dense.present[i])]
+    times_PT = dense.times_s[kept].double().cpu().numpy()
+    return DenseRows(
+        rows_P=np.asarray(kept, dtype=np.int64) + first,
+        video_PTSD=dense.video[kept].float().cpu(),
+        audio_PAD=dense.audio[kept].float().cpu(),
+        valid_PA=dense.audio_valid[kept].cpu(),
+        times_PT=times_PT,
+        loud_PT=_loud(batch, kept, times_PT),
+        grid=(dense.grid[0], dense.grid[1], dense.grid[2]),
+    )
 
 
 def _loud(batch: Batch, rows: Sequence[int], times_PT: Floats) -> Bools:
@@ -332,7 +345,12 @@ def _loud(batch: Batch, rows: Sequence[int], times_PT: Floats) -> Bools:
     return loud
 
 
-def _join_dense(parts: Sequence[DenseRows]) -> DenseRows:
+def join_dense(parts: Sequence[DenseRows]) -> DenseRows:
+    """Features of several batches as one.
+
+    Raises:
+        UserError: clips differ in their grid.
+    """
     if len({part.grid for part in parts}) > 1:
         raise UserError(
             f"localization: clips have different grids {sorted({p.grid for p in parts})}; "

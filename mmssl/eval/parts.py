@@ -5,7 +5,9 @@ Letters in shapes: N rows of the test set, P rows kept for localization.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +26,14 @@ def split(rows: Rows, field: str) -> dict[str, Ints]:
         if meta.get(field) is not None:
             found.setdefault(str(meta[field]), []).append(row)
     if not found:
-        known = sorted({name for meta in rows.meta for name in meta})
-        raise UserError(
-            f"split_by={field}: no clip of this data has that field; there are {', '.join(known)}"
-        )
+        raise no_field("split_by", field, rows.meta)
     return {value: np.asarray(found[value], dtype=np.int64) for value in sorted(found)}
+
+
+def no_field(option: str, field: str, metas: Iterable[Mapping[str, Any]]) -> UserError:
+    """The error that names the fields the clips have."""
+    known = ", ".join(sorted({name for meta in metas for name in meta}))
+    return UserError(f"{option}={field}: no clip of this data has that field; there are {known}")
 
 
 def take(rows: Rows, encoded: Encoded, kept: Ints) -> tuple[Rows, Encoded]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -147,6 +148,42 @@ def curve(
         f'<text x="{right}" y="{height - 6}" class="e">step {x[-1]:.0f}</text>'
         f'<text x="{right}" y="16" class="e">last {_short(last)}</text></svg>'
     )
+
+
+_COLOURS = ("#2f6fde", "#d1495b", "#8d99ae", "#edae49", "#3c896d", "#7b4fa3", "#30343f", "#a9714b")
+
+
+def lines(drawn: Mapping[str, Any], size: tuple[int, int] = (560, 240)) -> str:
+    """`results.plot` as inline SVG with a legend; places are evenly spaced, gaps stay open."""
+    width, height = size
+    named = {
+        name: [float("nan") if v is None else v for v in ys] for name, ys in drawn["lines"].items()
+    }
+    known = [v for ys in named.values() for v in ys if np.isfinite(v)] or [0.0]
+    low, high = min(0.0, *known), max(1.0, *known) if max(known) > 0.5 else max(known) * 1.2
+    left, right, up, down = 46, width - 170, 34, height - 26
+    px = np.linspace(left, right, max(2, len(drawn["x"])))
+    parts = [f'<text class="t" x="8" y="16">{escape(drawn["title"])}</text>']
+    parts.append(f'<path class="g" d="M{left} {up}H{right}M{left} {down}H{right}"/>')
+    for y, value in ((up + 4, high), (down + 4, low)):
+        parts.append(f'<text x="{left - 5}" y="{y}" class="e">{_short(value)}</text>')
+    for k in np.unique(np.linspace(0, len(drawn["x"]) - 1, 11).round().astype(int)):
+        place = drawn["x"][k]
+        text = _short(place) if isinstance(place, float) else escape(str(place))
+        parts.append(f'<text x="{px[k]:.0f}" y="{height - 8}" text-anchor="middle">{text}</text>')
+    for k, (name, ys) in enumerate(named.items()):
+        colour = _COLOURS[k % len(_COLOURS)]
+        py = down - scaled(np.nan_to_num(ys), low, high) * (down - up)
+        there = [(a, b) for a, b, v in zip(px, py, ys, strict=False) if np.isfinite(v)]
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in there]
+        y = up + 16 * k
+        parts.append(f'<rect x="{right + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{right + 29}" y="{y + 1}">{escape(name)}</text>')
+    return f'<svg class="lines" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def _short(value: float) -> str:

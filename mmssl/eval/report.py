@@ -37,6 +37,7 @@ def write(found: Results, album: Album, run: Path, path: Path) -> None:
         sections.targets(found),
         sections.localization(found, album),
         sections.retrieval(found, album),
+        sections.plots(found),
         sections.curves(sections.read_log(run / "log.jsonl")),
         sections.facts(found),
     ]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import permutations
@@ -244,12 +244,36 @@ def train_facts(run: Path) -> dict[str, Any]:
     return {name: summary.get(name) for name in names}
 
 
+# --- plots, which are tables, too
+
+
+def plot(
+    title: str, x_name: str, x: Sequence[Any], lines: Mapping[str, Sequence[float | None]]
+) -> Results:
+    """Lines over common places, as plain data: drawn in the report, printed in the terminal."""
+    return {"title": title, "x_name": x_name, "x": list(x), "lines": {**lines}}
+
+
+def _plot_lines(drawn: Mapping[str, Any]) -> list[str]:
+    wide = max(len(name) for name in (*drawn["lines"], drawn["x_name"])) + 2
+    places = [number(x, 2) if isinstance(x, float) else str(x) for x in drawn["x"]]
+    widths = [max(7, len(place) + 1) for place in places]
+    head = "".join(f"{place:>{w}}" for place, w in zip(places, widths, strict=True))
+    rows = [
+        f"{name:{wide}}" + "".join(f"{number(y):>{w}}" for y, w in zip(ys, widths, strict=True))
+        for name, ys in drawn["lines"].items()
+    ]
+    return [drawn["title"], f"{drawn['x_name']:{wide}}{head}", *rows]
+
+
 # --- the table in the terminal
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Results as plain text: retrieval by direction, localization, the rest, targets."""
     blocks = [_retrieval_lines(results), _localization_lines(results), _other_lines(results)]
+    if not any(blocks):
+        blocks = [_plot_lines(drawn) for drawn in results.get("plots") or ()]
     lines = [line for block in blocks if block for line in ["", *block]]
     return "\n".join(lines[1:])
 
@@ -273,14 +297,14 @@ def bounded(tree: Mapping[str, Any], key: str) -> str:
 def _retrieval_lines(results: Mapping[str, Any]) -> list[str]:
     if not results.get("retrieval"):
         return []
-    head = f"{'retrieval':16}{'N':>5}  {'class@1':20}{'R@1':20}{'R@10':20}{'MedR':>7}"
+    head = f"{'retrieval':19}{'N':>5}  {'class@1':20}{'R@1':20}{'R@10':20}{'MedR':>7}"
     lines = [f"{head}{'chance R@10':>13}{'random R@10':>13}"]
     for name, row in results["retrieval"].items():
         guess = lookup(results, f"random_encoder.retrieval.{name}.r_at_10")
         cells = "".join(f"{bounded(row, key):20}" for key in ("class_at_1", "r_at_1", "r_at_10"))
         chance = number(lookup(row, "chance.r_at_10"))
         median = number(row.get("median_rank"), 1)
-        lines.append(f"{name:16}{row['n']:5}  {cells}{median:>7}{chance:>13}{number(guess):>13}")
+        lines.append(f"{name:19}{row['n']:5}  {cells}{median:>7}{chance:>13}{number(guess):>13}")
     return lines
 
 

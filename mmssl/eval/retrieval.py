@@ -31,15 +31,20 @@ class Ranks:
     """Per query: where the first relevant item stands (1 = top).
 
     pessimistic_Q: rank with ties counted before the target. expected_Q: mean rank if ties were
-    shuffled. precision_Q: average precision, ties pessimistic. relevant_Q, pool_Q: relevant items
-    and all items that the query is compared with.
+    shuffled. relevant_Q, pool_Q: relevant items and all items that the query is compared with.
+    Ties pessimistic, too: precision_Q: average precision; precision_10_Q: over the first ten, its
+    denominator min(relevant, 10); gain_Q: nDCG of the first ten; recall_QK: share of the relevant
+    items among the first k of `CUTS`.
     """
 
     pessimistic_Q: Ints
     expected_Q: Floats
-    precision_Q: Floats
     relevant_Q: Ints
     pool_Q: Ints
+    precision_Q: Floats
+    precision_10_Q: Floats
+    gain_Q: Floats
+    recall_QK: Floats
 
     def hits(self, k: int) -> Bools:
         """(Q,) a relevant item is among the first k."""
@@ -84,6 +89,7 @@ def ranks(
     query_groups_Q: ArrayLike | None = None,
     base_groups_N: ArrayLike | None = None,
     chunk: int = 1024,
+    dual_softmax: float = 0.0,
 ) -> Ranks:
     """Rank the database for every query; an item is relevant where the labels are equal.
 
@@ -95,6 +101,8 @@ def ranks(
         query_groups_Q: with `base_groups_N`: each query meets the items of its own group only.
         base_groups_N: groups of the database.
         chunk: queries per block of similarities.
+        dual_softmax: scale of a re-weighting that needs all queries at once (Cheng et al. 2021,
+            CAMoE): each score times its softmax over the queries; 0 = none.
 
     Raises:
         ValueError: a query has no relevant item, or the embeddings are not finite.
@@ -104,7 +112,7 @@ def ranks(
     if query_groups_Q is not None and base_groups_N is not None:
         groups = (np.asarray(query_groups_Q), np.asarray(base_groups_N))
     parts = []
-    for rows, scores_CN in _chunks(query_QD, base_ND, chunk):
+    for rows, scores_CN in _chunks(query_QD, base_ND, chunk, dual_softmax):
         pool_CN = np.ones(scores_CN.shape, bool) if groups is None else _equal(groups, rows)
         parts.append(_rank_chunk(scores_CN, _equal(columns, rows) & pool_CN, pool_CN))
     return Ranks(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -124,19 +132,27 @@ def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int) -> Ints:
 
 
 def _chunks(
-    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int = 1024
+    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int = 1024, dual_softmax: float = 0.0
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     query, base = normalize(query_QD), normalize(base_ND)
     if not (np.isfinite(query).all() and np.isfinite(base).all()):
         raise ValueError("embeddings hold values that are not finite")
-    for begin in range(0, len(query), chunk):
-        rows = slice(begin, begin + chunk)
-        yield rows, similarity(query[rows], base)
+    blocks = [slice(begin, begin + chunk) for begin in range(0, len(query), chunk)]
+    if not dual_softmax:
+        for rows in blocks:
+            yield rows, similarity(query[rows], base)
+        return
+    # cosines are at most 1, so that the sum needs no other protection from overflow
+    total_N = sum(np.exp(dual_softmax * (query[rows] @ base.T - 1)).sum(axis=0) for rows in blocks)
+    for rows in blocks:
+        cosine_CN = query[rows] @ base.T
+        share_CN = np.exp(dual_softmax * (cosine_CN - 1)) / total_N
+        yield rows, np.asarray(cosine_CN * share_CN, dtype=np.float32)
 
 
 def _rank_chunk(
     scores_CN: NDArray[np.float32], relevant_CN: Bools, pool_CN: Bools
-) -> tuple[Ints, Floats, Floats, Ints, Ints]:
+) -> tuple[NDArray[Any], ...]:
     """The fields of `Ranks` for some queries."""
     if not relevant_CN.any(axis=1).all():
         raise ValueError("a query has no relevant item in the database")
@@ -147,20 +163,31 @@ def _rank_chunk(
     partners_C = (relevant_CN & (scores_CN == best_C1)).sum(axis=1)
     # of k others and m relevant items in random order, k / (m + 1) others come first
     expected_C = 1 + above_C + tied_C / (partners_C + 1)
-    precision_C = _average_precision(scores_CN, relevant_CN, pool_CN)
     sizes = (relevant_CN.sum(axis=1), pool_CN.sum(axis=1))
-    return 1 + above_C + tied_C, expected_C, precision_C, *sizes
+    found = _of_all_relevant(scores_CN, relevant_CN, pool_CN)
+    return 1 + above_C + tied_C, expected_C, *sizes, *found
 
 
-def _average_precision(
+def _of_all_relevant(
     scores_CN: NDArray[np.float32], relevant_CN: Bools, pool_CN: Bools
-) -> Floats:
-    """Mean over the relevant items of the precision at their rank (no cut)."""
+) -> tuple[Floats, ...]:
+    """Average precision, the same of the first ten, nDCG of the first ten, recalls (C, K)."""
     ordered = np.where(pool_CN, -scores_CN, np.inf)
     order = np.lexsort((relevant_CN, ordered), axis=-1)
     hits_CN = np.take_along_axis(relevant_CN, order, axis=1)
-    precision_CN = np.cumsum(hits_CN, axis=1) / np.arange(1, hits_CN.shape[1] + 1)
-    return np.asarray((precision_CN * hits_CN).sum(axis=1) / hits_CN.sum(axis=1))
+    places_N = np.arange(1, hits_CN.shape[1] + 1)
+    reached_CN = np.cumsum(hits_CN, axis=1)
+    precision_CN = reached_CN / places_N * hits_CN
+    total_C = hits_CN.sum(axis=1)
+    discount_N = np.where(places_N <= 10, 1 / np.log2(places_N + 1), 0.0)
+    ideal_C = np.cumsum(discount_N)[total_C - 1]
+    last = [min(k, hits_CN.shape[1]) - 1 for k in CUTS]
+    return (
+        precision_CN.sum(axis=1) / total_C,
+        precision_CN[:, :10].sum(axis=1) / np.minimum(total_C, 10),
+        (hits_CN * discount_N).sum(axis=1) / ideal_C,
+        reached_CN[:, last] / total_C[:, None],
+    )
 
 
 def direction(
@@ -170,15 +197,17 @@ def direction(
     resamples: int = 1000,
     seed: int = 0,
     record: Callable[[str, ArrayLike], None] | None = None,
+    dual_softmax: float = 0.0,
 ) -> Metrics:
     """All metrics of one direction; row i of queries and database describe the same clip.
 
     `r_at_k`, `median_rank`, `mean_rank`, `expected_rank` and `ndcg_at_10` ask for the clip's own
     partner (one relevant item, where MRR = mAP). `class_at_1` and `class_map` accept any item of
     the class, `equal_text` any item with the same caption, `same_group` ranks among the items of
-    the same class and size. `chance` holds what random scores would reach; `ci` 95 % intervals over
-    the sources. `record` is called with the name and the values (N,) of the headline metrics of
-    every query.
+    the same class and size. `dual_softmax`: the own partner with that re-weighting, see `ranks`;
+    it is another task and stands beside the other numbers. `chance` holds what random scores would
+    reach; `ci` 95 % intervals over the sources. `record` is called with the name and the values
+    (N,) of the headline metrics of every query.
     """
     n = len(items.sources_N)
     own = ranks(query_ND, base_ND, np.arange(n), np.arange(n))
@@ -193,6 +222,9 @@ def direction(
         result["chance"]["class_at_1"] = float((same.relevant_Q / same.pool_Q).mean())
     if items.texts_N is not None:
         result["equal_text"] = equal_text(query_ND, base_ND, items.texts_N)
+    if dual_softmax:
+        dual = ranks(query_ND, base_ND, np.arange(n), np.arange(n), dual_softmax=dual_softmax)
+        result["dual_softmax"] = {"scale": dual_softmax, **summary(dual)}
     if items.groups_N is not None:
         result["same_group"] = same_group(query_ND, base_ND, items, resamples, seed)
     if resamples:
@@ -206,27 +238,35 @@ def direction(
 
 
 def summary(own: Ranks) -> Metrics:
-    """Hit rates, median and mean rank, mAP (= MRR) and nDCG@10 of one-to-one retrieval."""
+    """Hit rates `r_at_k`, median and mean rank of the best relevant item, mAP and nDCG.
+
+    With one relevant item per query mAP is the mean reciprocal rank.
+    """
     rank_Q = own.pessimistic_Q
-    gain_Q = np.where(rank_Q <= 10, 1 / np.log2(rank_Q + 1), 0.0)
     return {
         **{f"r_at_{k}": float(own.hits(k).mean()) for k in CUTS},
         "median_rank": float(np.median(rank_Q)),
         "mean_rank": float(rank_Q.mean()),
         "expected_rank": float(own.expected_Q.mean()),
         "map": float(own.precision_Q.mean()),
-        "ndcg_at_10": float(gain_Q.mean()),
+        "map_at_10": float(own.precision_10_Q.mean()),
+        "ndcg_at_10": float(own.gain_Q.mean()),
     }
 
 
 def equal_text(query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints) -> Metrics:
-    """Hit rates where all items with the query's caption count (a missing one equals none)."""
+    """The same where all items with the query's caption count (a missing one equals none).
+
+    `r_at_k` are hit rates (some relevant item among the first k), `recall_at_k` the share of the
+    relevant items that is there.
+    """
     alone = np.arange(len(texts_N)) + np.asarray(texts_N).max(initial=0) + 1
     labels = np.where(texts_N == 0, alone, texts_N)
     shared = ranks(query_ND, base_ND, labels, labels)
+    recalls = zip(CUTS, shared.recall_QK.mean(axis=0), strict=True)
     return {
-        **{f"r_at_{k}": float(shared.hits(k).mean()) for k in CUTS},
-        "median_rank": float(np.median(shared.pessimistic_Q)),
+        **summary(shared),
+        **{f"recall_at_{k}": float(value) for k, value in recalls},
         "duplicates": int((shared.relevant_Q > 1).sum()),
     }
 

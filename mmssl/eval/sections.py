@@ -288,6 +288,30 @@ def _item(album: Album, modality: str, row: int, short: bool = True) -> str:
     return image + caption if short else image
 
 
+# --- plots
+
+
+def plots(found: Results) -> str:
+    """Every plot of the results, with its numbers behind it."""
+    drawn = found.get("plots")
+    if not drawn:
+        return ""
+    pieces = [f'<div class="wide">{pictures.lines(one)}{_numbers(one)}</div>' for one in drawn]
+    return f"<section><h2>{escape(str(found.get('suite')))}</h2>{''.join(pieces)}</section>"
+
+
+def _numbers(drawn: Mapping[str, Any]) -> str:
+    places = [number(x, 2) if isinstance(x, float) else str(x) for x in drawn["x"]]
+    head = "".join(f'<th class="n">{escape(place)}</th>' for place in places)
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f'<td class="n">{number(y)}</td>' for y in ys)
+        + "</tr>"
+        for name, ys in drawn["lines"].items()
+    )
+    return f"<table><tr><th>{escape(drawn['x_name'])}</th>{head}</tr>{rows}</table>"
+
+
 # --- training
 
 

@@ -1,27 +1,28 @@
-"""The evaluation commands: `mmssl eval retrieval|localize|bouncing RUN [key=value ...]`.
+"""The evaluation commands: `mmssl eval SUITE RUN [key=value ...]`.
 
 `quick` computes the same numbers on a part of the validation set while training goes on.
 """
 
 from __future__ import annotations
 
-import time
+import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from mmssl.eval import localize, measure, parts, report, results
+from mmssl.eval import captions, localize, measure, parts, report, results, scenes
 from mmssl.eval.album import Album, Example, Shot
 from mmssl.eval.embed import DenseRows, Encoded, Encoder, Rows, Want, collect
-from mmssl.eval.measure import ItemTable, Protocol
+from mmssl.eval.items import Protocol
 from mmssl.eval.options import parse
 from mmssl.eval.results import flat
-from mmssl.eval.retrieval import top
-from mmssl.specs import MaskedSpec, RunSpec, Spec
+from mmssl.eval.retrieval import CUTS, top
+from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec
+from mmssl.specs import MaskedSpec, RunSpec
 from mmssl.types import UserError
 
 SUITES = {
@@ -29,127 +30,111 @@ SUITES = {
     "localize": Want(embeddings=False, dense=True, match=False, masked=False),
     "bouncing": Want(),
 }
-_TRAINED, _RANDOM = "trained", "random"
+# suites that collect other things: each module has its `Options` and `evaluate(session)`
+MODULES = {
+    "probe": "mmssl.eval.probe",
+    "knn": "mmssl.eval.knn",
+    "finetune": "mmssl.eval.finetune",
+    "boxes": "mmssl.eval.boxes",
+    "sync": "mmssl.eval.sync",
+    "abx": "mmssl.eval.abx",
+    "units": "mmssl.eval.unit_suite",
+}
 _PICTURED = 1000  # clips whose pictures are kept for the report
 _EXAMPLES, _SHOWN = 4, 5  # queries per direction in the report, items per query
 
 
-class EvalSpec(Spec):
-    """What can be set behind `mmssl eval SUITE RUN`."""
+class EvalSpec(SuiteSpec):
+    """What can be set behind `mmssl eval retrieval|localize|bouncing RUN`."""
 
-    which: Literal["ema", "best", "last"] = "ema"  # weights of the run, see `load_model`
-    data: str = ""  # folder of shards; empty = the run's data.test
-    limit: int = Field(0, ge=0)  # clips; 0 = all
-    micro_batch: int = Field(32, gt=1)  # clips per batch
-    seed: int = 0  # partners of the match score, swapped audio, bootstrap
-    resamples: int = Field(1000, ge=0)  # of the bootstrap
-    random: bool = True  # the same with random weights
     split_by: str = ""  # field of the clips' meta: every metric also on the clips of each value
-    out: str = ""  # folder of the results and the report; empty = the run folder
-    report: bool = True  # write the HTML report
+    captions: Literal["first", "all"] = "first"  # `all`: beside it, retrieval with every caption
+    dual_softmax: float = Field(0.0, ge=0)  # scale; above 0: retrieval also re-weighted by it
 
 
 def main(suite: str, run_dir: str, overrides: Sequence[str] = ()) -> None:
     """Evaluate a run, print the table, write `results.json`, `items.json` and `report.html`.
 
-    `items.json` holds the values of every clip. The suites `retrieval` and `localize` add their
-    name to the files': `results_<suite>.json`.
+    `items.json` holds the values of every clip. All suites but `bouncing` add their name to the
+    files': `results_<suite>.json`.
 
     Raises:
         UserError: unknown suite or option, no such run, no readable data.
     """
-    if suite not in SUITES:
-        raise UserError(f"unknown suite `{suite}`; choose one of {', '.join(SUITES)}")
-    options = parse(EvalSpec, overrides)
-    items = ItemTable()
-    found, album = evaluate(suite, Path(run_dir), options, items)
-    out, tail = Path(options.out or run_dir), "" if suite == "bouncing" else f"_{suite}"
-    files = [out / f"results{tail}.json", out / f"items{tail}.json"]
-    results.write(found, files[0])
-    results.write(items.tree(), files[1])
-    if options.report:
-        files.append(out / f"report{tail}.html")
-        report.write(found, album, Path(run_dir), files[-1])
+    if suite not in SUITES and suite not in MODULES:
+        known = ", ".join([*SUITES, *MODULES])
+        raise UserError(f"unknown suite `{suite}`; choose one of {known}")
+    if suite in MODULES:
+        module = importlib.import_module(MODULES[suite])
+        session = Session.open(Path(run_dir), parse(module.Options, overrides))
+        found, album = module.evaluate(session), Album()
+    else:
+        session = Session.open(Path(run_dir), parse(EvalSpec, overrides))
+        found, album = evaluate(suite, session)
+    files = session.write(
+        suite, found, lambda path: report.write(found, album, Path(run_dir), path)
+    )
     print(results.table(found))
     if suite == "bouncing":
         print(f"\n{results.verdicts(found)}")
     print("\nwritten:", *files)
 
 
-def evaluate(
-    suite: str, run: Path, options: EvalSpec, items: ItemTable | None = None
-) -> tuple[results.Results, Album]:
-    """Results of a suite on a run folder, with the pictures of the report.
-
-    `items` takes the values of every clip.
+def evaluate(suite: str, session: Session) -> tuple[results.Results, Album]:
+    """Results of a suite on a run, with the pictures of the report.
 
     Raises:
         UserError: as `main`.
     """
-    from mmssl import config
-    from mmssl.data.ordered import eval_batches
-    from mmssl.eval.load import load_model
-
-    begin = time.perf_counter()
-    model, spec, tokenizer = load_model(run, which=options.which)
-    models: dict[str, Encoder] = {_TRAINED: model}
-    if options.random:
-        models[_RANDOM] = load_model(run, random=True)[0]
-    folder = options.data or spec.data.test
-    if not folder:
-        raise UserError(f"{run}: the run names no `data.test`; give data=FOLDER")
+    options, spec, models = session.options, session.spec, session.models
+    assert isinstance(options, EvalSpec)
     album = Album(limit=_PICTURED if options.report else 0)
-    batches = eval_batches(
-        folder, spec.data, spec.views, options.micro_batch, tokenizer, options.limit or None
-    )
     want = SUITES[suite]
-    wants = {_TRAINED: want, _RANDOM: Want(want.embeddings, want.dense, False, False)}
-    rows, encoded = collect(models, batches, wants, options.seed, [album])
-    protocol = Protocol(options.seed, options.resamples, items)
-    found = facts(suite, options) | {
-        "run": {"name": spec.name, "folder": str(run), "config": config.digest(spec)},
-        "data": data_facts(folder, rows),
-        "checkpoint": {
-            "which": options.which,
-            "sha256": results.weights_sha256(model.state_dict()),
-        },
-        "train": results.train_facts(run),
-    }
-    found |= numbers(rows, encoded[_TRAINED], model, spec, protocol, album)
+    wants = {TRAINED: want, RANDOM: Want(want.embeddings, want.dense, False, False)}
+    rows, encoded = collect(models, session.batches(), wants, options.seed, [album])
+    found = session.facts(suite, rows.meta)
+    protocol = replace(session.protocol, dual_softmax=options.dual_softmax)
+    found |= numbers(rows, encoded[TRAINED], models[TRAINED], spec, protocol, album)
     if options.random:
         alone = Protocol(options.seed, 0)
-        found["random_encoder"] = numbers(rows, encoded[_RANDOM], models[_RANDOM], spec, alone)
+        found["random_encoder"] = numbers(rows, encoded[RANDOM], models[RANDOM], spec, alone)
+    if options.captions == "all" and "retrieval" in found:
+        for name, tree in ((TRAINED, found), (RANDOM, found.get("random_encoder"))):
+            if tree is not None:
+                said = captions.encode(session, rows, models[name])
+                tree["captions"] = captions.retrieval(rows, encoded[name], said, models[name])
     if options.split_by:
         found["split_by"], found["parts"] = options.split_by, {}
         for value, kept in parts.split(rows, options.split_by).items():
-            few = parts.take(rows, encoded[_TRAINED], kept)
+            few = parts.take(rows, encoded[TRAINED], kept)
             part = protocol.of_part(value)
-            found["parts"][value] = {"clips": len(kept), **numbers(*few, model, spec, part)}
-    found["seconds"] = round(time.perf_counter() - begin, 1)
+            found["parts"][value] = {
+                "clips": len(kept),
+                **numbers(*few, models[TRAINED], spec, part),
+            }
+    found["plots"] = plots(found)
     return found, album
 
 
-def facts(suite: str, options: EvalSpec) -> results.Results:
-    """What a reader needs to repeat the evaluation."""
-    return {
-        "suite": suite,
-        "protocol": results.PROTOCOL,
-        "seed": options.seed,
-        "resamples": options.resamples,
-        "versions": results.versions(),
-        "machine": results.machine(),
-    }
-
-
-def data_facts(folder: str | Path, rows: Rows) -> dict[str, Any]:
-    """Folder, manifest hash and number of clips of each kind."""
-    kinds = [str(meta.get("kind", "any")) for meta in rows.meta]
-    return {
-        "folder": str(folder),
-        "manifest_sha256": results.manifest_sha256(folder),
-        "n": len(rows.keys),
-        "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-    }
+def plots(found: results.Results) -> list[results.Results]:
+    """Hit rate by cut, and the share of well placed maps by the level that cuts them."""
+    drawn = []
+    for key, title in (
+        ("retrieval", "Own clip"),
+        ("captions", "With all captions: a relevant one"),
+    ):
+        rows = {name: row for name, row in (found.get(key) or {}).items() if row["n"]}
+        lines = {name: [row[f"r_at_{k}"] for k in CUTS] for name, row in rows.items()}
+        if lines:
+            drawn.append(results.plot(f"{title} among the first k", "k", CUTS, lines))
+    table = results.lookup(found, "localization.ciou") or {}
+    parts = {name: row for name, row in table.items() if isinstance(row, dict)}
+    curves = {name: row["curve"] for name, row in parts.items() if "curve" in row}
+    if curves:
+        title, x = "Share of clips with cIoU of at least 0.5", curves["model"]["level"]
+        lines = {name: curve["at_0.5"] for name, curve in curves.items()}
+        drawn.append(results.plot(title, "level of the map", x, lines))
+    return drawn
 
 
 def numbers(
@@ -168,9 +153,9 @@ def numbers(
             album.examples = examples(rows, encoded, model, album)
     if encoded.dense is not None and len(encoded.dense.rows_P):
         side = video_side(spec)
-        truth = measure.scene(rows, encoded.dense, side, protocol.seed)
-        maps = measure.localization_maps(model, encoded.dense, truth)
-        found["localization"] = measure.localization(maps, rows, encoded.dense, truth, protocol)
+        truth = scenes.scene(rows, encoded.dense, side, protocol.seed)
+        maps = scenes.localization_maps(model, encoded.dense, truth)
+        found["localization"] = scenes.localization(maps, rows, encoded.dense, truth, protocol)
         if album is not None:
             album.shots = shots(rows, encoded, maps, truth, album, side)
     match = measure.correspondence(rows, encoded, protocol)
@@ -210,8 +195,8 @@ def quick(model: Encoder, spec: RunSpec, tokenizer: Any, clips: int) -> dict[str
         raise UserError("validate: the run names no `data.val`; set it or `validate.every: 0`")
     size = min(32, max(2, clips))
     batches = eval_batches(spec.data.val, spec.data, spec.views, size, tokenizer, clips)
-    rows, encoded = collect({_TRAINED: model}, batches)
-    return flat(numbers(rows, encoded[_TRAINED], model, spec, Protocol(0, 0)))
+    rows, encoded = collect({TRAINED: model}, batches)
+    return flat(numbers(rows, encoded[TRAINED], model, spec, Protocol(0, 0)))
 
 
 # --- pictures for the report
@@ -260,8 +245,8 @@ def _ask(
 def shots(
     rows: Rows,
     encoded: Encoded,
-    maps: Mapping[str, measure.Floats],
-    truth: measure.Scene,
+    maps: Mapping[str, scenes.Floats],
+    truth: scenes.Scene,
     album: Album,
     side: int,
 ) -> list[tuple[Shot, Shot | None]]:
@@ -287,11 +272,11 @@ class _Shots:
 
     rows: Rows
     dense: DenseRows
-    truth: measure.Scene
+    truth: scenes.Scene
     album: Album
     side: int
 
-    def __call__(self, p: int, map_TS: measure.Floats, heard: int) -> Shot:
+    def __call__(self, p: int, map_TS: scenes.Floats, heard: int) -> Shot:
         row, grid_HW = int(self.dense.rows_P[p]), self.truth.grid_HW
         boxes = self.truth.sounding_PT4[p : p + 1], self.truth.silent_PT4[p : p + 1]
         found = localize.point(map_TS[None], grid_HW, *boxes)
@@ -304,7 +289,7 @@ class _Shots:
             heard=heard,
             time_s=time_s,
             map_HW=map_TS[found.bin_P[0]].reshape(grid_HW),
-            sounding=measure.box_track(meta, "sounding", self.side, at)[0],
-            silent=measure.box_track(meta, "silent", self.side, at)[0],
+            sounding=scenes.box_track(meta, "sounding", self.side, at)[0],
+            silent=scenes.box_track(meta, "silent", self.side, at)[0],
             hit=next((name for name, mark in marks.items() if mark[0]), "neither"),
         )

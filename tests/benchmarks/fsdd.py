@@ -32,22 +32,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import SideCar
-from mmssl.eval import results
-from mmssl.eval.load import load_model
+from mmssl.eval import folds, results
+from mmssl.eval.features import FeatureSpec, clip_features, signal_statistics
+from mmssl.eval.probe import linear
+from mmssl.eval.session import Session
 from mmssl.eval.units import sample_counts, unit_quality
 from mmssl.specs import DataSpec, ViewSpec
-from mmssl.towers import Tower
-from mmssl.types import ViewBatch
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 METHODS = (
     "wav2vec2_base",
@@ -126,65 +122,32 @@ def label(name: str, shards: Path, work: Path, seed: int, overrides: Sequence[st
     return out
 
 
-# --- features
+# --- features and probe
 
 
-@torch.inference_mode()
-def encode(run: Path, shards: Path, random: bool) -> tuple[list[Floats], list[dict[str, Any]]]:
-    """Mean and deviation over frames of each layer, (rows, 2 D), and metas."""
-    model, spec, _ = load_model(run, random=random)
-    name, view = next((n, v) for n, v in spec.views.items() if v.modality == "audio")
-    tower = model.towers[view.tower_name]
-    assert isinstance(tower, Tower)
-    whole = view.model_copy(update={"crop_s": 0.0, "augment": [], "mix": None})
-    data = spec.data.model_copy(update={"frame_labels": {}})
-    rows, metas = [], []
-    for batch in eval_batches(shards, data, {name: whole}, 16, None, workers=0):
-        layers, pad_PN = tower.layers(batch.views[name])
-        rows.append([_statistics(x_PND, ~pad_PN) for x_PND in layers[1:]])
-        metas += batch.meta
-    return [torch.cat(parts).double().numpy() for parts in zip(*rows, strict=True)], metas
-
-
-def _statistics(x_PND: torch.Tensor, valid_PN: torch.Tensor) -> torch.Tensor:
-    weight = valid_PN[..., None].float()
-    count = weight.sum(1)
-    mean = (x_PND * weight).sum(1) / count
-    square = ((x_PND - mean[:, None]).square() * weight).sum(1) / count
-    return torch.cat([mean, square.sqrt()], -1)
+def encode(run: Path, shards: Path, layer: str) -> tuple[dict[str, Floats], list[dict[str, Any]]]:
+    """Mean and deviation over frames, (rows, 2 D), with trained and random weights; and metas."""
+    options = FeatureSpec(data=str(shards), layer=layer, micro_batch=16, resamples=0)
+    found = clip_features(Session.open(run, options), "mean_std")
+    return found.values, found.rows.meta
 
 
 def log_mel(shards: Path) -> tuple[Floats, list[dict[str, Any]]]:
     """The baseline: mean, deviation, maximum and deviation of differences of 64 log-mel bands."""
-    mel = torchaudio.transforms.MelSpectrogram(RATE, 512, 200, 80, n_mels=64)
-    view = ViewSpec(modality="audio", hz=RATE)
     rows, metas = [], []
-    for batch in eval_batches(shards, DataSpec(), {"x": view}, 1, None, workers=0):
-        bands_FT = (mel(_wave(batch.views["x"])) + 1e-6).log()
-        parts = [bands_FT.mean(1), bands_FT.std(1), bands_FT.amax(1), bands_FT.diff(dim=1).std(1)]
-        rows.append(torch.cat(parts))
+    views = {"x": ViewSpec(modality="audio", hz=RATE)}
+    for batch in eval_batches(shards, DataSpec(), views, 16, None, workers=0):
+        rows.append(signal_statistics(batch.views["x"]))
         metas += batch.meta
-    return torch.stack(rows).double().numpy(), metas
-
-
-def _wave(view: ViewBatch) -> torch.Tensor:
-    return view.data[0, : int(view.lengths_P[0])]
-
-
-# --- probe
+    return torch.cat(rows).numpy(), metas
 
 
 def probe(x: Floats, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Accuracy of the digit by speaker left out, and their mean."""
-    speakers = np.asarray([m["speaker"] for m in metas])
-    digits = np.asarray([m["digit"] for m in metas])
-    found = {}
-    for speaker in sorted(set(speakers)):
-        out = speakers == speaker
-        regression = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=500)
-        model = make_pipeline(StandardScaler(), regression)
-        model.fit(x[~out], digits[~out])
-        found[str(speaker)] = float(model.score(x[out], digits[out]))
+    labels, _ = folds.read_labels(metas, "digit")
+    speakers = folds.read_folds(metas, "speaker")
+    scores, _ = linear(x, labels, speakers, grid=(INVERSE_REGULARISATION,))
+    found = {s.name: folds.score(scores, labels, s.test)["accuracy"] for s in speakers}
     return {"mean": float(np.mean(list(found.values()))), **found}
 
 
@@ -277,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = train(method, shards, args.work, args.seed, overrides)
         mark = json.loads((args.work / f"{method}.done.json").read_text())
         part: dict[str, Any] = {"minutes": mark["minutes"]}
-        for name, random in (("trained", False), ("random", True)):
-            layers, metas = encode(run, shards, random)
-            part[name] = probe(layers[-1], metas)
-            part[f"{name}_all_layers"] = probe(np.concatenate(layers, 1), metas)
+        for layer, tail in (("last", ""), ("all", "_all_layers")):
+            vectors, metas = encode(run, shards, layer)
+            for name in ("trained", "random"):
+                part[name + tail] = probe(vectors[name], metas)
         found["methods"][method] = part
         save(found, args.out)
     for name in CLUSTERS:

@@ -7,9 +7,9 @@ from small_methods import small, small_model
 
 from mmssl import config, stages
 from mmssl.check import fake_batch
-from mmssl.eval import measure
+from mmssl.eval import measure, scenes
 from mmssl.eval.embed import Encoded, collect
-from mmssl.eval.measure import Protocol
+from mmssl.eval.items import Protocol
 from mmssl.types import UserError
 
 FAST = Protocol(seed=0, resamples=50)
@@ -18,8 +18,8 @@ FAST = Protocol(seed=0, resamples=50)
 def run(model, batches):
     rows, found = collect({"m": model}, batches)
     encoded = found["m"]
-    truth = measure.scene(rows, encoded.dense, 0, 0)
-    maps = measure.localization_maps(model, encoded.dense, truth)
+    truth = scenes.scene(rows, encoded.dense, 0, 0)
+    maps = scenes.localization_maps(model, encoded.dense, truth)
     return rows, encoded, truth, maps
 
 
@@ -34,6 +34,8 @@ def test_a_perfect_model_reaches_everything(batches, knowing_model):
         "video->text",
         "text->audio",
         "text->video",
+        "text->audio+video",
+        "audio+video->text",
     ]
     for row in retrieval.values():
         assert row["n"] == 24  # one-object clips only
@@ -41,7 +43,7 @@ def test_a_perfect_model_reaches_everything(batches, knowing_model):
         assert row["same_group"]["r_at_1"] == 1.0
     assert "equal_text" in retrieval["text->video"]
     assert "equal_text" not in retrieval["audio->video"]
-    found = measure.localization(maps, rows, encoded.dense, truth, FAST)
+    found = scenes.localization(maps, rows, encoded.dense, truth, FAST)
     assert found["pointing_sounding"] == found["pointing_frames"] == 1.0
     assert found["pointing_silent"] == found["pointing_both"] == 0.0
     assert found["pointing_swapped_audio"] == 1.0
@@ -54,7 +56,7 @@ def test_a_perfect_model_reaches_everything(batches, knowing_model):
 
 def test_an_encoder_without_sound_is_at_chance_with_averaged_audio(batches, knowing_model):
     rows, encoded, truth, maps = run(knowing_model(), batches)
-    found = measure.localization(maps, rows, encoded.dense, truth, FAST)
+    found = scenes.localization(maps, rows, encoded.dense, truth, FAST)
     # both objects match the mean sound about equally well
     assert 0.2 < found["pointing_audio_blind"] < 0.8
     assert found["pointing_center"] == 0.0
@@ -72,7 +74,7 @@ def test_a_constant_encoder_scores_nothing(batches, knowing_model):
 def test_blind_audio_is_the_mean_of_valid_steps():
     audio = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [9.0, 9.0]]])
     valid = torch.tensor([[True, True], [True, False]])
-    mean, there = measure.blind_audio(audio, valid)
+    mean, there = scenes.blind_audio(audio, valid)
     half = 0.5**0.5
     assert torch.allclose(mean[0], torch.tensor([[half, half], [0.0, 1.0]]))
     assert torch.equal(mean[0], mean[1])
@@ -84,9 +86,9 @@ def test_swapped_audio_needs_a_partner(batches, knowing_model):
     rows, found = collect({"m": model}, batches[:1])
     for i in found["m"].dense.rows_P:
         rows.meta[i]["silent_class"] = "nobody"
-    truth = measure.scene(rows, found["m"].dense, 0, 0)
-    maps = measure.localization_maps(model, found["m"].dense, truth)
-    result = measure.localization(maps, rows, found["m"].dense, truth, FAST)
+    truth = scenes.scene(rows, found["m"].dense, 0, 0)
+    maps = scenes.localization_maps(model, found["m"].dense, truth)
+    result = scenes.localization(maps, rows, found["m"].dense, truth, FAST)
     assert result["pointing_swapped_audio"] is None
     assert result["n_swapped"] == 0
     assert result["ci"]["pointing_swapped_audio"] is None
@@ -94,9 +96,9 @@ def test_swapped_audio_needs_a_partner(batches, knowing_model):
 
 def test_maps_are_computed_in_blocks(batches, knowing_model, monkeypatch):
     _, encoded, _, maps = run(knowing_model(), batches)
-    monkeypatch.setattr(measure, "_MAPS", 5)
+    monkeypatch.setattr(scenes, "_MAPS", 5)
     dense = encoded.dense
-    again = measure.score_maps(knowing_model(), dense.video_PTSD, dense.audio_PAD, dense.valid_PA)
+    again = scenes.score_maps(knowing_model(), dense.video_PTSD, dense.audio_PAD, dense.valid_PA)
     assert np.allclose(again, maps["own"])
 
 
@@ -122,12 +124,12 @@ def test_modalities_without_a_common_space_are_not_compared(batches, knowing_mod
 def test_boxes_beyond_the_frame_are_refused():
     meta = {"boxes": {"fps": 10, "sounding": [[0, 0, 120, 120]]}, "stored_size": [64, 64]}
     with pytest.raises(UserError, match="64 x 64"):
-        measure.box_track(meta, "sounding", 0, np.zeros(1))
+        scenes.box_track(meta, "sounding", 0, np.zeros(1))
     meta["boxes"]["frame"] = [240, 240]
-    assert measure.box_track(meta, "sounding", 0, np.zeros(1)).tolist() == [[0, 0, 0.5, 0.5]]
+    assert scenes.box_track(meta, "sounding", 0, np.zeros(1)).tolist() == [[0, 0, 0.5, 0.5]]
     meta["boxes"]["fps"] = None
     with pytest.raises(UserError, match="fps"):
-        measure.box_track(meta, "sounding", 0, np.zeros(1))
+        scenes.box_track(meta, "sounding", 0, np.zeros(1))
 
 
 def test_correspondence(batches, knowing_model):
@@ -206,3 +208,30 @@ def test_every_masked_task_can_be_judged(name):
         assert found["n"] > 0
         assert 0 < found["baseline"] < math.inf
         assert 0 <= found["ratio"] < math.inf
+
+
+def test_a_whole_clip_is_compared_by_the_mean_of_two_cosines(batches, knowing_model):
+    """In the spaces of each pair; the rank of a full sort of the mean score."""
+    rows, found = collect({"m": knowing_model("noise")}, batches)
+    encoded, rng = found["m"], np.random.default_rng(0)
+    for modality, space in (("text", "ta"), ("text", "tv"), ("audio", "ta"), ("video", "tv")):
+        x = rng.normal(size=(48, 5)).astype(np.float32)
+        encoded.vectors[modality, space] = x / np.linalg.norm(x, axis=1, keepdims=True)
+        encoded.present[modality, space] = np.ones(48, bool)
+    encoded.present["video", "tv"][4] = False
+    spaces = {("text", "audio"): "ta", ("text", "video"): "tv"}
+    table = measure.retrieval(
+        rows, encoded, lambda a, b: spaces.get((a, b)) or spaces.get((b, a)), FAST
+    )
+    row = table["text->audio+video"]
+    assert (row["n"], row["missing"], row["space"]) == (23, ["clip-4"], "ta + tv")
+    kept = np.flatnonzero(measure.candidates(rows))
+    kept = kept[kept != 4]
+    z = encoded.vectors
+    ta, tv, a, v = (
+        z[k][kept] for k in (("text", "ta"), ("text", "tv"), ("audio", "ta"), ("video", "tv"))
+    )
+    scores = (ta @ a.T + tv @ v.T) / 2
+    for name, table_QN in (("text->audio+video", scores), ("audio+video->text", scores.T)):
+        ranks = 1 + (table_QN > np.diagonal(table_QN)[:, None]).sum(axis=1)
+        assert table[name]["mean_rank"] == pytest.approx(ranks.mean())

@@ -4,9 +4,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalMRR
+from sklearn.metrics import average_precision_score
+from torchmetrics.retrieval import (
+    RetrievalHitRate,
+    RetrievalMAP,
+    RetrievalMRR,
+    RetrievalNormalizedDCG,
+    RetrievalRecall,
+)
 
-from mmssl.eval.retrieval import Items, direction, normalize, ranks, same_group, top
+from mmssl.eval.retrieval import (
+    CUTS,
+    Items,
+    direction,
+    equal_text,
+    normalize,
+    ranks,
+    same_group,
+    top,
+)
 
 RNG = np.random.default_rng
 
@@ -202,3 +218,70 @@ def test_errors():
     a[0, 0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         ranks(a, b, [0, 1, 2, 3], [0, 1, 2, 3])
+
+
+def captioned(clips=30, each=5, noise=2.0):
+    """Five captions per clip: (caption vectors, clip vectors, clip of each caption)."""
+    rng = RNG(8)
+    clip = rng.normal(size=(clips, 8))
+    return (
+        np.repeat(clip, each, 0) + noise * rng.normal(size=(clips * each, 8)),
+        clip,
+        np.repeat(np.arange(clips), each),
+    )
+
+
+def test_hit_rate_and_recall_differ_with_five_captions_per_clip():
+    texts, clips, owner = captioned()
+    found = ranks(clips, texts, np.arange(30), owner)
+    scores = positive_scores(clips, texts)
+    relevant = torch.from_numpy(np.arange(30)[:, None] == owner[None]).flatten()
+    query = torch.arange(30).repeat_interleave(150)
+    for column, k in enumerate(CUTS):
+        recall = RetrievalRecall(top_k=k)(scores, relevant, indexes=query)
+        assert found.recall_QK[:, column].mean() == pytest.approx(float(recall), abs=1e-6)
+        assert k == 1 or found.hits(k).mean() > found.recall_QK[:, column].mean() + 0.1
+    gain = RetrievalNormalizedDCG(top_k=10)(scores, relevant, indexes=query)
+    assert found.gain_Q.mean() == pytest.approx(float(gain), abs=1e-6)
+    peer = [
+        average_precision_score(relevant.reshape(30, 150)[q], scores.reshape(30, 150)[q])
+        for q in range(30)
+    ]
+    assert np.allclose(found.precision_Q, peer)
+
+
+def test_map_at_10_divides_by_what_could_be_found():
+    """Relevant at ranks 1, 3 and 20 of 30: torchmetrics divides by the two hits inside the ten."""
+    base = np.stack([np.cos(np.arange(30) / 30), np.sin(np.arange(30) / 30)], axis=1)
+    labels = np.isin(np.arange(30), [0, 2, 19]).astype(int)
+    found = ranks([[1.0, 0.0]], base, [1], labels)
+    assert found.precision_10_Q[0] == pytest.approx((1 + 2 / 3) / 3)
+    assert found.precision_Q[0] == pytest.approx((1 + 2 / 3 + 3 / 20) / 3)
+    many = ranks([[1.0, 0.0]], base, [1], (np.arange(30) < 12).astype(int))
+    assert many.precision_10_Q[0] == pytest.approx(1.0)  # twelve could not all be found in ten
+    assert many.gain_Q[0] == pytest.approx(1.0)
+
+
+def test_equal_text_reports_both_rates():
+    texts, clips, owner = captioned(noise=1.0)
+    found = equal_text(np.repeat(clips, 5, 0), texts, owner + 1)
+    shared = ranks(np.repeat(clips, 5, 0), texts, owner, owner)
+    assert found["duplicates"] == 150
+    assert found["r_at_5"] == pytest.approx(shared.hits(5).mean())
+    assert found["recall_at_5"] == pytest.approx(shared.recall_QK[:, 1].mean())
+    assert found["recall_at_1"] <= 0.2
+    assert found["map_at_10"] == pytest.approx(shared.precision_10_Q.mean())
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_dual_softmax_is_the_product_with_the_share_over_queries(chunk):
+    a, b = pair(50, 6, noise=1.5)
+    cosines = torch.from_numpy(normalize(a) @ normalize(b).T)
+    scores = (cosines * torch.softmax(20 * cosines, dim=0)).numpy()
+    own = np.diagonal(scores)[:, None]
+    found = ranks(a, b, np.arange(50), np.arange(50), chunk=chunk, dual_softmax=20.0)
+    assert np.array_equal(found.pessimistic_Q, (scores >= own).sum(axis=1))
+    table = direction(a, b, items(50), resamples=0, dual_softmax=20.0)
+    assert table["dual_softmax"]["mean_rank"] == found.pessimistic_Q.mean()
+    assert table["mean_rank"] == direction(a, b, items(50), resamples=0)["mean_rank"]
+    assert "dual_softmax" not in direction(a, b, items(50), resamples=0)

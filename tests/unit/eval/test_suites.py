@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-import mmssl.data.loader
+import mmssl.data.ordered
 import mmssl.eval.load
 from mmssl.eval import report, results, suites
+from mmssl.eval.session import Session
 from mmssl.specs import DataSpec, RunSpec
 from mmssl.types import UserError
 
@@ -58,7 +59,7 @@ def toy_run(tmp_path, monkeypatch, batches, knowing_model):
         return iter(batches)
 
     monkeypatch.setattr(mmssl.eval.load, "load_model", load_model)
-    monkeypatch.setattr(mmssl.data.loader, "eval_batches", eval_batches)
+    monkeypatch.setattr(mmssl.data.ordered, "eval_batches", eval_batches)
     return tmp_path, spec, asked
 
 
@@ -83,7 +84,7 @@ def test_bouncing_writes_complete_results_and_a_report(toy_run, capsys):
         else:
             parent = results.lookup(found, name.removesuffix(".rank"))
             assert np.median(column) == parent["median_rank"]
-    assert len(items["values"]) == 6 * 4 + 5
+    assert len(items["values"]) == 8 * 4 + 5
     assert items["sources"]["clip-3"] == "3"
     printed = capsys.readouterr().out
     assert "audio->video" in printed
@@ -123,7 +124,9 @@ def test_the_report_stands_alone(toy_run):
 def test_evaluation_is_repeatable(toy_run):
     folder, _, _ = toy_run
     found = [
-        suites.evaluate("bouncing", folder, suites.EvalSpec(resamples=20, random=False))[0]
+        suites.evaluate(
+            "bouncing", Session.open(folder, suites.EvalSpec(resamples=20, random=False))
+        )[0]
         for _ in range(2)
     ]
     for name in ("retrieval", "correspondence", "masked"):
@@ -150,7 +153,7 @@ def test_other_data_and_other_output_folder(toy_run, tmp_path):
     folder, _, asked = toy_run
     other = tmp_path / "other"
     other.mkdir()
-    (other / "manifest.json").write_text("[]")
+    (other / "manifest.json").write_text('{"shards": []}')
     words = [f"data={other}", f"out={tmp_path / 'out'}", "resamples=0"]
     suites.main("retrieval", str(folder), words)
     assert asked[-1] == (str(other), 32, None)

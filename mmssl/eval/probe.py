@@ -1,0 +1,189 @@
+"""`mmssl eval probe RUN label=FIELD fold=FIELD`: a linear probe of frozen features.
+
+Letters in shapes: N clips, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mmssl.eval import folds as folding
+from mmssl.eval.features import SIGNAL, Features, FeatureSpec, clip_features
+from mmssl.eval.folds import Fold, Labels
+from mmssl.eval.items import Metrics
+from mmssl.eval.results import Results, plot
+from mmssl.eval.session import RANDOM, TRAINED, Session, progress
+from mmssl.types import UserError
+
+Floats = NDArray[np.float64]
+
+GRID = tuple(10.0**k for k in range(-4, 5))  # inverse strengths of the L2 penalty
+
+
+class Options(FeatureSpec):
+    """What can be set behind `mmssl eval probe RUN`."""
+
+    label: str = ""  # field of the clips' meta: the class, or a list of classes
+    fold: str = ""  # field of the clips' meta that names the predefined fold
+
+
+class Classifier(Protocol):
+    """Makes (N, K) scores of each fold's test clips from features (N, D); see `linear`."""
+
+    def __call__(
+        self, x_ND: ArrayLike, labels: Labels, folds: Sequence[Fold], title: str
+    ) -> tuple[Floats, Metrics]:
+        """Scores and what was chosen by fold."""
+        ...
+
+
+def evaluate(session: Session) -> Results:
+    """Results of the suite.
+
+    Raises:
+        UserError: no such field, one class only, folds that cannot be used, no such modality.
+    """
+
+    def classify(
+        x_ND: ArrayLike, labels: Labels, folds: Sequence[Fold], title: str
+    ) -> tuple[Floats, Metrics]:
+        scores_NK, chosen = linear(x_ND, labels, folds, title=title)
+        return scores_NK, {"c": chosen}
+
+    options = cast("Options", session.options)
+    features = clip_features(session)
+    labels, kept = folding.read_labels(features.rows.meta, options.label)
+    folds = folding.read_folds([features.rows.meta[i] for i in kept], options.fold)
+    found = session.facts("probe", features.rows.meta)
+    found |= by_source(session, "probe", features, labels, kept, folds, classify)
+    found["plots"] = [fold_plot("Linear probe", found, "probe", folds)]
+    return found
+
+
+def by_source(
+    session: Session,
+    suite: str,
+    features: Features,
+    labels: Labels,
+    kept: NDArray[np.int64],
+    folds: Sequence[Fold],
+    classify: Classifier,
+) -> Results:
+    """The same numbers of the trained model, random weights, signal and majority class."""
+    sources = np.asarray(features.rows.sources)[kept]
+    tested = np.sort(np.concatenate([fold.test for fold in folds]))
+    record = session.items.recorder(suite, features.rows, kept[tested])
+    protocol, made = session.protocol, {}
+    for name, x_ND in features.values.items():
+        scores_NK, chosen = classify(x_ND[kept], labels, folds, name)
+        own = record if name == TRAINED else None
+        made[name] = folding.summary(scores_NK, labels, folds, sources, protocol, own) | chosen
+    guess = folding.majority(labels, folds)
+    trivial = {"majority": folding.summary(guess, labels, folds, sources, protocol)}
+    trivial[SIGNAL] = made[SIGNAL]
+    facts = {
+        "classes": len(labels.names),
+        "unlabelled": len(features.rows.keys) - len(kept),
+        "n_missing": len(features.absent),
+        "shared_sources": folding.shared_sources(folds, sources),
+    }
+    found: Results = {suite: made[TRAINED] | facts, "trivial": {suite: trivial}}
+    if RANDOM in made:
+        found["random_encoder"] = {suite: made[RANDOM]}
+    return found
+
+
+def fold_plot(title: str, found: Results, suite: str, folds: Sequence[Fold]) -> Results:
+    """The headline metric by fold, and its mean, of model and baselines."""
+    parts: Mapping[str, Any] = {
+        "trained": found[suite],
+        "random weights": (found.get("random_encoder") or {}).get(suite),
+        **found["trivial"][suite],
+    }
+    metric = found[suite]["metric"]
+    lines = {
+        name: [part["mean"], *(part["folds"][fold.name][metric] for fold in folds)]
+        for name, part in parts.items()
+        if part
+    }
+    spread = found[suite]["std"]
+    more = "" if spread is None else f", standard deviation over folds {spread:.3f}"
+    return plot(f"{title}: {metric}{more}", "fold", ["mean", *(f.name for f in folds)], lines)
+
+
+# --- the probe
+
+
+def linear(
+    x_ND: ArrayLike,
+    labels: Labels,
+    folds: Sequence[Fold],
+    grid: Sequence[float] = GRID,
+    title: str = "probe",
+) -> tuple[Floats, dict[str, float]]:
+    """(N, K) scores of every test clip by logistic regression, and the C of each fold.
+
+    Features are standardised with the statistics of what is fitted on. C is chosen on the fold's
+    `dev` part (the smaller one on a tie), then all but the test is fitted again. Several labels:
+    one against the rest.
+
+    Raises:
+        UserError: the training part of a fold holds one class only.
+    """
+    x = np.asarray(x_ND, dtype=np.float64)
+    scores_NK = np.full(labels.table_NK.shape, np.nan)
+    chosen = {}
+    for fold in progress(folds, f"probe, {title}", len(folds)):
+        for rows in (fold.train, fold.rest):
+            _check_classes(labels, rows, fold)
+        best, c = -np.inf, grid[0]
+        for candidate in grid if len(grid) > 1 else ():
+            guess_NK = np.full(labels.table_NK.shape, np.nan)
+            guess_NK[fold.dev] = _fit(x, labels, fold.train, fold.dev, candidate)
+            value = folding.score(guess_NK, labels, fold.dev)[folding.headline(labels)]
+            if value > best:
+                best, c = value, candidate
+        scores_NK[fold.test] = _fit(x, labels, fold.rest, fold.test, c)
+        chosen[fold.name] = c
+    return scores_NK, chosen
+
+
+def _check_classes(labels: Labels, rows: NDArray[np.int64], fold: Fold) -> None:
+    if labels.table_NK[rows].any(axis=0).sum() < 2:
+        raise UserError(
+            f"fold {fold.name}: its {len(rows)} training clips are of one class; folds must mix "
+            "the classes"
+        )
+
+
+def _fit(
+    x_ND: Floats, labels: Labels, train: NDArray[np.int64], test: NDArray[np.int64], c: float
+) -> Floats:
+    """(rows of test, K) scores of a regression fitted on the rows of `train`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(C=c, max_iter=500)
+    scores_NK = np.zeros((len(test), len(labels.names)))
+    with warnings.catch_warnings():
+        # weak penalties of separable classes never settle, their predictions do
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if labels.multi:
+            there = labels.table_NK[train].any(axis=0) & ~labels.table_NK[train].all(axis=0)
+            model = make_pipeline(StandardScaler(), OneVsRestClassifier(regression))
+            model.fit(x_ND[train], labels.table_NK[train][:, there].astype(int))
+            scores_NK[:, there] = model.predict_proba(x_ND[test]).reshape(len(test), -1)
+            scores_NK[:, labels.table_NK[train].all(axis=0)] = 1.0
+            return scores_NK
+        model = make_pipeline(StandardScaler(), regression)
+        model.fit(x_ND[train], labels.ids_N[train])
+        scores_NK[:, model.classes_] = model.predict_proba(x_ND[test])
+    return scores_NK
