@@ -320,10 +320,44 @@ class EfficientNetSpec(Spec):
     drop_path: float = Field(0.2, ge=0, lt=1)
 
 
-ConvSpec = ConvAV8Spec | EfficientNetSpec
+class ResNetSpec(Spec):
+    """Pre-activation ResNet-50; with `shift` on videos TSM-ResNet50 (MMV).
+
+    The fields are explained at `mmssl.backbones.resnet.ResNetV2`.
+    """
+
+    kind: Literal["resnet_v2"]
+    channels: int = Field(64, gt=0)
+    blocks: list[Annotated[int, Field(gt=0)]] = Field([3, 4, 6, 3], min_length=4, max_length=4)
+    shift: float = Field(0.0, ge=0, le=0.5)
+
+
+class S3DGSpec(Spec):
+    """Gated separable 3D Inception on videos (MIL-NCE, MMV).
+
+    The fields are explained at `mmssl.backbones.s3d.S3DG`.
+    """
+
+    kind: Literal["s3dg"]
+    channels: int = Field(64, gt=0, multiple_of=8)
+    first_frames: Literal[1, 3, 5, 7] = 7
+    gating: bool = True
+    deflated: bool = False
+
+
+class PointwiseSpec(Spec):
+    """No backbone: every token is the ReLU of what the cut makes of it (words in MIL-NCE, MMV)."""
+
+    kind: Literal["relu"]
+    width: int = Field(2048, gt=0)
+
+
+ConvSpec = ConvAV8Spec | EfficientNetSpec | ResNetSpec | S3DGSpec
 BackboneSpec = (
     Literal["shared"]
-    | Annotated[TransformerSpec | CausalConvSpec | ConvSpec, Field(discriminator="kind")]
+    | Annotated[
+        TransformerSpec | CausalConvSpec | PointwiseSpec | ConvSpec, Field(discriminator="kind")
+    ]
 )
 
 
