@@ -48,8 +48,8 @@ class SelfGate(Masked, nn.Module):
         valid = self.mask(x_PCThw)
         mean_PC = x_PCThw.mean((2, 3, 4))
         if valid is not None:
-            steps_P1 = valid.sum((1, 2, 3, 4)).clamp(min=1)[:, None]
-            mean_PC = mean_PC * (x_PCThw.shape[2] / steps_P1).to(mean_PC.dtype)
+            steps_P1 = valid.sum((1, 2, 3, 4)).clamp(min=1)[:, None].to(mean_PC.dtype)
+            mean_PC = mean_PC * x_PCThw.shape[2] / steps_P1
         gate_PC: Tensor = self.linear(mean_PC).sigmoid()
         return x_PCThw * gate_PC[:, :, None, None, None]
 
