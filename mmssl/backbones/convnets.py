@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from mmssl.frontends.patches import stack_lengths, zero_behind
 from mmssl.types import UserError
 
 Grid = tuple[int, ...]
+Conv = TypeVar("Conv", nn.Conv2d, nn.Conv3d)
 Stack = tuple[list[int], list[int], list[int]]  # kernels, strides, paddings
 # (P,): the items that exist; or, for maps with time as first axis, {steps T: (P, T)}
 Valid = Tensor | dict[int, Tensor]
@@ -332,7 +333,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     return [conv, MapBatchNorm(outputs), nn.ReLU(inplace=True)]
 
 
-def he_normal(conv: nn.Conv2d) -> nn.Conv2d:
+def he_normal(conv: Conv) -> Conv:
     """The convolution with weights drawn as torchvision's ResNets draw them (He et al. 2015)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

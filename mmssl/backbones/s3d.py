@@ -20,6 +20,7 @@ from mmssl.backbones.convnets import (
     Masked,
     Valid,
     halved_masks,
+    he_normal,
 )
 from mmssl.frontends.lengths import Field, stack_field
 from mmssl.types import UserError
@@ -166,10 +167,12 @@ def _inception(inputs: int, sizes: Sequence[int], gating: bool) -> nn.Module:
 
 
 def _over_time(network: nn.Module) -> None:
-    """Let every convolution over several frames be one that can be deflated."""
+    """Let every convolution over several frames be one that can be deflated; draw all weights."""
     for parent in list(network.modules()):
         for name, conv in list(parent.named_children()):
             if type(conv) is nn.Conv3d and conv.kernel_size[0] > 1:
                 shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
-                own = TimeConv(*shape, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
-                setattr(parent, name, own)
+                conv = TimeConv(*shape, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
+                setattr(parent, name, conv)
+            if isinstance(conv, nn.Conv3d):
+                he_normal(conv)
