@@ -77,9 +77,8 @@ class MapBatchNorm(Masked, MaskedSyncBatchNorm):
         with torch.no_grad():
             mean_C, var_C, total = _map_moments(x, valid)
             self._track(mean_C, var_C, total)
-        out: Tensor = _Normalise.apply(
-            x, self.weight, self.bias, valid, mean_C, var_C, total, self.eps
-        )
+        stats = (mean_C, var_C, total, self.eps)
+        out: Tensor = _Normalise.apply(x, self.weight, self.bias, valid, *stats)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -220,8 +219,8 @@ class ConvNet(nn.Module):
         frames = 1
         if x.ndim == 5 and self.frame_wise:
             frames = x.shape[2]
-            valid: Valid | None = step_mask(x, lengths_P, valid_P)
-            valid = None if valid is None else valid.flatten()
+            steps = step_mask(x, lengths_P, valid_P)
+            valid: Valid | None = None if steps is None else steps.flatten()
             x = x.transpose(1, 2).flatten(0, 1)
         else:
             valid = self._valid(x, lengths_P, valid_P)
@@ -229,9 +228,7 @@ class ConvNet(nn.Module):
         maps = self._features(x.contiguous(memory_format=layout), valid, frames)
         return maps.movedim(1, -1).reshape(items, prod(grid), self.width), grid
 
-    def _valid(
-        self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None
-    ) -> Valid | None:
+    def _valid(self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Valid | None:
         """What the parts are told about padding of a map that is not folded."""
         return valid_P
 
@@ -315,7 +312,9 @@ class EfficientNetB0(ConvNet):
             weights=None, norm_layer=MapBatchNorm, stochastic_depth_prob=drop_path
         )
         first = net.features[0][0]
-        net.features[0][0] = he_normal(nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False))
+        net.features[0][0] = he_normal(
+            nn.Conv2d(in_channels, first.out_channels, 3, 2, 1, bias=False)
+        )
         self.features = net.features
         self.width = 1280
         wide = [

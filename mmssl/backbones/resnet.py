@@ -36,9 +36,10 @@ class TemporalShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(P * T, C, h, w), same shape."""
-        x_PTChw = x.unflatten(0, (-1, self.frames))
+        x_PTChw = x.reshape(-1, self.frames, *x.shape[1:])
         moved = int(x.shape[1] * self.share)
-        late, still, early = x_PTChw.split([moved, x.shape[1] - 2 * moved, moved], dim=2)
+        sizes = [moved, x.shape[1] - 2 * moved, moved]
+        late, still, early = torch.split(x_PTChw, sizes, dim=2)
         none = torch.zeros_like(late[:, :1])
         late = torch.cat([none, late[:, :-1]], 1)
         early = torch.cat([early[:, 1:], none], 1)
@@ -109,9 +110,7 @@ class ResNetV2(ConvNet):
             if isinstance(part, PreBottleneck):
                 part.shift = nn.Identity()
 
-    def _valid(
-        self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None
-    ) -> Valid | None:
+    def _valid(self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Valid | None:
         return halved_masks(x, lengths_P, valid_P)
 
     def _features(self, x: Tensor, valid: Valid | None, frames: int) -> Tensor:

@@ -65,8 +65,8 @@ class TimeConv(nn.Conv3d):
         if not self.deflated:
             return super().forward(input)
         kernel = self.weight.sum(2, keepdim=True)
-        place = [(1, *self.stride[1:]), (0, *self.padding[1:])]  # type: ignore[misc]
-        return F.conv3d(input, kernel, None, *place)  # type: ignore[arg-type]
+        stride, padding = (1, *self.stride[1:]), (0, *self.padding[1:])
+        return F.conv3d(input, kernel, None, stride, padding)
 
 
 class S3DG(ConvNet):
@@ -139,9 +139,7 @@ class S3DG(ConvNet):
         """Valid steps of so many valid frames."""
         return lengths_P if self.frame_wise else (lengths_P + 7) // 8
 
-    def _valid(
-        self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None
-    ) -> Valid | None:
+    def _valid(self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Valid | None:
         return halved_masks(x, lengths_P, valid_P)
 
     def _features(self, x: Tensor, valid: Valid | None, frames: int) -> Tensor:
@@ -159,7 +157,7 @@ def _gated(layer: nn.Module, channels: int, gating: bool) -> nn.Module:
 
 
 def _inception(inputs: int, sizes: Sequence[int], gating: bool) -> nn.Module:
-    block = SepInceptionBlock3D(inputs, *sizes, MapBatchNorm)
+    block: nn.Module = SepInceptionBlock3D(inputs, *sizes, MapBatchNorm)
     for i, outputs in enumerate((sizes[0], sizes[2], sizes[4], sizes[5])):
         branch = getattr(block, f"branch{i}")
         setattr(block, f"branch{i}", _gated(branch, outputs, gating))

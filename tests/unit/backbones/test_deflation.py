@@ -86,7 +86,7 @@ def test_frames_are_read_one_by_one(kind):
     assert image.out_lengths(lengths, 3).tolist() == [5, 2]
 
 
-# An untrained TSM differs most in what belongs to the image, which a gain per channel cannot follow.
+# An untrained TSM differs most in what belongs to the image, which no gain of a channel follows.
 @pytest.mark.parametrize(("kind", "share"), [("s3dg", 0.5), ("tsm", 0.8)])
 def test_fitted_gains_and_biases_make_up_for_the_zeros(kind, share):
     video = network(kind)
