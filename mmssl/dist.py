@@ -288,14 +288,24 @@ def _row_mask(rows_PD: Tensor, valid_P: Tensor | None) -> Tensor:
 def _moments(x_PD: Tensor, valid_P1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (D,), biased variance (D,) and count (1,) over the valid rows of all ranks.
 
-    Each rank sends its own mean and squared deviations, merged by Chan's formula: one collective,
-    and no cancellation as with sums of squares. Rows that are not valid hold zeros.
+    Rows that are not valid hold zeros.
     """
-    dim = x_PD.shape[1]
     count = valid_P1.sum(0).to(x_PD.dtype)
     mean_D = x_PD.sum(0) / count.clamp(min=1)
     centred_PD = torch.where(valid_P1, x_PD - mean_D, torch.zeros_like(x_PD))
-    packed_WK = gather(torch.cat([mean_D, centred_PD.square().sum(0), count])[None])
+    return merged_moments(mean_D, centred_PD.square().sum(0), count)
+
+
+def merged_moments(
+    mean_D: Tensor, square_D: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), biased variance (D,) and count (1,) of all ranks' rows from those of each.
+
+    Each rank sends its own mean and squared deviations, merged by Chan's formula: one collective,
+    and no cancellation as with sums of squares.
+    """
+    dim = mean_D.shape[0]
+    packed_WK = gather(torch.cat([mean_D, square_D, count])[None])
     mean_WD, square_WD, count_W1 = torch.split(packed_WK, [dim, dim, 1], dim=1)
     count_W1 = count_W1.detach()
     total = count_W1.sum(0)

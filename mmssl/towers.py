@@ -385,7 +385,7 @@ def _filled(pad: Tensor | None, x_PND: Tensor) -> Tensor:
 
 
 class ConvTower(nn.Module):
-    """A convolutional network on the signal itself (COLA, AVE-Net)."""
+    """A convolutional network on the signal itself (COLA, AVE-Net, MMV)."""
 
     def __init__(self, modality: str, signal: nn.Module, network: nn.Module) -> None:
         super().__init__()
@@ -404,14 +404,13 @@ class ConvTower(nn.Module):
         return (field.first + getattr(self.signal, "first_centre", 0.0)) / field.stride
 
     def _time_field(self) -> Field:
-        """How cells see time; frames are read one by one."""
+        """How cells see time."""
         if self.modality == "video":
-            return Field(1, 1, 0.0)
-        field: Field = self.network.fields()[0]  # type: ignore[operator]
-        return field
+            return self.network.time_field()  # type: ignore[no-any-return, operator]
+        return self.network.fields()[0]  # type: ignore[no-any-return, operator]
 
     def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
-        """Encode the P items of a view; video frames are read one by one.
+        """Encode the P items of a view.
 
         Raises:
             UserError: a masked pass was asked for.

@@ -12,7 +12,17 @@ from mmssl import config
 from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
-from mmssl.specs import CausalConvSpec, GumbelSpec, RunSpec, SummedSpec, TowerSpec, TransformerSpec
+from mmssl.specs import (
+    CausalConvSpec,
+    GumbelSpec,
+    PointwiseSpec,
+    ResNetSpec,
+    RunSpec,
+    S3DGSpec,
+    SummedSpec,
+    TowerSpec,
+    TransformerSpec,
+)
 from mmssl.types import Batch, Tokens, ViewBatch
 
 SAMPLES, FRAMES, SIDE = 6400, 8, 32
@@ -75,6 +85,12 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
     if isinstance(backbone, CausalConvSpec):
         yield f"towers.{name}.cut.channels=16"  # its latents are what the backbone reads
         yield from (f"{key}.{k}" for k in ("width=16", "kernels=[2, 3]"))
+    if isinstance(backbone, PointwiseSpec):
+        yield f"{key}.width=16"
+    if isinstance(backbone, ResNetSpec | S3DGSpec):
+        yield f"{key}.channels=8"
+    if isinstance(backbone, ResNetSpec):
+        yield f"{key}.blocks=[1, 1, 1, 1]"
     if isinstance(backbone, TransformerSpec):
         yield from _transformer(key, backbone)
         if backbone.relative_grid:

@@ -1,14 +1,27 @@
 """Backbones: token sequences to token sequences, and convolutional encoders."""
 
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
+from mmssl.backbones.resnet import ResNetV2
+from mmssl.backbones.s3d import S3DG
 from mmssl.backbones.trunks import VGG16, ResNet18, SpeechConv
 
 NETWORKS = {
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
     "resnet18": ResNet18,
+    "resnet_v2": ResNetV2,
+    "s3dg": S3DG,
     "speech_conv": SpeechConv,
     "vgg16": VGG16,
 }
 
-__all__ = ["NETWORKS", "VGG16", "ConvAV8", "EfficientNetB0", "ResNet18", "SpeechConv"]
+__all__ = [
+    "NETWORKS",
+    "S3DG",
+    "VGG16",
+    "ConvAV8",
+    "EfficientNetB0",
+    "ResNet18",
+    "ResNetV2",
+    "SpeechConv",
+]

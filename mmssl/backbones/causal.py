@@ -1,4 +1,4 @@
-"""A causal convolutional context network: the aggregator of wav2vec and vq-wav2vec.
+"""Trunks beside the transformer: causal convolutions (wav2vec, vq-wav2vec) and none at all.
 
 B rows, N tokens, D width.
 """
@@ -61,4 +61,25 @@ class CausalConvs(nn.Module):
         return x_BND, hidden
 
 
-Trunk = Transformer | CausalConvs
+class Pointwise(nn.Module):
+    """ReLU of every token by itself: words of MIL-NCE and MMV, before they are pooled."""
+
+    layers = 1
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        pad_BN: Tensor | None = None,
+        modality: str | None = None,
+        return_hidden: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `CausalConvs.forward`."""
+        x_BND = x_BND.relu()
+        return x_BND, [x_BND] if return_hidden else []
+
+
+Trunk = Transformer | CausalConvs | Pointwise

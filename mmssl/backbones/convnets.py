@@ -8,63 +8,173 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from mmssl.dist import MaskedSyncBatchNorm, world_size
+from mmssl.dist import MaskedSyncBatchNorm, merged_moments, sum_over_ranks, world_size
 from mmssl.frontends.lengths import Field, stack_field, stack_length
 from mmssl.frontends.patches import stack_lengths, zero_behind
 from mmssl.types import UserError
 
 Grid = tuple[int, ...]
+Conv = TypeVar("Conv", nn.Conv2d, nn.Conv3d)
 Stack = tuple[list[int], list[int], list[int]]  # kernels, strides, paddings
+# (P,): the items that exist; or, for maps with time as first axis, {steps T: (P, T)}
+Valid = Tensor | dict[int, Tensor]
 
 
-class MapBatchNorm(MaskedSyncBatchNorm):
-    """`MaskedSyncBatchNorm` of a channels-first map (P, C, h, w).
+class Masked:
+    """A part that must know what is padding: (P,) items, or steps along a map's first axis.
 
-    `valid` (P,) is set by the encoder for one forward, because networks of other libraries pass no
-    mask on. Evaluation, and training on one rank with valid items only, use torch's fused kernel.
+    `valid` is set by the encoder for one forward, because networks of other libraries pass no mask
+    on; None where nothing is padded.
     """
 
-    valid: Tensor | None = None
+    valid: Valid | None = None
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """`valid`, in the shape of a (P, C, *axes) map."""
+        valid = self.valid
+        if isinstance(valid, dict):
+            valid = valid[x.shape[2]]
+        return None if valid is None else _like_map(valid, x)
+
+
+class MapBatchNorm(Masked, MaskedSyncBatchNorm):
+    """`MaskedSyncBatchNorm` of a channels-first map (P, C, *axes), without its fp64 copies.
+
+    Evaluation, and training on one rank without padding, use torch's fused kernel.
+    """
 
     def forward(self, x_PChw: Tensor, valid_P: Tensor | None = None) -> Tensor:
-        """Normalise every channel over the places of valid items on all ranks."""
-        valid_P = self.valid if valid_P is None else valid_P
+        """Normalise every channel over the valid places on all ranks; the others become zero."""
+        valid = self.mask(x_PChw) if valid_P is None else _like_map(valid_P, x_PChw)
         places = x_PChw.shape[0] * prod(x_PChw.shape[2:])
-        if not self.training or (valid_P is None and world_size() == 1 and places > 1):
-            mean, var = self.running_mean, self.running_var
-            if self.training:  # torch updates in place, whatever the input holds
-                mean, var = mean.clone(), var.clone()
-            out = F.batch_norm(
-                x_PChw,
-                mean,
-                var,
-                self.weight.to(mean.dtype),  # statistics stay fp32 in a bf16 model
-                self.bias.to(mean.dtype),
-                self.training,
-                self.momentum,
-                self.eps,
-            )
-            if self.training:
-                self._keep(mean, var, torch.ones(1, dtype=torch.bool, device=mean.device))
-            return out
-        rows = x_PChw.movedim(1, -1)
-        if valid_P is not None:
-            valid_P = valid_P[:, None, None].expand(rows.shape[:-1])
-        return super().forward(rows, valid_P).movedim(-1, 1)
+        if self.training and (valid is not None or world_size() > 1 or places == 1):
+            return self._over_ranks(x_PChw, valid)
+        mean, var = self.running_mean, self.running_var
+        if self.training:  # torch updates in place, whatever the input holds
+            mean, var = mean.clone(), var.clone()
+        out = F.batch_norm(
+            x_PChw,
+            mean,
+            var,
+            self.weight.to(mean.dtype),  # statistics stay fp32 in a bf16 model
+            self.bias.to(mean.dtype),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        if self.training:
+            self._keep(mean, var, torch.ones(1, dtype=torch.bool, device=mean.device))
+        return out if valid is None else out.masked_fill(~valid, 0.0)
+
+    def _over_ranks(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            mean_C, var_C, total = _map_moments(x, valid)
+            self._track(mean_C, var_C, total)
+        stats = (mean_C, var_C, total, self.eps)
+        out: Tensor = _Normalise.apply(x, self.weight, self.bias, valid, *stats)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm by statistics of all ranks, whose own gradients are part of the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        valid: Tensor | None,
+        mean_C: Tensor,
+        var_C: Tensor,
+        total: Tensor,
+        eps: float,
+    ) -> Tensor:
+        narrow = torch.promote_types(x.dtype, torch.float32)
+        stats = (mean_C.to(narrow), var_C.to(narrow), weight.to(narrow), bias.to(narrow))
+        ctx.save_for_backward(x, weight, valid, mean_C, (var_C + eps).rsqrt(), total)
+        out = F.batch_norm(x, *stats, False, 0.0, eps)
+        return out if valid is None else out.masked_fill(~valid, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, valid, mean_C, inverse_C, total = ctx.saved_tensors
+        if valid is not None:
+            grad = grad.masked_fill(~valid, 0.0)
+        dims = _all_but_channels(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        unit = (x - _per_channel(mean_C, x, wide)) * _per_channel(inverse_C, x, wide)
+        if valid is not None:
+            unit = unit.masked_fill(~valid, 0.0)
+        grad_bias = grad.sum(dims, dtype=torch.float64)
+        grad_weight = (grad * unit).sum(dims, dtype=torch.float64)
+        shares = sum_over_ranks(torch.stack([grad_bias, grad_weight])) / total.clamp(min=1)
+        out = grad - _per_channel(shares[0], x, wide)
+        out = out - unit.mul_(_per_channel(shares[1], x, wide))
+        out = out.mul_(_per_channel(inverse_C * weight, x, wide))
+        if valid is not None:
+            out = out.masked_fill_(~valid, 0.0)
+        return (out.to(x.dtype), grad_weight.to(weight), grad_bias.to(weight), *[None] * 5)
+
+
+def _map_moments(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 mean (C,), variance (C,) and count (1,) over the valid places on all ranks."""
+    dims, places = _all_but_channels(x), x.numel() // x.shape[1]
+    count = x.new_full((1,), places, dtype=torch.float64)
+    if valid is not None:
+        count = valid.sum().double()[None] * (places // valid.numel())
+        x = x.masked_fill(~valid, 0.0)
+    mean_C = x.sum(dims, dtype=torch.float64) / count.clamp(min=1)
+    centred = x - _per_channel(mean_C, x, torch.promote_types(x.dtype, torch.float32))
+    if valid is not None:
+        centred = centred.masked_fill_(~valid, 0.0)
+    return merged_moments(mean_C, centred.square_().sum(dims, dtype=torch.float64), count)
+
+
+def _all_but_channels(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
+
+
+def _per_channel(values_C: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return values_C.to(dtype).reshape(-1, *[1] * (x.ndim - 2))
+
+
+class HalvingPool(Masked, nn.Module):
+    """3-wide max-pooling with stride 2 along all axes that never sees behind an item's end."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.pool = (nn.MaxPool2d, nn.MaxPool3d)[axes - 2](3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, C, *axes) to half of every axis, rounded up; zero behind an end."""
+        before = self.mask(x)
+        if before is None:
+            pooled: Tensor = self.pool(x)
+            return pooled
+        pooled = self.pool(x.masked_fill(~before, torch.finfo(x.dtype).min))
+        after = self.mask(pooled)
+        assert after is not None
+        return pooled.masked_fill(~after, 0.0)
 
 
 class ConvNet(nn.Module):
-    """Base of the encoders: token grids from feature maps, and their arithmetic."""
+    """Base of the encoders: token grids from feature maps, and their arithmetic.
+
+    frame_wise: frames are read one by one, so that they are folded into the batch.
+    """
 
     width: int
     stack: Stack
     features: nn.Module
+    frame_wise = True
 
     @property
     def strides(self) -> Grid:
@@ -74,6 +184,10 @@ class ConvNet(nn.Module):
     def fields(self) -> tuple[Field, ...]:
         """Stride, receptive field and first centre along both axes of a map."""
         return (stack_field(*self.stack),) * 2
+
+    def time_field(self) -> Field:
+        """How tokens see the frames of a video."""
+        return Field(1, 1, 0.0)
 
     def grid(self, shape: Sequence[int]) -> Grid:
         """Token grid of a spectrogram (T, F) or of frames (T, H, W).
@@ -102,21 +216,61 @@ class ConvNet(nn.Module):
         """
         grid, items = self.grid(x.shape[2:]), x.shape[0]
         x = zero_behind(x.to(next(self.parameters()).dtype), lengths_P)
-        if x.ndim == 5:
-            if valid_P is not None:
-                valid_P = valid_P.repeat_interleave(x.shape[2])
+        frames = 1
+        if x.ndim == 5 and self.frame_wise:
+            frames = x.shape[2]
+            steps = step_mask(x, lengths_P, valid_P)
+            valid: Valid | None = None if steps is None else steps.flatten()
             x = x.transpose(1, 2).flatten(0, 1)
-        maps = self._features(x.contiguous(memory_format=torch.channels_last), valid_P)
+        else:
+            valid = self._valid(x, lengths_P, valid_P)
+        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        maps = self._features(x.contiguous(memory_format=layout), valid, frames)
         return maps.movedim(1, -1).reshape(items, prod(grid), self.width), grid
 
-    def _features(self, x: Tensor, valid_P: Tensor | None) -> Tensor:
-        norms = [m for m in self.features.modules() if isinstance(m, MapBatchNorm)]
-        for norm in norms:
-            norm.valid = valid_P
+    def _valid(self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Valid | None:
+        """What the parts are told about padding of a map that is not folded."""
+        return valid_P
+
+    def _features(self, x: Tensor, valid: Valid | None, frames: int) -> Tensor:
+        masked = [m for m in self.features.modules() if isinstance(m, Masked)]
+        for part in masked:
+            part.valid = valid
         maps: Tensor = self.features(x)
-        for norm in norms:
-            norm.valid = None
+        for part in masked:
+            part.valid = None
         return maps
+
+
+def step_mask(x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Tensor | None:
+    """(P, T) bool: which steps of a (P, C, T, ...) map exist; None if all do."""
+    if lengths_P is None:
+        return None if valid_P is None else valid_P[:, None].expand(-1, x.shape[2])
+    steps = torch.arange(x.shape[2], device=x.device) < lengths_P[:, None]
+    return steps if valid_P is None else steps & valid_P[:, None]
+
+
+def halved_masks(
+    x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None
+) -> dict[int, Tensor] | None:
+    """`step_mask` of a map and of all maps that layers of stride 2 make of it, by their steps.
+
+    A layer of stride 2 makes ceil(n / 2) of n steps, of an item's valid ones as of all.
+    """
+    mask = step_mask(x, lengths_P, valid_P)
+    if mask is None:
+        return None
+    masks = {mask.shape[1]: mask}
+    while mask.shape[1] > 1:
+        mask = mask[:, ::2]  # step t of the half stands on step 2t
+        masks[mask.shape[1]] = mask
+    return masks
+
+
+def _like_map(valid: Tensor, x: Tensor) -> Tensor:
+    """(P,) or (P, T) as (P, 1, T, 1 ...), which broadcasts over a (P, C, *axes) map."""
+    rest = (1,) * (x.ndim - 1 - valid.ndim)
+    return valid.reshape(valid.shape[0], 1, *valid.shape[1:], *rest)
 
 
 class ConvAV8(ConvNet):
@@ -169,7 +323,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     return [conv, MapBatchNorm(outputs), nn.ReLU(inplace=True)]
 
 
-def he_normal(conv: nn.Conv2d) -> nn.Conv2d:
+def he_normal(conv: Conv) -> Conv:
     """The convolution with weights drawn as torchvision's ResNets draw them (He et al. 2015)."""
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

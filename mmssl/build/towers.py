@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmssl.backbones import NETWORKS
-from mmssl.backbones.causal import CausalConvs, Trunk
+from mmssl.backbones.causal import CausalConvs, Pointwise, Trunk
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
@@ -39,8 +39,10 @@ from mmssl.specs import (
     NearestSpec,
     Number,
     PatchSpec,
+    PointwiseSpec,
     QuantizerSpec,
     RunSpec,
+    S3DGSpec,
     SpectrumSpec,
     StemSpec,
     SummedSpec,
@@ -133,6 +135,8 @@ def make_tower(
     if isinstance(spec.backbone, ConvSpec):
         if signal is None:
             raise UserError(f"towers.{name}.backbone: {spec.backbone.kind} cannot read text")
+        if isinstance(spec.backbone, S3DGSpec) and spec.modality != "video":
+            raise UserError(f"towers.{name}.backbone: s3dg reads video, not {spec.modality}")
         options = spec.backbone.model_dump(exclude={"kind"})
         network = NETWORKS[spec.backbone.kind](channels(spec), **options)
         return ConvTower(spec.modality, signal, network)
@@ -167,6 +171,8 @@ def make_tower(
 def _backbone(name: str, spec: TowerSpec, run: RunSpec, shared: Transformer | None) -> Trunk:
     if isinstance(spec.backbone, CausalConvSpec):
         return CausalConvs(**spec.backbone.model_dump(exclude={"kind"}))
+    if isinstance(spec.backbone, PointwiseSpec):
+        return Pointwise(spec.backbone.width)
     if isinstance(spec.backbone, TransformerSpec):
         front = len(spec.globals) + spec.registers
         checkpointing = run.train.checkpoint_activations

@@ -23,6 +23,8 @@ from mmssl.specs.networks import (
     ConvSpec,
     EfficientNetSpec,
     ResNet18Spec,
+    ResNetSpec,
+    S3DGSpec,
     SpeechConvSpec,
     VGG16Spec,
 )
@@ -82,6 +84,7 @@ from mmssl.specs.towers import (
     JointSpec,
     KaldiSpec,
     PatchSpec,
+    PointwiseSpec,
     PositionSpec,
     SpectrumSpec,
     StemSpec,

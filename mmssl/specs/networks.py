@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -61,4 +61,37 @@ class SpeechConvSpec(Spec):
         return self
 
 
-ConvSpec = ConvAV8Spec | EfficientNetSpec | ResNet18Spec | VGG16Spec | SpeechConvSpec
+class ResNetSpec(Spec):
+    """Pre-activation ResNet-50; with `shift` on videos TSM-ResNet50 (MMV).
+
+    The fields are explained at `mmssl.backbones.resnet.ResNetV2`.
+    """
+
+    kind: Literal["resnet_v2"]
+    channels: int = Field(64, gt=0)
+    blocks: list[Annotated[int, Field(gt=0)]] = Field([3, 4, 6, 3], min_length=4, max_length=4)
+    shift: float = Field(0.0, ge=0, le=0.5)
+
+
+class S3DGSpec(Spec):
+    """Gated separable 3D Inception on videos (MIL-NCE, MMV).
+
+    The fields are explained at `mmssl.backbones.s3d.S3DG`.
+    """
+
+    kind: Literal["s3dg"]
+    channels: int = Field(64, gt=0, multiple_of=8)
+    first_frames: Literal[1, 3, 5, 7] = 7
+    gating: bool = True
+    deflated: bool = False
+
+
+ConvSpec = (
+    ConvAV8Spec
+    | EfficientNetSpec
+    | ResNet18Spec
+    | VGG16Spec
+    | SpeechConvSpec
+    | ResNetSpec
+    | S3DGSpec
+)

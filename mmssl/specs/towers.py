@@ -306,9 +306,18 @@ class CausalConvSpec(Spec):
         return len(self.kernels)
 
 
+class PointwiseSpec(Spec):
+    """No backbone: every token is the ReLU of what the cut makes of it (words in MIL-NCE, MMV)."""
+
+    kind: Literal["relu"]
+    width: int = Field(2048, gt=0)
+
+
 BackboneSpec = (
     Literal["shared"]
-    | Annotated[TransformerSpec | CausalConvSpec | ConvSpec, Field(discriminator="kind")]
+    | Annotated[
+        TransformerSpec | CausalConvSpec | PointwiseSpec | ConvSpec, Field(discriminator="kind")
+    ]
 )
 
 

@@ -93,6 +93,42 @@ def test_map_batch_norm_equals_torch_and_the_masked_one():
     assert isinstance(ours, MaskedSyncBatchNorm)
 
 
+@pytest.mark.parametrize("axes", [(5, 6), (4, 3, 2)])
+def test_masked_norms_gradients_are_those_of_torchs_on_the_valid_places(axes):
+    norm, reference = MapBatchNorm(4).double(), torch.nn.BatchNorm1d(4).double()
+    x = torch.randn(3, 4, *axes, dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(axes[0]) < torch.tensor([axes[0], 0, 2])[:, None]
+    norm.valid = {axes[0]: valid}
+    out = norm(x)
+    seen = x.movedim(1, -1)[valid]
+    expected = reference(seen.reshape(-1, 4)).reshape(seen.shape)
+    kept = out.movedim(1, -1)
+    torch.testing.assert_close(kept[valid], expected)
+    assert float(kept[~valid].abs().max()) == 0.0
+    weights = torch.randn_like(out)
+    got = torch.autograd.grad((out * weights).sum(), [x, *norm.parameters()], retain_graph=True)
+    loss = (expected * weights.movedim(1, -1)[valid]).sum()
+    for a, b in zip(got, torch.autograd.grad(loss, [x, *reference.parameters()]), strict=True):
+        torch.testing.assert_close(a, b)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name), getattr(reference, name))
+
+
+def test_a_bf16_model_keeps_the_norms_statistics_and_gradients_in_fp32():
+    norm = MapBatchNorm(4).to(torch.bfloat16)
+    x = torch.randn(2, 4, 5, 6).bfloat16().requires_grad_()
+    out = norm(x, torch.tensor([True, False]))
+    out.square().sum().backward()
+    assert (out.dtype, x.grad.dtype, norm.running_mean.dtype) == (
+        torch.bfloat16, torch.bfloat16, torch.float32,
+    )  # fmt: skip
+    twin = MapBatchNorm(4)
+    exact = x.detach().float().requires_grad_()
+    twin(exact, torch.tensor([True, False])).square().sum().backward()
+    torch.testing.assert_close(norm.running_var, twin.running_var)
+    torch.testing.assert_close(norm.bias.grad.float(), twin.bias.grad, atol=0.3, rtol=0.05)
+
+
 def test_items_that_are_not_finite_leave_running_statistics_alone():
     norm = MapBatchNorm(2)
     norm(torch.randn(2, 2, 3, 3))

@@ -1,0 +1,27 @@
+"""Batch norms of convolutional towers cover all ranks: two compute what one computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conv_ranks
+import pytest
+import torch
+from launching import TEST_LIMIT_S, checked
+
+pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    checked([Path(conv_ranks.__file__), tmp_path / "out.pt"], processes=2)
+    ours = torch.load(tmp_path / "out.pt", weights_only=True)
+    reference = conv_ranks.run()
+    assert set(ours) == set(reference)
+    for network, expected in reference.items():
+        assert set(ours[network]) == set(expected)
+        largest = max(float(v.abs().max()) for n, v in expected.items() if n.endswith("weight"))
+        assert largest > 0
+        for name, value in expected.items():
+            error = float((ours[network][name] - value).abs().max())
+            floor = 1e-6 * largest
+            assert error <= 1e-8 * max(float(value.abs().max()), floor), (network, name)
