@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 from pathlib import Path
 
-import sentencepiece  # noqa: F401  (the tokenizer's library; fails early where it is missing)
 import torch
 from small_methods import small
 from tiny_run import recipe, tiny_spec
 
 from data_tools.train_tokenizer import _train
-from mmssl import config
 from mmssl.build import build_model
 from mmssl.data.text import Tokenizer
 from mmssl.embed.model import EmbeddingModel
@@ -30,16 +27,14 @@ def tokenizer() -> Tokenizer:
 
 def spec_of(name: str) -> RunSpec:
     """`tiny` is the flagship's wiring; the others are published methods."""
-    if name == "tiny":
-        return tiny_spec(**recipe())
-    return config.load(name) if name.endswith("_tiny") else small(name)
+    return tiny_spec(**recipe()) if name == "tiny" else small(name)
 
 
-def embedding(name: str) -> EmbeddingModel:
+def embedding(name: str, spec: RunSpec | None = None) -> EmbeddingModel:
     """The interface of a run with seeded weights."""
     torch.manual_seed(0)
     words = tokenizer()
-    model = build_model(spec_of(name), words.vocab_size, words.special, words.begins)
+    model = build_model(spec or spec_of(name), words.vocab_size, words.special, words.begins)
     for part in model.modules():  # batch norms as after training, not the identity
         if isinstance(getattr(part, "running_mean", None), torch.Tensor):
             part.running_mean.normal_(0, 0.3)
@@ -55,9 +50,3 @@ def run_folder(path: Path, name: str = "tiny") -> EmbeddingModel:
     if made.tokenizer is not None:
         (path / "tokenizer.model").write_bytes(made.tokenizer.model)
     return made
-
-
-def copy_as(source: Path, *targets: Path) -> None:
-    """The same file under other names."""
-    for target in targets:
-        shutil.copyfile(source, target)

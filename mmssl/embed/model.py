@@ -335,6 +335,7 @@ class EmbeddingModel:
         cutter = Cutter(
             {name: self._spaces.views[name].model_copy(update=cut) for name in views},
             self.tokenizer,
+            self._spaces.loose,
             hop_s or 0.0,
         )
         jobs = (partial(cutter.pieces, i, row) for i, row in enumerate(rows))

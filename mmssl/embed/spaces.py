@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from mmssl.eval.embed import encoded_once
 from mmssl.heads.embed import pool
 from mmssl.model import Model, Space
-from mmssl.specs import SegmentsSpec, ViewSpec
+from mmssl.specs import (
+    CausalConvSpec,
+    PositionSpec,
+    SegmentsSpec,
+    TowerSpec,
+    TransformerSpec,
+    ViewSpec,
+)
 from mmssl.types import MODALITIES, Batch, UserError
 
 TOWERS = "towers."  # spaces of single towers: the mean of a tower's valid tokens
@@ -39,6 +46,19 @@ class Spaces:
         }
         for name, view in self.views.items():
             self.view_of.setdefault((view.modality, TOWERS + view.tower_name), name)
+
+    @property
+    def loose(self) -> set[str]:
+        """Views of sound whose towers know no length: padding tells them nothing and costs time.
+
+        Learned positions stretch with the padded grid, and must have it as in training.
+        """
+        towers = self.model.spec.towers
+        return {
+            name
+            for name, view in self.views.items()
+            if view.modality == "audio" and _knows_no_length(towers[view.tower_name])
+        }
 
     @property
     def table(self) -> dict[str, tuple[str, ...]]:
@@ -93,6 +113,12 @@ class Spaces:
                     found[space] = pool(self.model.passes(batch).tokens(view), "mean")
         unit = {s: F.normalize(z_BD, dim=-1) if normalize else z_BD for s, z_BD in found.items()}
         return {space: z_BD.float() for space, z_BD in unit.items()}
+
+
+def _knows_no_length(tower: TowerSpec) -> bool:
+    learned = isinstance(tower.positions, PositionSpec) and tower.positions.kind == "learned"
+    sequence = isinstance(tower.backbone, TransformerSpec | CausalConvSpec)
+    return (sequence or tower.backbone == "shared") and not learned
 
 
 def _reading(view: ViewSpec) -> ViewSpec:

@@ -6,7 +6,7 @@ Letters in shapes: T frames, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ from mmssl.views import clip as cutting
 from mmssl.views.plan import Cut, passes
 
 OPEN_WINDOW_S = 10.0  # window of views that take whole clips
-_STEP_S = 1.0  # their padded lengths are whole multiples of it, so that windows share batches
+_STEP_S = 1.0  # short ones are padded to a multiple of it, so that they share batches
 _AT_ONCE = 16  # windows of one decoding pass
 
 
@@ -54,11 +54,13 @@ def window_starts(duration_s: float, window_s: float, hop_s: float = 0.0) -> lis
 class Cutter:
     """Turns rows into pieces.
 
-    views: those that are wanted, by name; hop_s: 0 = as long as each view's window.
+    views: those that are wanted, by name. loose: of these, whose windows need no padding to their
+    full length. hop_s: 0 = as long as each view's window.
     """
 
     views: Mapping[str, ViewSpec]
     tokenizer: Tokenizer | None
+    loose: Collection[str] = ()
     hop_s: float = 0.0
 
     def pieces(self, item: int, row: Row) -> Iterator[Piece]:
@@ -102,7 +104,7 @@ class Cutter:
                 assert view is not None  # the reader has the modality
                 data = replace(view, start_s=0.0)
                 name = some[int(key)].name
-                padded_s = _padded_s(cut)
+                padded_s = self._padded_s(name, cut)
                 yield Piece(item, name, cut.start_s, cut.end_s, padded_s, data)
 
     def _planned(self, duration_s: float, wanted: frozenset[str]) -> list[Cut]:
@@ -116,10 +118,12 @@ class Cutter:
                     cuts.append(Cut(name, spec, start_s, end_s, seed=0))
         return sorted(cuts, key=lambda cut: cut.start_s)
 
-
-def _padded_s(cut: Cut) -> float:
-    """A length that the window alone decides, or its vector would depend on its neighbours'."""
-    return cut.spec.crop_s or math.ceil((cut.end_s - cut.start_s) / _STEP_S) * _STEP_S
+    def _padded_s(self, name: str, cut: Cut) -> float:
+        """A length that the window alone decides, or its vector would depend on its neighbours'."""
+        needed_s = math.ceil((cut.end_s - cut.start_s) / _STEP_S) * _STEP_S
+        if not cut.spec.crop_s:
+            return needed_s
+        return min(cut.spec.crop_s, needed_s) if name in self.loose else cut.spec.crop_s
 
 
 def joined(

@@ -43,7 +43,7 @@ from mmssl.types import MODALITIES, Batch, UserError, ViewBatch
 
 
 class MmsslConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """run: YAML of the resolved run without its data. vocabulary: ids of the tokenizer, if there is one."""
+    """run: YAML of the resolved run without its data. vocabulary: what ids the tokenizer has."""
 
     model_type = whole.MODEL_TYPE
 
@@ -194,7 +194,7 @@ class MmsslProcessor(ProcessorMixin):
                 raise UserError(f"{modality}: is not read; spaces are {self._spaces.told}")
             spec = self._spaces.views[view]
             rows = sources.rows({modality: list(values)})
-            cutter = Cutter({view: spec}, self._words)
+            cutter = Cutter({view: spec}, self._words, self._spaces.loose)
             pieces = [p for i, row in enumerate(rows) for p in cutter.pieces(i, row)]
             longest = {"crop_s": max(p.padded_s for p in pieces)} if modality != "text" else {}
             items = [Item(str(p.item), "", 0, [], {view: [p.data]}) for p in pieces]

@@ -1,7 +1,7 @@
 """A whole model as a folder in the layout of `transformers`, of our own model type.
 
-config.json holds the resolved run (YAML) without its data, model.safetensors all weights under `model.`,
-and tokenizer.model the tokenizer. `transformers` is not needed to write or to read it.
+config.json holds the resolved run (YAML) without its data, model.safetensors all weights under
+`model.`, and tokenizer.model the tokenizer. `transformers` is not needed to write or to read it.
 """
 
 from __future__ import annotations

@@ -4,19 +4,23 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from embed_runs import embedding, run_folder
 from media_files import moving_frames, tone, write_media
+from small_methods import small
 
 import mmssl
-from mmssl.data.collate import collate
+from mmssl.data.collate import Item, collate
 from mmssl.data.encode import SampleEncoder
 from mmssl.data.integrity import seal
+from mmssl.embed import model as model_module
+from mmssl.heads.embed import pool
 from mmssl.specs import DataSpec
-from mmssl.types import Sample, UserError
+from mmssl.types import Sample, UserError, View
 
 METHODS = ["tiny", "audio/cola", "speech/hubert_it1", "avt/mmv_fac"]
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -122,15 +126,41 @@ def test_vectors_are_those_of_evaluation():
         torch.testing.assert_close(ours, vector[0], **CLOSE)
 
 
+def test_short_sounds_are_padded_no_further_than_their_tower_needs():
+    """Evaluation pads to the crop; a tower without learned positions sees no difference."""
+    name = "speech/hubert_it1"
+    model = embedding(name, small(name, "views.x.crop_s=5.0"))
+    wave = noise(1.3)
+    pieces = []
+    with mock.patch.object(model_module, "_batches", side_effect=_recorded(pieces)):
+        vector = model.encode({"audio": (wave, 16000)}, normalize=False)
+    assert [piece.padded_s for piece in pieces] == [2.0]
+    view = View(torch.from_numpy(wave), 16000.0, 0.0, 0)
+    batch = collate([Item("a", "a", 0, [], {"x": [view]})], model.spec.views)
+    assert batch.views["x"].data.shape == (1, 80_000)
+    with torch.inference_mode():
+        theirs = pool(model.model.passes(batch).tokens("x"), "mean")[0]
+    torch.testing.assert_close(vector, theirs, **CLOSE)
+
+
+def _recorded(pieces):
+    batches = model_module._batches
+
+    def record(given, size):
+        for batch in batches(given, size):
+            pieces.extend(batch)
+            yield batch
+
+    return record
+
+
 @pytest.mark.parametrize("rate", [16000, 22050, 48000])
 def test_arrays_and_files_of_any_rate_give_one_vector(tmp_path, rate):
     model = model_of("tiny")
     left, right = noise(1.0, rate, 1), 0.5 * noise(1.0, rate, 2)
     stereo = np.stack([left, right])
     path = tmp_path / "sound.wav"
-    path.write_bytes(
-        write_media(None, stereo, container="wav", rate=rate, audio_codec="pcm_f32le")
-    )
+    path.write_bytes(write_media(None, stereo, container="wav", rate=rate, audio_codec="pcm_f32le"))
     given = [path, str(path), path.read_bytes(), (stereo, rate), ((left + right) / 2, rate)]
     given += [(torch.from_numpy(stereo), rate), {"array": stereo, "sampling_rate": rate}]
     vectors = model.encode({"audio": given})
@@ -168,8 +198,8 @@ def test_windows_reach_the_end_and_the_vector_is_their_mean(hop, starts):
         alone = model.encode({"audio": (wave[first : first + 16000], 16000)}, space="avt")
         torch.testing.assert_close(window.vectors["avt"], alone, **CLOSE)
     stack = torch.stack([w.vectors["avt"] for w in windows])
-    for pool, pooled in (("mean", stack.mean(0)), ("max", stack.amax(0))):
-        vector = model.encode({"audio": (wave, 16000)}, hop_s=hop, space="avt", pool=pool)
+    for how, pooled in (("mean", stack.mean(0)), ("max", stack.amax(0))):
+        vector = model.encode({"audio": (wave, 16000)}, hop_s=hop, space="avt", pool=how)
         torch.testing.assert_close(vector, pooled / pooled.norm(), **CLOSE)
 
 

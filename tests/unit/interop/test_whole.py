@@ -77,7 +77,9 @@ def test_automodel_gives_the_same_vectors(exported, tmp_path):
         loaded = mmssl.load(folder)
         assert loaded.hash == made.hash
         torch.testing.assert_close(loaded.encode(["a dog"]), made.encode(["a dog"]), **CLOSE)
-        assert not [p for p in folder.iterdir() if p.suffix not in (".json", ".safetensors", ".model")]
+        assert not [
+            p for p in folder.iterdir() if p.suffix not in (".json", ".safetensors", ".model")
+        ]
 
 
 def test_the_folder_tells_nothing_of_the_machine(exported):
@@ -100,7 +102,7 @@ def test_automodel_refuses_what_it_lacks(exported):
 
 
 def test_damaged_folders_are_explained(exported, tmp_path):
-    made, root = exported
+    _, root = exported
     folder = tmp_path / "folder"
     export_run(root / "run", folder, ExportSpec(format="mmssl"))
     config = json.loads((folder / "config.json").read_text())
@@ -111,7 +113,7 @@ def test_damaged_folders_are_explained(exported, tmp_path):
         mmssl.load(folder)
     config["run"] = sound.replace("dim: 8", "dim: 16")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="weights and config.json differ"):
+    with pytest.raises(UserError, match=r"weights and config\.json differ"):
         mmssl.load(folder)
     with pytest.raises(UserError, match="format=hear takes the whole model"):
         export_run(root / "run", tmp_path / "x", ExportSpec(format="hear", tower="audio"))
