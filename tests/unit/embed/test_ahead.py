@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from mmssl.embed.ahead import in_order
 
@@ -30,9 +31,22 @@ def test_jobs_run_ahead_but_not_without_bound():
     log = []
     read = in_order((job(n, log) for n in range(100)), 2, jobs_ahead=3, depth=8)
     next(read)
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while len(log) < 3 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
     assert 3 * 3 <= len(log) <= 3 * 7
     read.close()
+
+
+def test_the_readers_own_threads_stay_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(in_order([job(n) for n in range(4)], 2, 2, 2))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_full_queues_wait():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from embed_runs import embedding, run_folder
 from media_files import moving_frames, tone, write_media
+from PIL import Image
 from small_methods import small
 
 import mmssl
@@ -18,6 +20,8 @@ from mmssl.data.collate import Item, collate
 from mmssl.data.encode import SampleEncoder
 from mmssl.data.integrity import seal
 from mmssl.embed import model as model_module
+from mmssl.embed.sources import Row
+from mmssl.embed.windows import Cutter
 from mmssl.heads.embed import pool
 from mmssl.specs import DataSpec
 from mmssl.types import Sample, UserError, View
@@ -181,6 +185,14 @@ def test_frames_of_a_file_and_of_an_array_give_one_vector():
     )
     vectors = model.encode({"video": [file, (frames, 10), {"frames": frames, "fps": 10.0}]})
     torch.testing.assert_close(vectors, vectors[:1].expand_as(vectors), **CLOSE)
+
+
+def test_a_picture_is_a_film_of_one_frame(tmp_path):
+    model = model_of("tiny")
+    picture = moving_frames(1, 40, 60)
+    Image.fromarray(picture[0]).save(tmp_path / "frame.png")
+    ours, array = model.encode({"video": [tmp_path / "frame.png", (picture, 25)]})
+    torch.testing.assert_close(ours, array, **CLOSE)
 
 
 # ---------------------------------------------------------------- windows
@@ -382,3 +394,18 @@ def test_frames_are_of_one_medium():
         model.encode_frames({"video": SILENT}, tower="x")
     with pytest.raises(UserError, match="no tower 'x' reads sound; these do: audio"):
         model.audio_view("x")
+
+
+def test_a_model_of_ids_from_a_side_car_reads_no_media():
+    model = embedding("speech/vq_wav2vec_bert")
+    assert model.spaces == {}
+    assert model.modalities == ()
+    with pytest.raises(UserError, match="reads neither sound nor pictures nor text"):
+        model.encode({"audio": (noise(1.0), 16000)})
+
+
+def test_a_stream_without_duration_is_refused():
+    cutter = Cutter(model_of("tiny").spec.views, None)
+    reader = SimpleNamespace(duration_s=0.0, has={"audio"})
+    with pytest.raises(UserError, match="item 3: is empty"):
+        next(cutter._windows(3, Row("item 3", {}), reader, frozenset({"audio"})))

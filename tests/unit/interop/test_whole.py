@@ -20,6 +20,7 @@ import mmssl
 from mmssl import cli
 from mmssl.interop import hear, s3prl
 from mmssl.interop.exports import ExportSpec, export_run
+from mmssl.interop.frames import SoundFrames
 from mmssl.interop.mteb import MtebEncoder
 from mmssl.types import UserError
 
@@ -194,6 +195,14 @@ def test_a_model_without_sound_is_no_hear_model(tmp_path):
     run_folder(tmp_path / "run", "general/mae")
     with pytest.raises(UserError, match="no tower '' reads sound; these do: none"):
         hear.load_model(tmp_path / "run")
+
+
+def test_one_token_per_second_is_no_frame(monkeypatch):
+    model = model_of("speech/hubert_it1")
+    found = [([torch.zeros(1, 16)], torch.zeros(1))]
+    monkeypatch.setattr(type(model), "encode_layers", lambda *_, **__: found)
+    with pytest.raises(UserError, match="its tokens are too long for frames"):
+        SoundFrames(model)
 
 
 # ---------------------------------------------------------------- s3prl
