@@ -13,6 +13,7 @@ from toy_triplets import CAUSES, causes, quantised, recall_at_1, train, triplets
 from mmssl import config
 from mmssl.build import build_model, data_shape
 from mmssl.check import SPECIAL, VOCABULARY
+from mmssl.types import UserError
 
 METHODS = ["avt/mmv_s3d", "avt/mmv_tsm50", "avt/mmv_shared", "avt/mmv_disjoint"]
 
@@ -286,3 +287,9 @@ def test_a_key_makes_the_trained_network_read_single_frames(name, key):
 def test_an_untrained_model_is_near_chance():
     got = values(small_model(small("avt/mmv_tsm50")).eval(), full_batch(small("avt/mmv_tsm50"), 6))
     assert all(value == pytest.approx(math.log(12), abs=1.0) for value in got.values())
+
+
+def test_a_video_network_refuses_sound():
+    spec = small("avt/mmv_s3d", "towers.audio.backbone={kind: s3dg, blocks: null}")
+    with pytest.raises(UserError, match=r"towers\.audio\.backbone: s3dg reads video, not audio"):
+        small_model(spec)
