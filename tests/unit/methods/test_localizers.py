@@ -387,10 +387,10 @@ def test_avol_net_points_at_what_sounds_and_moves_with_the_sound():
     """Peak in the tone's quadrant, moves with the tone, and low where nothing sounds: 90 %."""
     model = small_model(small("av/avol_net", *SMALL_NETWORKS))
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(200):
+    for step in range(300):
         for group in optimiser.param_groups:
-            group["lr"] = 3e-3 * (1 - step / 200)
-        loss, _ = model.train()(scene(128, 100 + step)[0], step, 200)
+            group["lr"] = 3e-3 * (1 - step / 300)
+        loss, _ = model.train()(scene(128, 100 + step)[0], step, 300)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
