@@ -24,6 +24,7 @@ from faults import (
     not_finite,
     preemptions,
     report,
+    resumes,
     shards,
     trust,
 )
@@ -32,6 +33,7 @@ from faults import (
 SUITES: dict[str, tuple[report.Suite, int]] = {
     "kills": (kills.run, 300),
     "mutilations": (mutilations.run, 42),
+    "resumes": (resumes.run, 200),
     "not_finite": (not_finite.run, 40),
     "hangs": (hangs.run, 25),
     "preemptions": (preemptions.run, 50),
