@@ -251,9 +251,15 @@ def run(
     def make_model() -> nn.Module:
         if whole_model:
             return build_model(spec, VOCABULARY, SPECIAL)
-        return ToyModel(dropout, poison)
+        model = ToyModel(dropout, poison)
+        model.still.data.fill_(7.0)  # what is frozen comes from where the run starts, too
+        return model
 
-    parts = Parts(make_model, lambda layout: loader, evaluate)
+    def load_start(model: nn.Module) -> None:
+        if isinstance(model, ToyModel):
+            model.still.data.fill_(1.0)
+
+    parts = Parts(make_model, lambda layout: loader, evaluate, load_start)
     try:
         return fit(spec, parts, path, device, again)
     except InterruptedError:
