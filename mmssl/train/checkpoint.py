@@ -258,6 +258,8 @@ def _restore_untrained(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             piece(parameter).copy_(cut(parameter, whole[name]))
+            if parameter.shape == whole[name].shape:  # gathered, at ZeRO-3
+                parameter.copy_(whole[name])
 
 
 def _restore_average(average: Average, model: nn.Module, folder: Path) -> None:
