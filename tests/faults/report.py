@@ -38,7 +38,11 @@ def collect(guarantee: str, cases: Iterable[Case]) -> list[Outcome]:
     for what, held, *took in cases:
         now = time.perf_counter()
         row = found.setdefault(what, [0, 0, 0.0])
-        row[0], row[1], row[2] = row[0] + 1, row[1] + (not held), row[2] + sum(took or [now - began])
+        row[0], row[1], row[2] = (
+            row[0] + 1,
+            row[1] + (not held),
+            row[2] + sum(took or [now - began]),
+        )
         began = now
     return [
         Outcome(guarantee, what, int(injected), int(lost), not lost, round(seconds, 2))
