@@ -30,7 +30,7 @@ from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.data.text import Tokenizer
 from mmssl.model import Model
 from mmssl.specs import RunSpec
-from mmssl.train.flops import flop_counter
+from mmssl.train.flops import FlopCounter
 
 # From these a straight line goes to larger batches. Tasks that read a random share of the rows bend
 # it by a few percent; the farther apart, the less.
@@ -105,12 +105,9 @@ def trace(spec: RunSpec, rows: int, real: bool = False, fused: bool = True) -> T
         real: on numbers instead of fake tensors.
         fused: attention as on a GPU, where dropout does not keep it from the fused kernel.
     """
-    counter = flop_counter()
-    with counter:
-        _step(spec, rows, real, fused)
-    # apart, as the counter's hooks keep recomputed activations alive
-    ledger = _step(spec, rows, real, fused)
-    return Trace(float(counter.get_total_flops()), float(ledger.kept), float(ledger.peak))
+    with FlopCounter() as counter:
+        ledger = _step(spec, rows, real, fused)
+    return Trace(counter.total, float(ledger.kept), float(ledger.peak))
 
 
 def _step(spec: RunSpec, rows: int, real: bool, fused: bool) -> Ledger:

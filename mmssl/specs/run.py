@@ -87,7 +87,8 @@ class TrainSpec(Spec):
     # steps in a row that are skipped for a loss or gradient that is not finite, before the run goes
     # back to its last checkpoint (with other data); the second time it stops
     bad_steps: int = Field(10, gt=0)
-    # a rank that is so long at one step, evaluation or checkpoint ends; 0 = never
+    # a rank ends that is so long at one step, evaluation or checkpoint, or at building the model or
+    # at finding, fetching, converting and restoring a checkpoint on the way there; 0 = never
     hang_s: float = Field(1800.0, ge=0)
     threads: int = Field(0, ge=0)  # torch threads per rank on CPU; 0 = torch's default
 

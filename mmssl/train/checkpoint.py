@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mmssl import dist
 from mmssl.files import sha256
+from mmssl.partition import cut, piece
 from mmssl.rng import seed_of
 from mmssl.train.commit import (
     MANIFEST,
@@ -189,6 +190,7 @@ def restore(job: Job, folder: Path, data: bool = True) -> None:
             job.loader.restore(state["loader"])
         set_random_state(state["random"])
     else:
+        _restore_untrained(job.engine.model, folder)
         states = [load_plain(folder / _rank_file(rank)) for rank in range(ranks)]
         if data:
             job.loader.redistribute([state["loader"] for state in states])
@@ -244,6 +246,20 @@ def _check_fit(job: Job, folder: Path, manifest: Mapping[str, Any]) -> None:
             f"`{odd[0]}` (saved {theirs.get(odd[0])}, now {ours.get(odd[0])}); resume without "
             "overrides of `towers`, `tasks`, `views` and `shared`, or start a new run with `init`"
         )
+
+
+@torch.no_grad()
+def _restore_untrained(model: nn.Module, folder: Path) -> None:
+    """Buffers and frozen parameters, which are no part of DeepSpeed's universal checkpoint."""
+    whole = load_file(folder / WEIGHTS)
+    for name, buffer in model.named_buffers():
+        if name in whole:  # the others are not saved
+            buffer.copy_(whole[name])
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            piece(parameter).copy_(cut(parameter, whole[name]))
+            if parameter.shape == whole[name].shape:  # gathered, at ZeRO-3
+                parameter.copy_(whole[name])
 
 
 def _restore_average(average: Average, model: nn.Module, folder: Path) -> None:

@@ -255,7 +255,7 @@ class Engine:
         """Read what `save` wrote: weights, optimiser state, counters; every rank calls it.
 
         Shards of another number of `ranks` are first put together in a folder beside, which is
-        removed again.
+        removed again; buffers and frozen parameters are not in them.
 
         Raises:
             UserError: a file could run code.
@@ -268,11 +268,19 @@ class Engine:
         settings = self._engine._config
         on_rank0(lambda: _put_together(folder, whole))
         settings.load_universal_checkpoint = True
+        optimizer = self._engine.optimizer
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         try:
             with plain_loads(_allowed()), quiet():
                 self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
         finally:
             settings.load_universal_checkpoint = False
+        # ZeRO-3 gives all groups the settings of the first, and all states one tensor to count in
+        for group, ours in zip(optimizer.param_groups, groups, strict=True):
+            group |= ours
+        for state in getattr(optimizer, "optimizer", optimizer).state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
         dist.barrier()
         if dist.rank() == 0:
             shutil.rmtree(whole)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
-    FlopCounterMode,
+    flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
+    shape_wrapper,
 )
 
 
@@ -34,26 +37,41 @@ GPUS = {
 _ATEN = torch.ops.aten
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts matrix products, convolutions and attention, that on a CPU too."""
+def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
-    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-        return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
-    def backward(
-        grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
-    ) -> int:
-        count = sdpa_backward_flop_count(grad, q, k, v)  # type: ignore[no-untyped-call]
-        return int(count)
+def _attention_backward(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
-    # The counter takes composite operations apart, which rounds otherwise: a resumed run, which
-    # counts at another step than the uninterrupted one, would not be equal to it. These stay whole.
-    known = {
-        _ATEN.silu_backward.default: lambda *_, **__: 0,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu: attention,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=known)
+
+_COUNTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+}
+
+
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts matrix products, convolutions and attention inside, by torch's formulas.
+
+    Operations run as they are and nothing is held: torch's own counter takes composite ones apart,
+    which rounds otherwise, and its hooks keep recomputed activations alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := _COUNTS.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -19,7 +19,8 @@ from torch import Tensor
 from mmssl import dist
 from mmssl.data.integrity import REASONS
 from mmssl.specs import TrainSpec
-from mmssl.train.flops import flop_counter, peak_flops
+from mmssl.train.commit import on_rank0
+from mmssl.train.flops import FlopCounter, peak_flops
 from mmssl.train.health import Monitor
 from mmssl.train.reference import Reference
 from mmssl.train.sinks import Sinks
@@ -87,19 +88,28 @@ class Meters:
         """Measure the machine's peak, open the logs, start the clock.
 
         `step` steps of the run are done already, which took `earlier_s` seconds. `floors`: of the
-        terms that tell a collapse.
+        terms that tell a collapse. A collective.
+
+        Raises:
+            OSError, UserError: a log or the reference curve cannot be opened; on all ranks.
         """
         self.total, self.log_every, self.device = train.steps, train.log_every, device
         self.monitor = Monitor(floors)
-        self.reference = Reference.load(train.reference) if train.reference else None
         narrow = train.precision == "bf16"
         self.peak = peak_flops(device, torch.bfloat16 if narrow else torch.float32)
         self.flops: float | None = None  # of one micro-batch on this rank
         self.losses, self.window, self.run = Losses(), Rates(), Rates()
-        self.sinks = Sinks(folder, train.steps, step) if dist.rank() == 0 else None
+        self.reference: Reference | None = None
+        self.sinks: Sinks | None = None
+        on_rank0(lambda: self._open(folder, train, step))
         self.earlier_s, self.first = earlier_s, True
         self.clock: Callable[[], float] = time.perf_counter
         self.started = self.began = self.clock()
+
+    def _open(self, folder: Path, train: TrainSpec, step: int) -> None:
+        """What rank 0 alone reads and writes."""
+        self.reference = Reference.load(train.reference) if train.reference else None
+        self.sinks = Sinks(folder, train.steps, step)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -124,9 +134,9 @@ class Meters:
         if self.flops is not None:
             yield
             return
-        with flop_counter() as counter:
+        with FlopCounter() as counter:
             yield
-        self.flops = float(counter.get_total_flops())
+        self.flops = counter.total
 
     def micro_batch(
         self, batch: Batch, tokens: int, loss: Tensor | None, terms: Mapping[str, Term]

@@ -118,27 +118,33 @@ def fit(
 def _fit(
     spec: RunSpec, parts: Parts, folder: Path, device: torch.device, again: bool, stop: StopRequest
 ) -> Progress:
-    found = checkpoint.newest_for_all(folder)
-    if found is None and spec.train.copy_to:
-        here = folder / "checkpoints"
-        on_rank0(lambda: fetch(spec.train.copy_to, here, config.digest(spec)))
+    watch = Watchdog(spec.train.hang_s)
+    with watch.watching():  # each of the steps on the way has the limit
         found = checkpoint.newest_for_all(folder)
-    if again and found is None:
-        raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
-    layout = elastic.layout(spec, dist.world_size(), read_manifest(found) if found else None)
-    loader = parts.make_loader(layout)
+        if found is None and spec.train.copy_to:
+            watch.beat()
+            here = folder / "checkpoints"
+            on_rank0(lambda: fetch(spec.train.copy_to, here, config.digest(spec)))
+            found = checkpoint.newest_for_all(folder)
+        if again and found is None:
+            raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
+        layout = elastic.layout(spec, dist.world_size(), read_manifest(found) if found else None)
+        watch.beat()
+        loader = parts.make_loader(layout)
     try:
-        job = _job(spec, parts, folder, device, stop, loader, layout, fresh=found is None)
-        return _train(spec, parts, job, found, again)
+        with watch.watching():
+            job = _job(spec, parts, folder, device, stop, watch, loader, layout, found is None)
+            if found:
+                watch.beat()
+                checkpoint.restore(job, found)
+                if again:
+                    job.progress.stopped, job.progress.waited = "", 0
+        return _train(spec, parts, job)
     finally:
         loader.close()
 
 
-def _train(spec: RunSpec, parts: Parts, job: Job, found: Path | None, again: bool) -> Progress:
-    if found:
-        checkpoint.restore(job, found)
-        if again:
-            job.progress.stopped, job.progress.waited = "", 0
+def _train(spec: RunSpec, parts: Parts, job: Job) -> Progress:
     on_rank0(lambda: write_text(job.folder / "config.yaml", job.config))
     progress = job.progress
     floors = cast("Trainable", job.engine.model).floors
@@ -273,6 +279,7 @@ def _job(
     folder: Path,
     device: torch.device,
     stop: StopRequest,
+    watch: Watchdog,
     loader: Loader,
     layout: Layout,
     fresh: bool,
@@ -286,7 +293,6 @@ def _job(
     average = Average(model) if spec.optim.ema != 0 else None
     seed_all(seed_of(spec.train.seed, "rank", dist.rank()))
     text, digest = config.dump(spec), config.digest(spec)
-    watch = Watchdog(spec.train.hang_s)
     return Job(folder, text, digest, engine, loader, layout, average, Progress(), stop, watch)
 
 

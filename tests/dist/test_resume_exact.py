@@ -44,6 +44,12 @@ def same(a: Any, b: Any, where: str) -> None:
 
 def compare(whole: Path, resumed: Path, last: int = 6, averaged: bool = True) -> None:
     """Every file of the last checkpoints, and the logged losses."""
+    same_checkpoint(whole, resumed, last, averaged)
+    assert losses(whole) == losses(resumed)
+
+
+def same_checkpoint(whole: Path, resumed: Path, last: int, averaged: bool = True) -> None:
+    """Every file of the checkpoints of step `last`."""
     a, b = (folder / "checkpoints" / f"step-{last:08d}" for folder in (whole, resumed))
     names, others = (
         sorted(p.relative_to(f).as_posix() for p in f.rglob("*.*") if p.suffix in KINDS)
@@ -60,7 +66,6 @@ def compare(whole: Path, resumed: Path, last: int = 6, averaged: bool = True) ->
         else:
             x, y = load_file(a / name), load_file(b / name)
         same(x, y, name)
-    assert losses(whole) == losses(resumed)
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -135,8 +135,9 @@ class ToyModel(nn.Module):
         a_BD = self.head(self.tower(batch.x_BD * bad["input"]).x)
         if bad["gradient"] != 1.0:
             a_BD.register_hook(lambda gradient: gradient * bad["gradient"])
-        b_BD = self.head(self.tower.encode(batch.x_BD.flip(1)).x) * self.still.mean()
-        logits = F.normalize(a_BD, dim=1) @ dist.gather(F.normalize(b_BD, dim=1)).T * self.scale
+        b_BD = self.head(self.tower.encode(batch.x_BD.flip(1)).x)
+        logits = F.normalize(a_BD, dim=1) @ dist.gather(F.normalize(b_BD, dim=1)).T
+        logits = logits * self.scale * self.still.mean()
         where = torch.arange(batch.size, device=logits.device) + dist.rank() * batch.size
         contrast = F.cross_entropy(logits.float(), where, reduction="sum") * bad["loss"]
         pull = (a_BD.float() - self.queue).square().sum()
@@ -251,9 +252,15 @@ def run(
     def make_model() -> nn.Module:
         if whole_model:
             return build_model(spec, VOCABULARY, SPECIAL)
-        return ToyModel(dropout, poison)
+        model = ToyModel(dropout, poison)
+        model.still.data.fill_(7.0)  # what is frozen comes from where the run starts, too
+        return model
 
-    parts = Parts(make_model, lambda layout: loader, evaluate)
+    def load_start(model: nn.Module) -> None:
+        if isinstance(model, ToyModel):
+            model.still.data.fill_(1.0)
+
+    parts = Parts(make_model, lambda layout: loader, evaluate, load_start)
     try:
         return fit(spec, parts, path, device, again)
     except InterruptedError:

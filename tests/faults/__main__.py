@@ -17,6 +17,7 @@ from faults import (
     archives,
     clocks,
     disks,
+    elastics,
     hangs,
     kills,
     media,
@@ -25,6 +26,7 @@ from faults import (
     objects,
     preemptions,
     report,
+    resumes,
     shards,
     trust,
 )
@@ -33,8 +35,10 @@ from faults import (
 SUITES: dict[str, tuple[report.Suite, int]] = {
     "kills": (kills.run, 300),
     "mutilations": (mutilations.run, 42),
+    "resumes": (resumes.run, 200),
+    "elastics": (elastics.run, 12),
     "not_finite": (not_finite.run, 40),
-    "hangs": (hangs.run, 25),
+    "hangs": (hangs.run, 40),
     "preemptions": (preemptions.run, 50),
     "disks": (disks.run, 20),
     "trust": (trust.run, 24),
@@ -54,6 +58,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     failed = 0
+    if odd := [name for name in args.names if name not in SUITES]:
+        parser.error(f"no suite {', '.join(odd)}; there are: {', '.join(SUITES)}")
     for name in args.names or SUITES:
         suite, full = SUITES[name]
         outcomes = suite(args.count or full, args.seed)

@@ -103,33 +103,31 @@ def attempt(disk: Path, rng: random.Random, policy: str, device: Any) -> bool:
 
 def inside(count: int, seed: int) -> None:
     """In a namespace of its own: print the cases."""
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
+
+    def cases() -> Iterator[tuple[str, bool]]:
+        for i in range(count):
+            policy = ("stop", "continue")[i % 2]
+            held = attempt(disk, rng, policy, device)
+            yield f"full disk of 64 MB while saving, on_save_error: {policy}", held
+            shutil.rmtree(disk / "run")
+
     with tempfile.TemporaryDirectory() as name, session(threads=1) as device:
         disk = Path(name)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", name]
         subprocess.run(mount, check=True)
-        for i in range(count):
-            policy = ("stop", "continue")[i % 2]
-            found.append((policy, attempt(disk, rng, policy, device)))
-            shutil.rmtree(disk / "run")
+        found = collect("R10", cases())
         subprocess.run(["umount", name], check=True)
     tell(found)
 
 
 def run(count: int, seed: int) -> list[Outcome]:
     """`count` times a full disk."""
-
-    def cases() -> Iterator[tuple[str, bool]]:
-        command = [*NAMESPACE, sys.executable, __file__, str(count), str(seed)]
-        done = subprocess.run(
-            command, text=True, capture_output=True, check=False, env=settings_of()
-        )
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        for policy, good in heard(done.stdout):
-            yield f"full disk of 64 MB while saving, on_save_error: {policy}", good
-
-    return collect("R10", cases())
+    command = [*NAMESPACE, sys.executable, __file__, str(count), str(seed)]
+    done = subprocess.run(command, text=True, capture_output=True, check=False, env=settings_of())
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return heard(done.stdout)
 
 
 if __name__ == "__main__":

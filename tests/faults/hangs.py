@@ -5,6 +5,7 @@ python hangs.py RUN CASE STAGE      one rank of two
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -21,12 +22,15 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
 from faults.report import Outcome, collect
-from launching import settings_of
+from launching import checked, settings_of
 
-LIMIT_S = 6.0  # train.hang_s
+LIMIT_S = 20.0  # train.hang_s; building takes some of it on a busy machine
 START_S = 120.0  # to import, build and come to the fault, on a busy machine
 ENDS_S = LIMIT_S + 24.0  # from the fault to the end of both ranks
 CASES = ("rank asleep", "rank killed", "storage stalled", "reader asleep", "reader killed")
+STARTS = ("building asleep", "conversion asleep", "restoring asleep")
+CASES += STARTS
+READERS = {"rows": 4, "workers": 2}  # of the process whose run two go on with
 MARK = "fault at"
 
 
@@ -40,13 +44,12 @@ def fault(case: str, where: str) -> None:
 
 
 def rank(folder: str, case: str, stage: int) -> None:
-    """Train the toy; at the third step of rank 1 the fault happens."""
+    """Train the toy; at the start, or at the third step of rank 1, the fault happens."""
     import toy_run
     from torch.utils.data import DataLoader, IterableDataset
 
     from mmssl import dist
-    from mmssl.train import commit
-    from mmssl.train.engine import session
+    from mmssl.train import checkpoint, commit, engine
 
     class Samples(IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[int]:
@@ -78,9 +81,23 @@ def rank(folder: str, case: str, stage: int) -> None:
             write(self, name, make)
 
         commit.Writer.file = stalled  # type: ignore[method-assign]
+    if case in STARTS:
+        place, name, who, where = {
+            STARTS[0]: (toy_run, "ToyModel", 1, "a constructor"),
+            STARTS[1]: (engine, "_put_together", 0, "a conversion"),
+            STARTS[2]: (checkpoint, "load_plain", 1, "a restoration"),
+        }[case]
+        work = getattr(place, name)
+
+        def asleep(*words: Any, **more: Any) -> Any:
+            if dist.rank() == who:
+                fault(case, where)
+            return work(*words, **more)
+
+        setattr(place, name, asleep)
     train = {"zero": stage, "steps": 1000, "save_every": 4, "hang_s": LIMIT_S}
-    with session(threads=1) as device:
-        toy_run.run(device, folder, train=train)
+    with engine.session(threads=1) as device:
+        toy_run.run(device, folder, train=train, data=READERS)
 
 
 def attempt(folder: str, case: str, stage: int) -> tuple[bool, float]:
@@ -88,6 +105,10 @@ def attempt(folder: str, case: str, stage: int) -> tuple[bool, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    if case in STARTS[1:]:
+        train = {"zero": stage, "steps": 4, "save_every": 4}
+        call = {"folder": f"{folder}/run", "train": train, "data": READERS}
+        checked([Path(__file__).parents[1] / "dist" / "toy_run.py", json.dumps([call])])
     logs = [Path(folder, f"rank{i}.txt") for i in range(2)]
     ranks = []
     for i, log in enumerate(logs):
@@ -120,8 +141,9 @@ def run(count: int, seed: int) -> list[Outcome]:
     def cases() -> Iterator[tuple[str, bool]]:
         for i in range(count):
             case = CASES[i % len(CASES)]
+            stage = rng.randrange(case == STARTS[1], 4)  # there is nothing to convert at stage 0
             with tempfile.TemporaryDirectory() as folder:
-                held, _ = attempt(folder, case, rng.randrange(4))
+                held, _ = attempt(folder, case, stage)
             yield f"{case}, 2 ranks: all end within {ENDS_S:.0f} s and say where", held
 
     return collect("R8", cases())

@@ -153,17 +153,19 @@ def inside(count: int, seed: int) -> None:
     """In a process that may fork, as it has started no thread: print the cases."""
     import deepspeed  # noqa: F401  once, not in every child
 
-    rng, found = random.Random(seed), []
-    for stage in STAGES:
-        with tempfile.TemporaryDirectory() as folder:
-            found += kills(Path(folder), stage, -(-count // len(STAGES)), rng)
-    tell(found)
+    rng = random.Random(seed)
+
+    def cases() -> Iterator[tuple[str, bool]]:
+        for stage in STAGES:
+            with tempfile.TemporaryDirectory() as folder:
+                yield from kills(Path(folder), stage, -(-count // len(STAGES)), rng)
+
+    tell(collect("R1", cases()))
 
 
 def run(count: int, seed: int) -> list[Outcome]:
     """`count` kills, shared by ZeRO 1, 2 and 3."""
-    printed = checked([__file__, str(count), str(seed)], limit_s=300 + 60 * count)
-    return collect("R1", heard(printed))
+    return heard(checked([__file__, str(count), str(seed)], limit_s=300 + 60 * count))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 
 LIMIT_S = 30.0
 RANKS = 2
+WHAT = "a checkpoint's file or pointer, 2 ranks"
 Damage = Callable[[Path, random.Random], None]
 
 
@@ -83,51 +84,52 @@ def older(path: Path, rng: random.Random) -> None:
 DAMAGES: tuple[Damage, ...] = (flip, cut, lengthen, zeros, swap, remove, older)
 
 
+def cases(run: Path, copy: Path, seed: int, count: int) -> Iterator[tuple[str, bool]]:
+    """On every rank: damage, choose, compare."""
+    rng = random.Random(seed)
+
+    def again(harm: Callable[[Path], object]) -> list[tuple[str, float]]:
+        """What the ranks choose in a fresh copy with some harm, and in how many seconds."""
+        if dist.rank() == 0:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(run, copy)
+            harm(copy / "checkpoints")
+        dist.barrier()
+        began = time.monotonic()
+        chosen = checkpoint.newest_for_all(copy)
+        return dist.gather_objects((chosen.name if chosen else "", time.monotonic() - began))
+
+    for i in range(count):
+        damage = DAMAGES[i % len(DAMAGES)]
+
+        def harm(folder: Path, damage: Damage = damage) -> None:
+            newest = folder / "step-00000004"
+            damage(rng.choice(sorted(p for p in newest.rglob("*") if p.is_file())), rng)
+
+        answers = again(harm)
+        good = all(name == "step-00000002" and s < LIMIT_S for name, s in answers)
+        yield f"{WHAT}: {damage.__name__}", good
+    for pointer in ("", "step-00000002", "step-99999999", "../../etc"):
+        answers = again(lambda folder, text=pointer: (folder / "latest").write_text(text))
+        yield f"{WHAT}: pointer", all(name == "step-00000004" for name, _ in answers)
+
+
 def ranks(run: Path, copy: Path, seed: int, count: int) -> None:
-    """Damage, choose, compare; rank 0 prints what came out."""
-    rng, found = random.Random(seed), []
+    """One rank; the first prints what came out."""
     with session(threads=1):
-        for i in range(count):
-            damage = DAMAGES[i % len(DAMAGES)]
-            if dist.rank() == 0:
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(run, copy)
-                newest = copy / "checkpoints" / "step-00000004"
-                damage(rng.choice(sorted(p for p in newest.rglob("*") if p.is_file())), rng)
-            dist.barrier()
-            began = time.monotonic()
-            chosen = checkpoint.newest_for_all(copy)
-            seconds = time.monotonic() - began
-            answers = dist.gather_objects((chosen.name if chosen else "", seconds))
-            good = all(name == "step-00000002" and s < LIMIT_S for name, s in answers)
-            found.append((damage.__name__, good))
-        for pointer in ("", "step-00000002", "step-99999999", "../../etc"):
-            if dist.rank() == 0:
-                shutil.rmtree(copy)
-                shutil.copytree(run, copy)
-                (copy / "checkpoints" / "latest").write_text(pointer)
-            dist.barrier()
-            names = dist.gather_objects(checkpoint.newest_for_all(copy))
-            good = all(path is not None and path.name == "step-00000004" for path in names)
-            found.append(("pointer", good))
+        found = collect("R2", cases(run, copy, seed, count))
         if dist.rank() == 0:
             tell(found)
 
 
 def run(count: int, seed: int) -> list[Outcome]:
     """`count` damages of a checkpoint of two ranks."""
-
-    def cases() -> Iterator[tuple[str, bool]]:
-        with tempfile.TemporaryDirectory() as folder:
-            train = {"zero": 1 + seed % 3, "steps": 4, "save_every": 2}
-            call = {"folder": f"{folder}/run", "train": train}
-            checked([HERE.parent / "dist" / "toy_run.py", json.dumps([call])], RANKS)
-            words = [Path(__file__), f"{folder}/run", f"{folder}/copy", str(seed), str(count)]
-            printed = checked(words, RANKS)
-            for name, good in heard(printed):
-                yield f"a checkpoint's file or pointer, 2 ranks: {name}", good
-
-    return collect("R2", cases())
+    with tempfile.TemporaryDirectory() as folder:
+        train = {"zero": 1 + seed % 3, "steps": 4, "save_every": 2}
+        call = {"folder": f"{folder}/run", "train": train}
+        checked([HERE.parent / "dist" / "toy_run.py", json.dumps([call])], RANKS)
+        words = [Path(__file__), f"{folder}/run", f"{folder}/copy", str(seed), str(count)]
+        return heard(checked(words, RANKS))
 
 
 if __name__ == "__main__":

@@ -59,11 +59,13 @@ def run(count: int, seed: int) -> list[Outcome]:
         whose = "one rank" if who < RANKS else "all ranks"
         plans.append((f"{value} in the {what} of {whose}", {"poison": poison, "train": train}))
 
-    def cases() -> Iterator[tuple[str, bool]]:
+    def cases() -> Iterator[tuple[str, bool, float]]:
         with tempfile.TemporaryDirectory() as name:
             calls = [{**plan, "folder": f"{name}/{i}"} for i, (_, plan) in enumerate(plans)]
             checked([SCRIPT, json.dumps(calls)], RANKS)
             for i, (what, _) in enumerate(plans):
-                yield what, unchanged(Path(name, str(i)))
+                folder = Path(name, str(i))
+                minutes = json.loads((folder / "summary.json").read_text())["minutes"]
+                yield what, unchanged(folder), 60 * minutes
 
     return collect("R7", cases())

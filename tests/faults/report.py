@@ -25,14 +25,24 @@ class Outcome:
     seconds: float
 
 
-def collect(guarantee: str, cases: Iterable[tuple[str, bool]]) -> list[Outcome]:
-    """Outcomes by kind of fault, of (kind, whether the guarantee held) one by one."""
+Case = tuple[str, bool] | tuple[str, bool, float]
+
+
+def collect(guarantee: str, cases: Iterable[Case]) -> list[Outcome]:
+    """Outcomes by kind of fault, of (kind, whether the guarantee held) one by one.
+
+    A case took the time since the one before, unless it says how many seconds it took.
+    """
     found: dict[str, list[float]] = {}
     began = time.perf_counter()
-    for what, held in cases:
+    for what, held, *took in cases:
         now = time.perf_counter()
         row = found.setdefault(what, [0, 0, 0.0])
-        row[0], row[1], row[2] = row[0] + 1, row[1] + (not held), row[2] + now - began
+        row[0], row[1], row[2] = (
+            row[0] + 1,
+            row[1] + (not held),
+            row[2] + sum(took or [now - began]),
+        )
         began = now
     return [
         Outcome(guarantee, what, int(injected), int(lost), not lost, round(seconds, 2))
@@ -40,15 +50,15 @@ def collect(guarantee: str, cases: Iterable[tuple[str, bool]]) -> list[Outcome]:
     ]
 
 
-def tell(cases: Iterable[tuple[str, bool]]) -> None:
-    """Print the cases of a suite that runs in a process of its own; `heard` reads them."""
-    print(_TOLD, json.dumps(list(cases)), flush=True)
+def tell(outcomes: Sequence[Outcome]) -> None:
+    """Print the outcomes of a suite that runs in a process of its own; `heard` reads them."""
+    print(_TOLD, json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
 
 
-def heard(printed: str) -> list[tuple[str, bool]]:
+def heard(printed: str) -> list[Outcome]:
     """What `tell` has printed."""
     line = next(line for line in printed.splitlines() if line.startswith(_TOLD))
-    return [(what, held) for what, held in json.loads(line.removeprefix(_TOLD))]
+    return [Outcome(**row) for row in json.loads(line.removeprefix(_TOLD))]
 
 
 def save(name: str, outcomes: Sequence[Outcome]) -> None:
@@ -74,7 +84,7 @@ def markdown() -> str:
         "| --- | --- | ---: | ---: | --- | ---: |",
         *(
             f"| {r.guarantee} | {r.what} | {r.injected} | {r.lost} "
-            f"| {'yes' if r.passed else 'NO'} | {r.seconds:.0f} |"
+            f"| {'yes' if r.passed else 'NO'} | {r.seconds:.1f} |"
             for r in rows
         ),
     ]

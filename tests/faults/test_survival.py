@@ -12,7 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from faults import disks, hangs, kills, mutilations, not_finite, preemptions, trust
+from faults import disks, hangs, kills, mutilations, not_finite, preemptions, resumes, trust
 from faults.report import Outcome
 from launching import TEST_LIMIT_S
 
@@ -30,6 +30,10 @@ def test_kills_while_saving_lose_nothing() -> None:
 
 def test_damaged_checkpoints_are_refused_by_all_ranks() -> None:
     holds(mutilations.run(2 * len(mutilations.DAMAGES), seed=1), 14)
+
+
+def test_resumes_at_any_moment_are_exact() -> None:
+    holds(resumes.run(4, seed=1), 4)
 
 
 def test_values_that_are_not_finite_change_nothing() -> None:

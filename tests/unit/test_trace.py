@@ -6,11 +6,13 @@ from small_methods import small
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmssl import config, trace
 from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY
-from mmssl.train.flops import flop_counter
+from mmssl.train import flops
+from mmssl.train.flops import FlopCounter
 
 
 def mode():
@@ -61,13 +63,13 @@ def test_gradients_of_parameters_are_told_from_activations():
 
 def test_attention_on_a_cpu_counts():
     q, k, v = (torch.randn(3, 2, 10, 8, requires_grad=True) for _ in range(3))
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         out = F.scaled_dot_product_attention(q, k, v)
-        forward = counter.get_total_flops()
+        forward = counter.total
         out.sum().backward()
     assert forward == 2 * (2 * 3 * 2 * 10 * 10 * 8)  # scores and mixtures
     # scores again; gradients of weights, values, queries and keys
-    assert counter.get_total_flops() == forward + 5 * (2 * 3 * 2 * 10 * 10 * 8)
+    assert counter.total == forward + 5 * (2 * 3 * 2 * 10 * 10 * 8)
 
 
 # ---------------------------------------------------------------- fake and real
@@ -116,6 +118,23 @@ def test_recomputed_activations_cost_at_most_one_more_forward_pass():
     assert 1.1 < recomputed.flops / kept.flops < 4 / 3
     assert recomputed.kept < 0.5 * kept.kept
     assert recomputed.peak < 1.01 * kept.peak
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_counting_holds_no_memory_and_agrees_with_torch(recomputed):
+    spec = config.load("general/bert", ["towers.text.backbone.layers=4"])
+    train = spec.train.model_copy(update={"checkpoint_activations": recomputed})
+    spec = spec.model_copy(update={"train": train})
+    counted, alone = trace.trace(spec, 4), trace._step(spec, 4, real=False, fused=True)
+    assert (counted.kept, counted.peak) == (alone.kept, alone.peak)
+    pair = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch does not know it
+    known = {
+        pair: flops._attention,
+        getattr(torch.ops.aten, f"{pair.__name__}_backward"): (flops._attention_backward),
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as torchs:
+        trace._step(spec, 4, real=False, fused=True)
+    assert counted.flops == torchs.get_total_flops()
 
 
 def test_sixteen_bits_narrow_activations():

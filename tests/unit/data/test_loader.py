@@ -269,11 +269,12 @@ def test_another_layout_is_refused(shards, tokenizer, change, message):
         make(shards, tokenizer, **change).restore(state)
 
 
-def phase(shards, tokenizer, world, workers, rounds, states=None):
+def phase(shards, tokenizer, world, workers, rounds, states=None, seed=0):
     """What all ranks read in so many rounds of their readers, and the states behind."""
     seen, after = [], []
     for rank in range(world):
-        loader = make(shards, tokenizer, micro_batch=2, rank=rank, world=world, workers=workers)
+        place = {"seed": seed, "rank": rank, "world": world, "workers": workers}
+        loader = make(shards, tokenizer, micro_batch=2, **place)
         if states is not None:
             loader.redistribute(states)
         seen += [str(digest(next(loader))) for _ in range(rounds * workers)]
