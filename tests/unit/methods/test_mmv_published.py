@@ -107,11 +107,16 @@ def test_a_file_is_the_published_training(name):
     assert (spec.optim.kind, spec.optim.lr, spec.optim.warmup) == ("adam", 2e-3, 5000)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "avt/mil_nce"])
-@pytest.mark.parametrize("view", ["video", "audio", "text"])
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        (name, view)
+        for name in [*METHODS, "avt/mil_nce"]
+        for view in ("video", "audio", "text")
+        if (name, view) != ("avt/mil_nce", "audio")
+    ],
+)
 def test_a_tower_is_a_transformer_by_one_key(name, view):
-    if view not in config.load(name).views:
-        pytest.skip("MIL-NCE has no sound")
     key = f"towers.{view}.use={view}_vatt"
     spec = config.load(name, [key, *shrinking(config.load(name, [key]))])
     assert spec.towers[view].backbone.kind == "transformer"
