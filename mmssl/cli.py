@@ -58,7 +58,7 @@ VERBS = {
     ),
     "doctor": Verb("mmssl.doctor:main", (), False, "test decoders, DeepSpeed, Energon, device"),
     "chaos": Verb(
-        "mmssl.chaos:main", (), True, "inject faults (source only); suites=[kills] count=3 seed=0"
+        "mmssl.chaos:main", (), True, "inject faults (source only); suites=kills count=3 seed=0"
     ),
 }
 

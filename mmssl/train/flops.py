@@ -49,8 +49,12 @@ def _attention_backward(
 
 _COUNTS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(  # type: ignore[no-untyped-call]
+        _attention
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(  # type: ignore[no-untyped-call]
+        _attention_backward
+    ),
 }
 
 

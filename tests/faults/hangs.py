@@ -5,6 +5,7 @@ python hangs.py RUN CASE STAGE      one rank of two
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -30,6 +31,13 @@ ENDS_S = LIMIT_S + 24.0  # from the fault to the end of both ranks
 CASES = ("rank asleep", "rank killed", "storage stalled", "reader asleep", "reader killed")
 STARTS = ("building asleep", "conversion asleep", "restoring asleep")
 CASES += STARTS
+# of cases in a function: module, name, rank, what it says
+PLACES = {
+    "storage stalled": ("mmssl.train.commit", "_sync", 1, "the storage"),
+    STARTS[0]: ("toy_run", "ToyModel", 1, "a constructor"),
+    STARTS[1]: ("mmssl.train.engine", "_put_together", 0, "a conversion"),
+    STARTS[2]: ("mmssl.train.checkpoint", "load_plain", 1, "a restoration"),
+}
 READERS = {"rows": 4, "workers": 2}  # of the process whose run two go on with
 MARK = "fault at"
 
@@ -43,13 +51,29 @@ def fault(case: str, where: str) -> None:
     time.sleep(1000)
 
 
+def stall(case: str) -> None:
+    """Have a function of the training come to harm where `PLACES` says."""
+    module, name, who, where = PLACES[case]
+    place = importlib.import_module(module)
+    work = getattr(place, name)
+
+    def harmed(*words: Any, **more: Any) -> Any:
+        from mmssl import dist
+
+        if dist.rank() == who:
+            fault(case, where)
+        return work(*words, **more)
+
+    setattr(place, name, harmed)
+
+
 def rank(folder: str, case: str, stage: int) -> None:
     """Train the toy; at the start, or at the third step of rank 1, the fault happens."""
     import toy_run
     from torch.utils.data import DataLoader, IterableDataset
 
     from mmssl import dist
-    from mmssl.train import checkpoint, commit, engine
+    from mmssl.train import engine
 
     class Samples(IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[int]:
@@ -72,29 +96,8 @@ def rank(folder: str, case: str, stage: int) -> None:
             return super().__next__()
 
     toy_run.ToyLoader = Loader  # type: ignore[misc]
-    if case == "storage stalled":
-        write = commit.Writer.file
-
-        def stalled(self: commit.Writer, name: str, make: Any) -> None:
-            if dist.rank() == 1 and name.startswith("ranks"):
-                fault(case, "the storage")
-            write(self, name, make)
-
-        commit.Writer.file = stalled  # type: ignore[method-assign]
-    if case in STARTS:
-        place, name, who, where = {
-            STARTS[0]: (toy_run, "ToyModel", 1, "a constructor"),
-            STARTS[1]: (engine, "_put_together", 0, "a conversion"),
-            STARTS[2]: (checkpoint, "load_plain", 1, "a restoration"),
-        }[case]
-        work = getattr(place, name)
-
-        def asleep(*words: Any, **more: Any) -> Any:
-            if dist.rank() == who:
-                fault(case, where)
-            return work(*words, **more)
-
-        setattr(place, name, asleep)
+    if case in PLACES:
+        stall(case)
     train = {"zero": stage, "steps": 1000, "save_every": 4, "hang_s": LIMIT_S}
     with engine.session(threads=1) as device:
         toy_run.run(device, folder, train=train, data=READERS)

@@ -19,7 +19,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "dist"))
 
-import torch
 import toy_run
 from faults.report import Outcome, collect
 from test_resume_exact import losses, same, same_checkpoint

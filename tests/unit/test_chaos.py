@@ -17,7 +17,7 @@ def test_a_checkout_runs_its_suites(monkeypatch):
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(chaos.subprocess, "run", run)
-    assert chaos.main(["suites=[kills, shards]", "count=3", "seed=7"]) == 1
+    assert chaos.main(["suites=kills,shards", "count=3", "seed=7"]) == 1
     words = ["-m", "tests.faults", "kills", "shards", "--count=3", "--seed=7"]
     assert seen == [([sys.executable, *words], chaos.SOURCE)]
     assert (chaos.SOURCE / "tests" / "faults" / "__main__.py").is_file()
