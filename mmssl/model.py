@@ -27,6 +27,8 @@ from mmssl.towers import AnyTower, JointTower, Passes
 from mmssl.types import Batch, Floor, Term, UserError
 from mmssl.views.mix import mix_view
 
+Space = tuple[str, str]  # modality and name
+
 
 @dataclass(frozen=True)
 class ParamPolicy:
@@ -152,27 +154,41 @@ class Model(nn.Module):
     # ------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def embed(self, batch: Batch) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    def embed(self, batch: Batch) -> dict[Space, tuple[Tensor, Tensor]]:
         """{(modality, space): (unit vectors (B, D), present (B,))} of every view and space."""
+        return {
+            key: (F.normalize(z_BD, dim=-1), there)
+            for key, (z_BD, there) in self.vectors(batch).items()
+        }
+
+    @torch.no_grad()
+    def vectors(self, batch: Batch) -> dict[Space, tuple[Tensor, Tensor]]:
+        """As `embed`, of any length, of the views that the batch has."""
+        out: dict[Space, tuple[Tensor, Tensor]] = {}
         with evaluating(self):
             passes = self.passes(batch)
-            out: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
             for task in self._pairs():
                 for (view, space), (z_BLD, filled) in task.vectors(passes).items():
                     key = (self.spec.views[view].modality, space)
-                    out.setdefault(key, (F.normalize(z_BLD[:, 0], dim=-1), filled[:, 0]))
+                    out.setdefault(key, (z_BLD[:, 0], filled[:, 0]))
+        return out
+
+    def spaces(self) -> dict[Space, str]:
+        """{(modality, space): the view whose vectors `embed` gives for it}."""
+        out: dict[Space, str] = {}
+        with evaluating(self):  # some spaces are reached in evaluation only
+            for view, space in (key for task in self._pairs() for key in task.space_keys()):
+                out.setdefault((self.spec.views[view].modality, space), view)
         return out
 
     def space_for(self, a: str, b: str) -> str | None:
         """The space in which two modalities are compared: a trained pair's, else any common one."""
-        with evaluating(self):  # some spaces are reached in evaluation only
-            known = [key for task in self._pairs() for key in task.space_keys()]
         modality = {view: spec.modality for view, spec in self.spec.views.items()}
         for task in self._pairs():
             for pair in task.vector_pairs():
                 if {modality[v] for v in pair.between} == {a, b}:
                     return pair.space
-        spaces = [{s for v, s in known if modality[v] == m} for m in (a, b)]
+        spaces = [{s for known, s in self.spaces() if known == m} for m in (a, b)]
         common = sorted(spaces[0] & spaces[1])
         return common[0] if common else None
 

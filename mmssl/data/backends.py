@@ -92,7 +92,7 @@ def pyav_frames(job: Picked) -> Frames:
             best = min(times, key=lambda t: (abs(t - pts), t))
             frames[best] = every[best]
     pts_T = sorted(frames)
-    return _to_rgb([frames[p] for p in pts_T], job.short_side), pts_T
+    return to_rgb([frames[p] for p in pts_T], job.short_side), pts_T
 
 
 def _collect(job: Picked, wanted: set[int] | None) -> dict[int, Any]:
@@ -134,7 +134,7 @@ def _runs(job: Picked) -> list[tuple[int, int]]:
     return runs
 
 
-def _to_rgb(pictures: Sequence[Any], short_side: int) -> NDArray[np.uint8]:
+def to_rgb(pictures: Sequence[Any], short_side: int) -> NDArray[np.uint8]:
     """(T, H, W, 3), scaled by swscale and turned upright."""
     reformatter = VideoReformatter()
     width, height = _scaled(pictures[0].width, pictures[0].height, short_side)

@@ -178,12 +178,12 @@ class ClipReader:
         wide = _place(
             track, start - _MARGIN_S, math.ceil((end - start + 2 * _MARGIN_S) * rate), rate
         )
-        out_S = _resampler(rate, need.audio_hz)(torch.from_numpy(wide))[margin : margin + length]
+        out_S = resampler(rate, need.audio_hz)(torch.from_numpy(wide))[margin : margin + length]
         return torch.nn.functional.pad(out_S, (0, length - len(out_S)))[None]
 
 
 @lru_cache(maxsize=8)
-def _resampler(rate: int, hz: int) -> Any:
+def resampler(rate: int, hz: int) -> Any:
     """Windowed-sinc resampler; it has no delay."""
     from torchaudio.transforms import Resample
 

@@ -21,9 +21,10 @@ from mmssl.data import media
 from mmssl.data.collate import Item, collate
 from mmssl.data.decode import ClipReader
 from mmssl.data.integrity import DamagedSampleError
-from mmssl.data.media import Limits
 from mmssl.data.samples import Record
 from mmssl.demos import film
+from mmssl.embed.media import LIMITS
+from mmssl.embed.windows import window_starts
 from mmssl.eval.embed import Encoder, frozen
 from mmssl.eval.options import parse
 from mmssl.specs import Spec, ViewSpec
@@ -36,8 +37,6 @@ Floats = NDArray[np.float64]
 _OPEN_WINDOW_S = 4.0  # window of views that take whole clips
 _WINDOWS = 4  # windows per batch
 _SOUND_S = 10.0  # sound decoded at a time for the loudness strip
-# a user's own file is trusted to be as long as it says; the frame size is still checked
-_LIMITS = Limits(max_seconds=float("inf"))
 
 
 class LocalizeSpec(Spec):
@@ -108,7 +107,7 @@ def read(video: Path) -> bytes:
         raise UserError(f"{video}: no such file")
     data = video.read_bytes()
     try:
-        header = media.probe(data, _LIMITS)
+        header = media.probe(data, LIMITS)
     except DamagedSampleError as error:
         raise UserError(f"{video}: cannot be read as a video ({error})") from error
     if header.video_streams == 0:
@@ -154,7 +153,7 @@ def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: P
 def _open(data: bytes) -> ClipReader:
     both = frozenset({"audio", "video"})
     record = Record("video", "video", 0, both, (), {}, video=data, sound=None)
-    return ClipReader(record, _LIMITS, "pyav")
+    return ClipReader(record, LIMITS, "pyav")
 
 
 def _in_time(times_N: Floats, duration_s: float) -> tuple[Floats, NDArray[np.int64]]:
@@ -165,14 +164,6 @@ def _in_time(times_N: Floats, duration_s: float) -> tuple[Floats, NDArray[np.int
     last = np.append(np.diff(times_N[order]) > 1e-3, True)
     kept = order[last]
     return times_N[kept], kept
-
-
-def window_starts(duration_s: float, window_s: float) -> list[float]:
-    """Starts (s) of windows that cover the video; the last one ends with it."""
-    if duration_s <= window_s:
-        return [0.0]
-    starts = list(np.arange(0.0, duration_s - window_s, window_s))
-    return [float(s) for s in (*starts, duration_s - window_s)]
 
 
 def _batches(reader: ClipReader, views: Mapping[str, ViewSpec]) -> Iterator[Batch]:

@@ -121,7 +121,7 @@ class MapScore(nn.Module):
         tokens = passes.tokens(video)
         grid = self._grid(tokens)
         per_bin = 1.0 if self.from_stem else tokens.stem_rate_hz / tokens.rate_hz
-        times = _bin_times(tokens, grid[0], per_bin, passes.tower(video).first_centre())
+        times = bin_times(tokens, grid[0], per_bin, passes.tower(video).first_centre())
         return Dense(
             cells,
             steps,
@@ -132,7 +132,7 @@ class MapScore(nn.Module):
         )
 
 
-def _bin_times(tokens: Tokens, bins: int, per_bin: float, first_centre: float) -> Tensor:
+def bin_times(tokens: Tokens, bins: int, per_bin: float, first_centre: float) -> Tensor:
     """(P, T) seconds at the centre of each of the bins.
 
     per_bin: stem cells along time of one bin; first_centre: of the first stem cell, in cells.

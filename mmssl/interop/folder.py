@@ -76,8 +76,9 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     preprocessor: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a folder, all of it or nothing.
+    """Write a folder, all of it or nothing; `files`: what else is in it, by name.
 
     Raises:
         UserError: `out` has something in it already.
@@ -89,6 +90,9 @@ def write_folder(
     _write_json(temporary / CONFIG, config)
     if preprocessor:
         _write_json(temporary / PREPROCESSOR, preprocessor)
+    for name, data in (files or {}).items():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_bytes(data)
     save_file(dict(tensors), temporary / ONE, metadata={"format": "pt"})
     # safetensors makes files that only their owner may read
     (temporary / ONE).chmod(temporary.stat().st_mode & 0o666)

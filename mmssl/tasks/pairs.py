@@ -132,9 +132,11 @@ class Pairs(Task):
         return [pair for name, pair in self.pairs.items() if not self._is_map(name)]
 
     def vectors(self, passes: Passes) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """{(view, space): (vectors (B, L, S), filled (B, L))}."""
+        """{(view, space): (vectors (B, L, S), filled (B, L))} of the views that the batch has."""
         spaces: dict[str, list[str]] = {}
         for view, space in self.space_keys():
+            if view not in passes.batch.views:
+                continue
             spaces.setdefault(view, []).append(space)
         out: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         for view, names in spaces.items():

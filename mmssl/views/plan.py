@@ -106,7 +106,7 @@ def plan(
         for name, spec in specs.items()
         if spec.modality in has
     }
-    needs, pass_of = _passes(cuts)
+    needs, pass_of = passes(cuts)
     return Plan(cuts, needs, pass_of)
 
 
@@ -129,7 +129,7 @@ def _cut(name: str, spec: ViewSpec, start_s: float, duration_s: float, seeds: Se
     return Cut(name, spec, start_s, max(end, start_s), seeds.of(name))
 
 
-def _passes(cuts: Mapping[str, Cut]) -> tuple[tuple[Need, ...], dict[str, int]]:
+def passes(cuts: Mapping[str, Cut]) -> tuple[tuple[Need, ...], dict[str, int]]:
     """One pass for each audio rate and each picture size; an audio pass rides on a video pass."""
     audio: dict[int, list[Cut]] = {}
     video: dict[int, list[Cut]] = {}

@@ -1,0 +1,1 @@
+"""Vectors of a trained model for media of any kind and length: `mmssl.load(run).encode(...)`."""

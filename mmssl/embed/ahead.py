@@ -1,0 +1,82 @@
+"""Runs iterators ahead of who reads them, in threads: decoding while the model encodes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from queue import Full, Queue
+from threading import Event
+from typing import TypeVar, cast
+
+import torch
+
+T = TypeVar("T")
+Job = Callable[[], Iterator[T]]
+
+_POLL_S = 0.1  # how soon a thread that waits for room notices that nobody reads any more
+_DONE = object()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) -> Iterator[T]:
+    """All that the jobs yield, in their order, whatever finishes first.
+
+    Args:
+        jobs: what is called in a thread.
+        threads: so many run at a time; 0 = in this one, nothing ahead.
+        jobs_ahead: so many have been started or finished before they are read.
+        depth: what each may hold ready.
+    """
+    if not threads:
+        for job in jobs:
+            yield from job()
+        return
+    stop, waiting = Event(), iter(jobs)
+    started: deque[Queue[object]] = deque()
+    # every thread of torch's own would be one more that competes with the model for a core
+    with ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) as pool:
+        try:
+            while True:
+                for job in islice(waiting, threads + jobs_ahead - len(started)):
+                    started.append(Queue(depth))
+                    pool.submit(_fill, job, started[-1], stop)
+                if not started:
+                    return
+                yield from _drained(started.popleft())
+        finally:
+            stop.set()
+
+
+def _fill(job: Job[T], queue: Queue[object], stop: Event) -> None:
+    last: object = _DONE
+    try:
+        for value in job():
+            if not _put(value, queue, stop):
+                return
+    except BaseException as error:  # raised where the values are read
+        last = error
+    _put(last, queue, stop)
+
+
+def _put(value: object, queue: Queue[object], stop: Event) -> bool:
+    while not stop.is_set():
+        try:
+            queue.put(value, timeout=_POLL_S)
+            return True
+        except Full:
+            continue
+    return False
+
+
+def _drained(queue: Queue[object]) -> Iterator[T]:
+    while (value := queue.get()) is not _DONE:
+        if isinstance(value, BaseException):
+            raise value
+        yield cast("T", value)

@@ -1,0 +1,115 @@
+"""Cuts media of any length into the windows a model reads, with the views of its evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from mmssl.data.text import Tokenizer
+from mmssl.embed.media import Reader, opened
+from mmssl.embed.sources import Row
+from mmssl.specs import ViewSpec
+from mmssl.types import UserError, View
+from mmssl.views import clip as cutting
+from mmssl.views.plan import Cut, passes
+
+OPEN_WINDOW_S = 10.0  # window of views that take whole clips
+_STEP_S = 1.0  # their padded lengths are whole multiples of it, so that windows share batches
+_AT_ONCE = 16  # windows of one decoding pass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One view of one window of an item; `padded_s`: what it is padded to, 0 for text.
+
+    `data.start_s` is 0, `start_s` that of the window on the item's clock.
+    """
+
+    item: int
+    view: str
+    start_s: float
+    end_s: float
+    padded_s: float
+    data: View
+
+
+def window_starts(duration_s: float, window_s: float, hop_s: float = 0.0) -> list[float]:
+    """Starts (s) of windows every `hop_s` (0 = `window_s`); the last one ends with the media."""
+    if duration_s <= window_s:
+        return [0.0]
+    room, hop = duration_s - window_s, hop_s or window_s
+    count = math.ceil(room / hop - 1e-9)
+    return [*(k * hop for k in range(count)), room]
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Turns rows into pieces.
+
+    views: those that are wanted, by name; hop_s: 0 = as long as each view's window.
+    """
+
+    views: Mapping[str, ViewSpec]
+    tokenizer: Tokenizer | None
+    hop_s: float = 0.0
+
+    def pieces(self, item: int, row: Row) -> Iterator[Piece]:
+        """All windows of an item, by time; its text is one.
+
+        Raises:
+            UserError: something cannot be read, see `opened`; or frames smaller than the view's.
+        """
+        if "text" in row.sources:
+            yield from self._texts(item, row)
+        known = {spec.modality for spec in self.views.values()}
+        with opened(row, sorted(known)) as readers:
+            for reader, wanted in readers:
+                yield from self._windows(item, row, reader, wanted)
+
+    def _texts(self, item: int, row: Row) -> Iterator[Piece]:
+        for name, spec in self.views.items():
+            if spec.modality == "text":
+                assert self.tokenizer is not None  # no view of text is usable without
+                cut = Cut(name, spec, 0.0, 0.0, seed=0)
+                found = cutting.cut_text([str(row.sources["text"])], cut, self.tokenizer)
+                yield from (Piece(item, name, 0.0, 0.0, 0.0, view) for view in found)
+
+    def _windows(
+        self, item: int, row: Row, reader: Reader, wanted: frozenset[str]
+    ) -> Iterator[Piece]:
+        if reader.duration_s <= 0:
+            raise UserError(f"{row.name}: is empty")
+        planned = self._planned(reader.duration_s, wanted)
+        for first in range(0, len(planned), _AT_ONCE):
+            some = planned[first : first + _AT_ONCE]
+            cuts = {str(k): replace(cut, name=str(k)) for k, cut in enumerate(some)}
+            needs, pass_of = passes(cuts)
+            clips = [reader.clip(need) for need in needs]
+            for key, cut in cuts.items():
+                cutter = cutting.cut_audio if cut.spec.modality == "audio" else cutting.cut_video
+                try:
+                    view = cutter(clips[pass_of[key]], cut, training=False)
+                except UserError as error:
+                    raise UserError(f"{row.name}, {cut.spec.modality}: {error}") from error
+                assert view is not None  # the reader has the modality
+                data = replace(view, start_s=0.0)
+                name = some[int(key)].name
+                padded_s = _padded_s(cut)
+                yield Piece(item, name, cut.start_s, cut.end_s, padded_s, data)
+
+    def _planned(self, duration_s: float, wanted: frozenset[str]) -> list[Cut]:
+        """The cuts of an item by time."""
+        cuts = []
+        for name, spec in self.views.items():
+            window_s = spec.crop_s or OPEN_WINDOW_S
+            for start_s in window_starts(duration_s, window_s, self.hop_s):
+                if spec.modality in wanted:
+                    end_s = min(duration_s, start_s + window_s)
+                    cuts.append(Cut(name, spec, start_s, end_s, seed=0))
+        return sorted(cuts, key=lambda cut: cut.start_s)
+
+
+def _padded_s(cut: Cut) -> float:
+    """A length that the window alone decides, or its vector would depend on its neighbours'."""
+    return cut.spec.crop_s or math.ceil((cut.end_s - cut.start_s) / _STEP_S) * _STEP_S
