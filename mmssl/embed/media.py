@@ -64,7 +64,7 @@ class ArrayReader:
         shown_T = torch.arange(len(self._source.frames_THWC), dtype=torch.float64)
         shown_T /= self._source.fps
         wanted = torch.tensor(need.frame_times_s, dtype=torch.float64)
-        order = nearest(shown_T, wanted).unique()
+        order = sorted(set(nearest(shown_T, wanted).tolist()))
         pictures = (
             av.VideoFrame.from_ndarray(frame_HWC.numpy(), format="rgb24")
             for frame_HWC in self._source.frames_THWC[order]

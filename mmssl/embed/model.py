@@ -23,14 +23,14 @@ from mmssl.embed import sources
 from mmssl.embed.ahead import cores, in_order
 from mmssl.embed.sources import Row
 from mmssl.embed.spaces import TOWERS, Spaces
-from mmssl.embed.windows import Cutter, Piece
+from mmssl.embed.windows import Cutter, Piece, joined
 from mmssl.eval.embed import frozen
 from mmssl.eval.load import Which, load_model
 from mmssl.eval.results import weights_sha256
 from mmssl.heads.dense import bin_times
 from mmssl.interop import whole
 from mmssl.model import Model
-from mmssl.specs import RunSpec
+from mmssl.specs import RunSpec, ViewSpec
 from mmssl.towers import time_steps
 from mmssl.types import MODALITIES, Batch, UserError
 
@@ -58,7 +58,7 @@ class EmbeddingModel:
 
     What is read may be {"audio": x, "video": y, "text": z} with any of the three, for one item; the
     same with lists, for several (None where an item lacks one); or a list of items, each such a
-    dict, a text (str) or a file of which all streams are meant (Path). x and y are a path, the bytes
+    dict, a text (str) or a file of which all streams are meant (Path). x and y are a path, bytes
     of a file, (array, rate) or a dict with `array` and `sampling_rate` or `frames` and `fps`: sound
     as (samples,) or (channels, samples), in [-1, 1], int16 or int32; frames as (frames, height,
     width, 3) uint8. One file given for audio and video is read on one clock, whose zero is its
@@ -92,6 +92,21 @@ class EmbeddingModel:
     def supports(self, modality: str, space: str | None = None) -> bool:
         """Whether a modality can be encoded (into a space)."""
         return any(m == modality and space in (None, s) for m, s in self._spaces.view_of)
+
+    def audio_view(self, tower: str | None = None) -> ViewSpec:
+        """How a tower, default the first that can, reads sound.
+
+        Raises:
+            UserError: there is none.
+        """
+        views = [v for v in self._spaces.views.values() if v.modality == "audio"]
+        for view in views:
+            if tower in (None, view.tower_name):
+                return view
+        known = ", ".join(view.tower_name for view in views) or "none"
+        raise UserError(
+            f"{self.spec.name}: no tower {tower or ''!r} reads sound; these do: {known}"
+        )
 
     @cached_property
     def hash(self) -> str:
@@ -235,15 +250,17 @@ class EmbeddingModel:
             For every item a list of (T, D), the tower's own output last, and their times (T,).
         """
         views = self._media_views(tower)
-        held = {self._spaces.views[v].modality for v in views}
-        chosen = self._rows(inputs, held, [TOWERS + self._spaces.views[v].tower_name for v in views])
+        held: set[str] = {self._spaces.views[v].modality for v in views}
+        chosen = self._rows(
+            inputs, held, [TOWERS + self._spaces.views[v].tower_name for v in views]
+        )
         frames = partial(self._frames, layers)
         parts: dict[int, list[tuple[Piece, list[Tensor], Tensor]]] = {}
         for piece, (found, times_T) in self._run(
             _of_one(chosen), views, frames, batch_size, window_s, hop_s, threads
         ):
             parts.setdefault(piece.item, []).append((piece, found, times_T + piece.start_s))
-        return [_joined(parts[item]) for item in sorted(parts)]
+        return [joined(parts[item]) for item in sorted(parts)]
 
     def _media_views(self, tower: str | None) -> list[str]:
         media = {n: v for n, v in self._spaces.views.items() if v.modality != "text"}
@@ -256,16 +273,14 @@ class EmbeddingModel:
             raise UserError(f"tower: no {tower!r} that reads audio or video; there are: {known}")
         return views[:1]
 
-    def _frames(
-        self, layers: bool, view: str, batch: Batch
-    ) -> list[tuple[list[Tensor], Tensor]]:
+    def _frames(self, layers: bool, view: str, batch: Batch) -> list[tuple[list[Tensor], Tensor]]:
         """(layers, times) of each row of a batch of one view."""
         passes = self.model.passes(batch)
         tower, tokens = passes.tower(view), passes.tokens(view)
         x_PTD, pad_PT = time_steps(tokens)
         stack = [x_PTD]
         if layers and hasattr(tower, "layers"):
-            hidden = tower.layers(tokens.view)[0]
+            hidden = tower.layers(tokens.view)[0]  # type: ignore[operator]
             stack = [time_steps(replace(tokens, x_PND=x))[0] for x in hidden] + stack
         per_bin = tokens.stem_rate_hz / tokens.rate_hz
         times_PT = bin_times(tokens, x_PTD.shape[1], per_bin, tower.first_centre()).double().cpu()
@@ -278,7 +293,7 @@ class EmbeddingModel:
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """(N, M) cosines of (N, D) and (M, D) vectors of one space; a single vector is one row."""
-        x, y = (F.normalize(torch.atleast_2d(torch.as_tensor(z)), dim=-1) for z in (a, b))
+        x, y = (F.normalize(_rows_of(z), dim=-1) for z in (a, b))
         return x @ y.T
 
     def similarity_pairwise(self, a: Tensor, b: Tensor) -> Tensor:
@@ -364,24 +379,13 @@ def _batches(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
     yield from waiting.values()
 
 
+def _rows_of(vectors: Tensor) -> Tensor:
+    x = torch.as_tensor(vectors)
+    return x[None] if x.ndim == 1 else x
+
+
 def _of_one(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         if len(row.sources) != 1:
             raise UserError(f'{row.name}: say of what frames are wanted, {{"audio": ...}} or video')
         yield row
-
-
-def _joined(
-    parts: Sequence[tuple[Piece, list[Tensor], Tensor]],
-) -> tuple[list[Tensor], Tensor]:
-    """Windows in one: overlaps are shared out at their middles."""
-    pieces = [piece for piece, _, _ in parts]
-    borders = [(a.end_s + b.start_s) / 2 for a, b in zip(pieces, pieces[1:], strict=False)]
-    lows, highs = [-torch.inf, *borders], [*borders, torch.inf]
-    kept = [
-        (times_T >= low) & (times_T < high)
-        for (_, _, times_T), low, high in zip(parts, lows, highs, strict=True)
-    ]
-    layers = zip(*(found for _, found, _ in parts), strict=True)
-    joined = [torch.cat([x[k] for x, k in zip(each, kept, strict=True)]) for each in layers]
-    return joined, torch.cat([t[k] for (_, _, t), k in zip(parts, kept, strict=True)])

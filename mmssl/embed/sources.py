@@ -101,7 +101,7 @@ def _row(name: str, value: Any) -> Row:
     if isinstance(value, str):
         if Path(value).is_file():
             raise UserError(
-                f'{name}: {value!r} is a file; give Path({value!r}) for all that is in it, '
+                f"{name}: {value!r} is a file; give Path({value!r}) for all that is in it, "
                 '{"audio": ...} for its sound, or {"text": ...} for the words'
             )
         return Row(name, {"text": _text(name, value)})
@@ -143,7 +143,9 @@ def _source(where: str, modality: str, value: Any) -> Source:
             f"{where}: {names[0]} must be a numpy array or a tensor, found {type(array).__name__}"
         )
     data = torch.as_tensor(array).detach().cpu()
-    return _sound(where, data, rate) if modality == "audio" else _film(where, data, float(rate))
+    return (
+        _sound(where, data, float(rate)) if modality == "audio" else _film(where, data, float(rate))
+    )
 
 
 def _text(where: str, value: Any) -> str:
@@ -173,7 +175,8 @@ def _sound(where: str, data: Tensor, rate: float) -> Sound:
     scale = _INTEGERS.get(data.dtype, 1.0)
     if not data.is_floating_point() and scale == 1.0:
         raise UserError(f"{where}: samples of {data.dtype}; give float in [-1, 1], int16 or int32")
-    wave_S = torch.atleast_2d(data.float() / scale).mean(0)
+    wave_S = data.float() / scale
+    wave_S = wave_S.mean(0) if wave_S.ndim == 2 else wave_S
     if not bool(wave_S.isfinite().all()):
         raise UserError(f"{where}: holds samples that are not finite")
     return Sound(wave_S, int(rate))

@@ -1,10 +1,17 @@
-"""Cuts media of any length into the windows a model reads, with the views of its evaluation."""
+"""Cuts media of any length into the windows a model reads, with the views of its evaluation.
+
+Letters in shapes: T frames, D width.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 from mmssl.data.text import Tokenizer
 from mmssl.embed.media import Reader, opened
@@ -113,3 +120,22 @@ class Cutter:
 def _padded_s(cut: Cut) -> float:
     """A length that the window alone decides, or its vector would depend on its neighbours'."""
     return cut.spec.crop_s or math.ceil((cut.end_s - cut.start_s) / _STEP_S) * _STEP_S
+
+
+def joined(
+    parts: Sequence[tuple[Piece, list[Tensor], Tensor]],
+) -> tuple[list[Tensor], Tensor]:
+    """Layers (T, D) and times (T,) of consecutive windows in one.
+
+    Overlaps are shared out at their middles: there the edge of either window is equally far.
+    """
+    pieces = [piece for piece, _, _ in parts]
+    borders = [(a.end_s + b.start_s) / 2 for a, b in pairwise(pieces)]
+    lows, highs = [-torch.inf, *borders], [*borders, torch.inf]
+    kept = [
+        (times_T >= low) & (times_T < high)
+        for (_, _, times_T), low, high in zip(parts, lows, highs, strict=True)
+    ]
+    layers = zip(*(found for _, found, _ in parts), strict=True)
+    joined = [torch.cat([x[k] for x, k in zip(each, kept, strict=True)]) for each in layers]
+    return joined, torch.cat([t[k] for (_, _, t), k in zip(parts, kept, strict=True)])

@@ -8,19 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmssl import config
 from mmssl.eval.load import load_model
-from mmssl.interop import entries, folder
+from mmssl.interop import entries, folder, hear, s3prl
 from mmssl.interop.entries import Flat, flat, real
 from mmssl.interop.layout import Heads, Layout
 from mmssl.interop.models import LAYOUTS, layout_of
 from mmssl.interop.names import State, bind
 from mmssl.interop.records import logical, names_of, spec_of, task_run, tower_run
+from mmssl.interop.whole import export_whole
 from mmssl.model import Model
 from mmssl.specs import MaskedSpec, RunSpec, Spec, TransformerSpec
+from mmssl.train import checkpoint
 from mmssl.types import UserError
 
 # which of equal layouts a run means, by what its task predicts
 _USUAL = {"codes": "wav2vec2", "units": "hubert"}
+
+# the whole model: by format a further file, what loads it, and the file's text
+WHOLE = {
+    "mmssl": ("", "", ""),
+    "hear": ("hear_mmssl/{name}.py", "hear_mmssl.{name}", hear.MODULE),
+    "s3prl": ("hubconf.py", "{name}", s3prl.HUBCONF),
+}
 
 # what has no say in evaluation: how a tower starts and learns
 _TRAINING = re.compile(
@@ -35,9 +45,10 @@ _TRAINING = re.compile(
 class ExportSpec(Spec):
     """What can be set behind `mmssl export RUN OUT`.
 
-    format: their model type; empty = the one that fits. tower, task: which one, where the run has
-    several. heads: with the heads of pre-training, for their class of that name; else the encoder
-    alone, for AutoModel. which: weights of the run, see `load_model`.
+    format: their model type; empty = the one that fits. Or the whole model: `mmssl` for AutoModel,
+    once `mmssl.interop.auto` is imported; `hear` and `s3prl` for these. tower, task: which one,
+    where the run has several. heads: with the heads of pre-training, for their class of that name;
+    else the encoder alone, for AutoModel. which: weights of the run, see `load_model`.
     """
 
     format: str = ""
@@ -54,6 +65,8 @@ def export_run(run: Path, out: Path, options: ExportSpec | None = None) -> str:
         UserError: several towers, something that their model has not (by name), or `out` exists.
     """
     options = options or ExportSpec()
+    if options.format in WHOLE:
+        return _export_whole(run, out, options)
     folder.check_new(out)
     model, spec, _ = load_model(run, options.which)
     chosen = _chosen(spec, model, options)
@@ -70,6 +83,21 @@ def export_run(run: Path, out: Path, options: ExportSpec | None = None) -> str:
         {**layout.preprocessor, **files} if files else {},
     )
     return kind
+
+
+def _export_whole(run: Path, out: Path, options: ExportSpec) -> str:
+    """Write the whole model; returns the class, module or entry that loads it."""
+    if options.tower or options.task or options.heads:
+        raise UserError(
+            f"export: format={options.format} takes the whole model; leave tower, task and heads "
+            "out, or leave format out for one tower"
+        )
+    spec = config.load(checkpoint.find(run) / "config.yaml")
+    name = re.sub(r"\W", "_", spec.name)
+    path, loaded_by, text = WHOLE[options.format]
+    files = {path.format(name=name): text.format(name=name)} if path else {}
+    kind = export_whole(run, out, options.which, files)
+    return loaded_by.format(name=name) or kind
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ def settings(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def portable(spec: RunSpec) -> RunSpec:
     """The run without what belongs to the machine it was trained on."""
-    parts = {"towers": spec.towers, "joints": spec.joints}
+    fresh = {"init": ""}
     apart: dict[str, Any] = {
-        field: {name: part.model_copy(update={"init": ""}) for name, part in table.items()}
-        for field, table in parts.items()
+        "towers": {name: t.model_copy(update=fresh) for name, t in spec.towers.items()},
+        "joints": {name: t.model_copy(update=fresh) for name, t in spec.joints.items()},
     }
     if spec.shared is not None:
-        apart["shared"] = spec.shared.model_copy(update={"init": ""})
+        apart["shared"] = spec.shared.model_copy(update=fresh)
     data = DataSpec(labels=spec.data.labels)
     return spec.model_copy(update={**apart, "data": data, "out": ""})
 
