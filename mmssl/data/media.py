@@ -210,7 +210,8 @@ def read_tracks(container: Any, video: bool, audio: bool, limits: Limits) -> dic
     by_index = {track.stream.index: track for track in tracks.values()}
     for track in tracks.values():
         track.stream.codec_context.thread_count = 1  # one worker, one core
-    for packet in container.demux([track.stream for track in tracks.values()]):
+    streams = [track.stream for track in tracks.values()]
+    for packet in container.demux(streams) if streams else ():  # of no stream it means all
         if packet.size == 0:  # end of stream
             continue
         track = by_index[packet.stream_index]

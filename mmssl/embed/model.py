@@ -117,8 +117,8 @@ class EmbeddingModel:
         include = {"shared", "towers", "joints", "views", "tasks"}
         parts = whole.portable(self.spec).model_dump_json(include=include)
         words = "" if self.tokenizer is None else self.tokenizer.sha256
-        facts = [weights_sha256(self.model.state_dict()), json.loads(parts), words]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        facts = [weights_sha256(self.model.state_dict()), parts, words]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # ------------------------------------------------------------ whole items
 

@@ -43,13 +43,13 @@ from mmssl.types import MODALITIES, Batch, UserError, ViewBatch
 
 
 class MmsslConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """run: the resolved run without its data. vocabulary: ids of the tokenizer, if there is one."""
+    """run: YAML of the resolved run without its data. vocabulary: ids of the tokenizer, if there is one."""
 
     model_type = whole.MODEL_TYPE
 
     def __init__(
         self,
-        run: Mapping[str, Any] | None = None,
+        run: str = "",
         vocabulary: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -78,7 +78,7 @@ class MmsslModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         # not on the meta device that from_pretrained prefers: what is computed when a model is
         # built (filters of spectrograms) is in no file
         with torch.device("cpu"):
-            self.model = whole.model_of(config.run or {}, config.vocabulary, "config.json")
+            self.model = whole.model_of(config.run, config.vocabulary, "config.json")
         self._spaces = Spaces(self.model)
         self.post_init()  # type: ignore[no-untyped-call]
 

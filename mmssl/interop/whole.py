@@ -1,6 +1,6 @@
 """A whole model as a folder in the layout of `transformers`, of our own model type.
 
-config.json holds the resolved run without its data, model.safetensors all weights under `model.`,
+config.json holds the resolved run (YAML) without its data, model.safetensors all weights under `model.`,
 and tokenizer.model the tokenizer. `transformers` is not needed to write or to read it.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mmssl import config
 from mmssl.build import build_model
 from mmssl.config_errors import explain
 from mmssl.data.text import Tokenizer
@@ -22,6 +23,7 @@ from mmssl.model import Model
 from mmssl.specs import DataSpec, RunSpec
 from mmssl.train.checkpoint import TOKENIZER
 from mmssl.types import UserError
+from mmssl.yamlfile import parse_value
 
 MODEL_TYPE, CLASS, PROCESSOR = "mmssl", "MmsslModel", "MmsslProcessor"
 PREFIX = "model."
@@ -52,7 +54,8 @@ def settings(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is not None:
         begins = "".join(str(int(b)) for b in tokenizer.begins)
         words = {"special": tokenizer.special, "begins": begins}
-    run = portable(model.spec).model_dump(mode="json", by_alias=True, exclude_none=True)
+    # as a text: JSON files are written with sorted keys, and the order of views and pairs counts
+    run = config.dump(portable(model.spec))
     about = {"model_type": MODEL_TYPE, "architectures": [CLASS], "dtype": "float32"}
     return {**about, "run": run, "vocabulary": words}
 
@@ -70,16 +73,17 @@ def portable(spec: RunSpec) -> RunSpec:
     return spec.model_copy(update={**apart, "data": data, "out": ""})
 
 
-def model_of(run: Mapping[str, Any], vocabulary: Mapping[str, Any] | None, where: str) -> Model:
+def model_of(run: str, vocabulary: Mapping[str, Any] | None, where: str) -> Model:
     """A model with fresh weights from the entries of config.json.
 
     Raises:
         UserError: they are of another version.
     """
+    tree = parse_value(run, where)
     try:
-        spec = RunSpec.model_validate(run)
+        spec = RunSpec.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, RunSpec, dict(run), ())}") from error
+        raise UserError(f"{where}: {explain(error, RunSpec, tree, ())}") from error
     if vocabulary is None:
         return build_model(spec)
     begins = [digit == "1" for digit in vocabulary["begins"]]
@@ -88,8 +92,8 @@ def model_of(run: Mapping[str, Any], vocabulary: Mapping[str, Any] | None, where
 
 def is_folder(path: Path) -> bool:
     """Whether a folder was written by `export_whole`, or by `save_pretrained` of its class."""
-    config = path / folder.CONFIG
-    return config.is_file() and folder.read_json(config).get("model_type") == MODEL_TYPE
+    file = path / folder.CONFIG
+    return file.is_file() and folder.read_json(file).get("model_type") == MODEL_TYPE
 
 
 def read(path: Path) -> tuple[Model, Tokenizer | None]:
@@ -100,7 +104,7 @@ def read(path: Path) -> tuple[Model, Tokenizer | None]:
     """
     where = path / folder.CONFIG
     said = folder.read_json(where)
-    model = model_of(said.get("run") or {}, said.get("vocabulary"), str(where))
+    model = model_of(said.get("run", ""), said.get("vocabulary"), str(where))
     tensors = folder.read_tensors(path)
     state = {name.removeprefix(PREFIX): x for name, x in tensors.items()}
     try:
