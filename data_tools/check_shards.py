@@ -26,14 +26,10 @@ from tqdm import tqdm
 
 from data_tools import transcode
 from mmssl.data import media, samples
-from mmssl.data.integrity import (
-    META_FOLDER,
-    DamagedSampleError,
-    Shard,
-    read_manifest,
-    valid_key,
-)
+from mmssl.data.folders import Shard, read_manifest
+from mmssl.data.integrity import DamagedSampleError, valid_key
 from mmssl.data.media import Limits
+from mmssl.data.remote import META_FOLDER
 from mmssl.files import sha256
 from mmssl.types import Sample, UserError
 
@@ -62,7 +58,7 @@ def check_folder(folder: str | Path, decode: bool = False) -> Findings:
         decode: also decode all media.
 
     Raises:
-        UserError: the folder as a whole cannot be read (see `integrity.read_manifest`).
+        UserError: the folder as a whole cannot be read (see `folders.read_manifest`).
     """
     folder = Path(folder)
     shards = read_manifest(folder)

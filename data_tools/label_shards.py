@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from data_tools.label_codes import CodeBook, observe
 from data_tools.label_features import Floats, FrameSource, frame_source
-from mmssl.data.integrity import read_manifest
+from mmssl.data.folders import read_manifest
 from mmssl.data.labels import check
-from mmssl.data.loader import eval_batches
+from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import LabelInfo, SideCar, shards_digest, writing
 from mmssl.rng import numpy_generator
 from mmssl.specs import LabellingSpec
@@ -71,7 +71,7 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
     """Fit, unless clusterings are given, and label every sample of a folder.
 
     Args:
-        shards: a folder made by make_shards.
+        shards: a folder made by make_shards, or its address.
         out: the side-car to write; clusterings that are fitted go beside it.
         options: what to do.
 
@@ -79,7 +79,7 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
         UserError: no such shards or run, features that cannot be clustered, or a
             clustering of other features.
     """
-    shards, out = Path(shards), Path(out)
+    out = Path(out)
     total = sum(shard.samples for shard in read_manifest(shards))
     source = frame_source(options.features, options.tower, options.layer, options.codes > 0)
     files, sizes = options.kmeans, (options.codes,) if options.codes else options.clusters
@@ -119,7 +119,11 @@ def _share(total: int, options: LabellingSpec) -> list[int]:
 
 
 def _fit(
-    shards: Path, source: FrameSource, rows: Sequence[int], clusters: int, options: LabellingSpec
+    shards: str | Path,
+    source: FrameSource,
+    rows: Sequence[int],
+    clusters: int,
+    options: LabellingSpec,
 ) -> Clusters | CodeBook:
     if options.codes:
         read = _read(shards, source, rows, options.workers, "codes")
@@ -155,7 +159,7 @@ def _fitting(file: Path, source: FrameSource, options: LabellingSpec) -> Cluster
 
 
 def _read(
-    shards: Path, source: FrameSource, rows: Sequence[int], workers: int, name: str
+    shards: str | Path, source: FrameSource, rows: Sequence[int], workers: int, name: str
 ) -> Iterator[Frames]:
     """Features of the samples of these numbers, in order; none where a sample has no audio.
 
@@ -180,7 +184,7 @@ def _read(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.label_shards", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("shards", type=Path)
+    parser.add_argument("shards")
     parser.add_argument("out", type=Path)
     parser.add_argument("--features", default=DEFAULTS.features, metavar="mfcc|mfcc_cmvn|RUN")
     parser.add_argument("--layer", type=int, default=0, help="of a run; 0 = the output")

@@ -29,7 +29,8 @@ from data_tools.manifest import Row, find_manifests, read_rows
 from data_tools.shard_rows import Made, Options, prepare
 from data_tools.shard_writer import QUARANTINE, ShardWriter, build_index, install
 from data_tools.transcode import Encoding
-from mmssl.data.integrity import MANIFEST, META_FOLDER
+from mmssl.data.folders import MANIFEST
+from mmssl.data.remote import META_FOLDER
 from mmssl.types import UserError
 
 

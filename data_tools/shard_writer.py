@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 
 from data_tools.manifest import Row
 from data_tools.shard_rows import Made, Options
-from mmssl.data.integrity import DATASET_YAML, MANIFEST, META_FOLDER, PROFILE, canonical
+from mmssl.data.folders import DATASET_YAML, MANIFEST
+from mmssl.data.integrity import PROFILE, canonical
+from mmssl.data.remote import META_FOLDER
 from mmssl.files import sha256
 from mmssl.types import UserError
 

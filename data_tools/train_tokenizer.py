@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.manifest import read_rows
-from mmssl.data.integrity import MANIFEST, DamagedSampleError, read_manifest, read_record
+from mmssl.data.folders import MANIFEST, read_manifest
+from mmssl.data.integrity import DamagedSampleError, read_record
 from mmssl.data.text import MASK, Tokenizer
 from mmssl.files import whole_file
 from mmssl.types import UserError

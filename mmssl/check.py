@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mmssl import config
 from mmssl.stages import LABELS, Stage, about, is_staged, plan
+from mmssl.storage import is_address
 from mmssl.types import Batch, FrameLabels, Term, UserError, ViewBatch
 
 if TYPE_CHECKING:
@@ -163,11 +164,11 @@ def need_labels(model: Model, spec: RunSpec) -> None:
 def _label_problems(
     spec: RunSpec, name: str, key: str, classes: list[int], hz: float
 ) -> Iterator[str]:
-    from mmssl.data.integrity import read_manifest
+    from mmssl.data.folders import read_manifest
     from mmssl.data.labels import LabelBook, check, listed
     from mmssl.data.sidecars import SideCar, shards_digest
 
-    folders = [Path(f) for f in listed(spec.data.train) if f and Path(f).is_dir()]
+    folders = [f for f in listed(spec.data.train) if f and (is_address(f) or Path(f).is_dir())]
     samples = {shards_digest(f): sum(s.samples for s in read_manifest(f)) for f in folders}
     files = {name: listed(spec.data.frame_labels[name])}
     cars = LabelBook.open(files, folders, required=True).cars[name]

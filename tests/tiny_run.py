@@ -223,3 +223,15 @@ def gradients(model: Model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch
     return loss.detach(), {
         n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
     }
+
+
+def sound_run(shards: str, train: dict[str, Any], **data: Any) -> dict[str, Any]:
+    """Masked prediction of sound alone, over shards such as those of `tone_shards`."""
+    return TREE | {
+        "towers": {"audio": TREE["towers"]["audio"]},
+        "views": {"audio": TREE["views"]["audio"]},
+        "joints": {},
+        "tasks": {"masked_audio": TREE["tasks"]["masked_audio"]},
+        "train": {"batch": 4, "log_every": 1, "threads": 1} | train,
+        "data": {"train": shards, "workers": 0} | data,
+    }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from mmssl.data.integrity import read_manifest
+from mmssl.data.folders import read_manifest
 from mmssl.specs import DataSpec
 from mmssl.types import UserError
 
@@ -35,7 +34,7 @@ def train_weights(data: DataSpec) -> dict[str, float]:
         raise UserError(f"data.train: a folder is named twice in {', '.join(train)}")
     sizes: dict[str, float] = {}
     for folder in train:
-        counted = sum(shard.samples for shard in read_manifest(Path(folder)))
+        counted = sum(shard.samples for shard in read_manifest(folder))
         sizes[folder] = train[folder] if isinstance(train, dict) else counted
         if not sizes[folder] > 0:
             raise UserError(

@@ -33,6 +33,7 @@ from megatron.energon.savable_loader import (
 from megatron.energon.state import FlexState
 from megatron.energon.wrappers.map_dataset import MapDataset
 
+from mmssl.data.folders import find_folder
 from mmssl.data.reader import OPEN_SHARDS, ShardReader
 
 SPLIT = "train"  # Energon's name for the one part of every folder, whatever it is used for
@@ -41,14 +42,15 @@ SPLIT = "train"  # Energon's name for the one part of every folder, whatever it 
 _MAX_SLICES = 8192
 
 
-class ShardFolder(CrudeWebdataset):  # type: ignore[misc]
+class Shards(CrudeWebdataset):  # type: ignore[misc]
     """One shard folder as an Energon data set; samples of more than `max_bytes` are damage."""
 
     def __init__(
-        self, folder: Path, worker_config: WorkerConfig, training: bool, max_bytes: int
+        self, folder: str | Path, worker_config: WorkerConfig, training: bool, max_bytes: int
     ) -> None:
+        self._folder = find_folder(folder)
         super().__init__(
-            EPath(folder.resolve()),
+            EPath(self._folder.path.resolve()),
             split_part=SPLIT,
             training=training,
             worker_config=worker_config,
@@ -60,7 +62,7 @@ class ShardFolder(CrudeWebdataset):  # type: ignore[misc]
 
     def reader(self) -> ShardReader:
         """Random access by sample number."""
-        return ShardReader(self.path, self.shards, self._max_bytes)
+        return ShardReader(self._folder, self.shards, self._max_bytes)
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         """As Energon's, with our reader."""
@@ -97,9 +99,9 @@ def worker_config(rank: int, world: int, workers: int, seed: int) -> WorkerConfi
     )
 
 
-def loaded(folder: Path, config: WorkerConfig, weight: float, max_bytes: int) -> LoadedDataset:
+def loaded(folder: str, config: WorkerConfig, weight: float, max_bytes: int) -> LoadedDataset:
     """A folder with its blend weight."""
-    return LoadedDataset(dataset=ShardFolder(folder, config, True, max_bytes), weight=weight)
+    return LoadedDataset(dataset=Shards(folder, config, True, max_bytes), weight=weight)
 
 
 class _Nowhere(io.TextIOBase):

@@ -10,35 +10,25 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import yaml
 
-from mmssl.types import UserError
-
-META_FOLDER = ".nv-meta"
-MANIFEST = "manifest.json"
-# Energon imports whatever class this file names, so it must equal this text.
-DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 PROFILE = "mmssl-shards-1"
 
-# Why a sample is left out: its place in the tar and index; its members; its media; how decoding
-# ended in the child process; frame labels; anything else. A sample that
+# Why a sample is left out: its place in the tar and index, or another tar there; its members; its
+# media; how decoding ended in the child process; frame labels; anything else. A sample that
 # only shows that the index is damaged is counted and read.
 REASONS = (
-    *("tar", "index", "key", "json", "members", "crc"),
+    *("tar", "index", "changed", "key", "json", "members", "crc"),
     *("header", "bomb", "missing", "decode"),
     *("timeout", "memory", "crash", "quarantined"),
     *("labels", "error"),
 )
 
 _KEY = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*")
-_SHARD = re.compile(r"[a-z0-9_]+(?:-[a-z0-9_]+)*-\d{6}\.tar")
-_BRACES = re.compile(r"(.+)-\{(\d{6})\.\.(\d{6})\}\.tar")
 _SELF = re.compile(rb'"crc32c_self":"[0-9a-f]{8}",?')
 
 
@@ -48,16 +38,6 @@ class DamagedSampleError(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file as the manifest lists it."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 def crc32c(data: bytes) -> str:
@@ -137,87 +117,6 @@ def _own_crc_holds(raw: bytes, record: dict[str, Any]) -> bool:
 def valid_key(key: str) -> bool:
     """Whether a sample key keeps to the profile: [a-z0-9_] groups joined by hyphens."""
     return len(key) <= 200 and _KEY.fullmatch(key) is not None
-
-
-def read_manifest(folder: Path) -> list[Shard]:
-    """The shards of a prepared folder, checked against Energon's own lists.
-
-    Raises:
-        UserError: no such folder, not prepared by make_shards, or files that disagree.
-    """
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such shard folder; make one with data_tools.make_shards")
-    if not path.is_file():
-        raise UserError(_no_manifest(folder))
-    try:
-        tree = json.loads(path.read_bytes())
-        shards = [
-            Shard(**{k: s[k] for k in ("name", "samples", "bytes", "sha256")})
-            for s in tree["shards"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: unreadable ({error!r}); make the shards again") from error
-    _check_names(folder, shards)
-    _check_energon_files(folder, shards)
-    return shards
-
-
-def _no_manifest(folder: Path) -> str:
-    parts = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
-    hint = f"; it has parts {', '.join(parts)}: name one of them" if parts else ""
-    return (
-        f"{folder}: no {MANIFEST}, so this is not a folder written by data_tools.make_shards{hint}"
-    )
-
-
-def _check_names(folder: Path, shards: Iterable[Shard]) -> None:
-    for shard in shards:
-        if _SHARD.fullmatch(shard.name) is None:
-            raise UserError(f"{folder / MANIFEST}: {shard.name!r} is no shard name")
-        if not (folder / shard.name).is_file():
-            raise UserError(
-                f"{folder / shard.name}: missing, but {MANIFEST} lists it; restore the file"
-            )
-
-
-def _check_energon_files(folder: Path, shards: list[Shard]) -> None:
-    meta = folder / META_FOLDER
-    remedy = "run python -m data_tools.make_shards again"
-    for name in ("dataset.yaml", "split.yaml", ".info.json", "index.sqlite"):
-        if not (meta / name).is_file():
-            raise UserError(f"{meta / name}: missing; {remedy}")
-    if (meta / "dataset.yaml").read_text() != DATASET_YAML:
-        raise UserError(
-            f"{meta / 'dataset.yaml'}: differs from the only accepted text; a data set may not "
-            f"choose the code that reads it; {remedy}"
-        )
-    try:
-        counts = json.loads((meta / ".info.json").read_bytes())["shard_counts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{meta / '.info.json'}: unreadable ({error!r}); {remedy}") from error
-    names = [shard.name for shard in shards]
-    # The order numbers the shards in index.sqlite.
-    if list(counts.items()) != [(shard.name, shard.samples) for shard in shards]:
-        raise UserError(f"{meta / '.info.json'}: lists other shards than {MANIFEST}; {remedy}")
-    if _split_names(meta / "split.yaml", max_names=len(names)) != names:
-        raise UserError(f"{meta / 'split.yaml'}: lists other shards than {MANIFEST}; {remedy}")
-
-
-def _split_names(path: Path, max_names: int) -> list[str]:
-    """Shards in Energon's list; it expands braces without bounds and leaves out what it is told."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-        (patterns,) = tree["split_parts"].values()
-        names: list[str] = []
-        for pattern in patterns if not tree["exclude"] else []:
-            found = _BRACES.fullmatch(pattern)
-            first, last = (int(found[2]), int(found[3])) if found else (0, 0)
-            numbers = range(first, min(last, first + max_names) + 1)
-            names += [f"{found[1]}-{n:06d}.tar" for n in numbers] if found else [pattern]
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return names
 
 
 class Ledger:

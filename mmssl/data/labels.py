@@ -130,7 +130,7 @@ class LabelBook:
 
     @classmethod
     def open(
-        cls, paths: Mapping[str, str | Sequence[str]], folders: Sequence[Path], required: bool
+        cls, paths: Mapping[str, str | Sequence[str]], folders: Sequence[str | Path], required: bool
     ) -> LabelBook:
         """Open the side-cars of these shard folders.
 

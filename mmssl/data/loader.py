@@ -1,4 +1,4 @@
-"""Reads shards into batches: endless and resumable for training, once and in order for evaluation.
+"""Reads shards into batches for training, without end and resumable.
 
 B rows of the micro-batch. Energon decides the order; `encode` does the work; the batch crosses from
 the worker as one block of shared memory.
@@ -15,22 +15,19 @@ from typing import Any
 import torch
 from megatron.energon import Cooker, SkipSample, TaskEncoder, get_savable_loader, stateless
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmssl.data import energon, workers
 from mmssl.data.blend import train_weights
-from mmssl.data.collate import Item, PackedBatch, failed, pack
+from mmssl.data.collate import PackedBatch, failed
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
-from mmssl.data.integrity import DamagedSampleError, Ledger, Quarantine, Shard, read_manifest
-from mmssl.data.isolate import DecodeChild
+from mmssl.data.folders import Shard, read_manifest
+from mmssl.data.guarded import close, encode_guarded, guarded, packed_rows, to_sample
+from mmssl.data.integrity import Ledger, Quarantine
 from mmssl.data.join import join
 from mmssl.data.labels import LabelBook
-from mmssl.data.reader import ERROR, NOTE, REASON, ShardReader
 from mmssl.data.text import Tokenizer
 from mmssl.specs import DataSpec, ViewSpec
-from mmssl.types import Batch, Sample, UserError
-
-Encode = Callable[[Sample], Item]
+from mmssl.types import Batch, UserError
 
 _STATE_VERSION = 1
 # Energon stores a worker's state at most this often; resuming repeats the reading since then.
@@ -73,11 +70,11 @@ def train_loader(
             has no side-car among those of a name in `data.frame_labels`.
     """
     weights = train_weights(data)
-    shards = {folder: read_manifest(Path(folder)) for folder in weights}
+    shards = {folder: read_manifest(folder) for folder in weights}
     readers = world * max(1, data.workers)
     for folder, listed in shards.items():
         _check_readers(folder, listed, readers, world, data.workers)
-    labels = LabelBook.open(data.frame_labels, [Path(f) for f in weights], required=True)
+    labels = LabelBook.open(data.frame_labels, list(weights), required=True)
     encoder = SampleEncoder(views, data, seed, tokenizer, True, labels)
     config = energon.worker_config(rank, world, data.workers, seed)
     guard = BadSampleGuard(data.max_bad_share, Ledger(ledger), Quarantine(quarantine))
@@ -85,9 +82,7 @@ def train_loader(
 
     def make() -> Any:
         dataset = task.build_train_datasets(
-            datasets=[
-                energon.loaded(Path(f), config, w, data.max_bytes) for f, w in weights.items()
-            ],
+            datasets=[energon.loaded(f, config, w, data.max_bytes) for f, w in weights.items()],
             worker_config=config,
             batch_size=micro_batch,
             shuffle_buffer_size=data.shuffle_buffer or None,
@@ -286,7 +281,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the workers."""
         self._iterator = None
-        _close(self._task.encode)
+        close(self._task.encode)
         inner = getattr(self._loader, "_iterator", None)
         if inner is not None and hasattr(inner, "_shutdown_workers"):
             inner._shutdown_workers()
@@ -351,159 +346,9 @@ class _Task(TaskEncoder[Any, Any, Any, Any]):  # type: ignore[misc]
         """Rows to one block; `None` among them stands for a stop."""
         if self.guard.stop:
             return failed(self.guard.stop)
-        packed = _packed(samples, self._encoder)
+        packed = packed_rows(samples, self._encoder)
         packed.skipped = self.guard.ledger.fresh()
         return packed
-
-
-def _packed(items: Sequence[Item], encoder: SampleEncoder) -> PackedBatch:
-    """Rows to one block, shared where this is a worker; bad settings travel as a batch, too."""
-    try:
-        kinds = encoder.frame_labels.kinds
-        return pack(items, encoder.views, shared=get_worker_info() is not None, labels=kinds)
-    except UserError as error:
-        return failed(str(error))
-
-
-def to_sample(crude: Mapping[str, Any]) -> Sample:
-    """Energon's dict as our record."""
-    fields = {name: data for name, data in crude.items() if not name.startswith("__")}
-    return Sample(crude["__key__"], tuple(crude["__restore_key__"]), fields)
-
-
-def guarded(encoder: SampleEncoder) -> Encode:
-    """The encoder, in a child process where `data.isolate` says so."""
-    data = encoder.data
-    return DecodeChild(encoder, data.decode_seconds, data.decode_mb) if data.isolate else encoder
-
-
-def _close(encode: Encode) -> None:
-    if isinstance(encode, DecodeChild):
-        encode.close()
-
-
-def encode_guarded(
-    encode: Encode, guard: BadSampleGuard, sample: Sample, crude: Mapping[str, Any]
-) -> Item | None:
-    """Encode a sample, or count it as bad and return None."""
-    where = {"shard": str(crude.get("__shard__", ""))}
-    if ERROR in crude:
-        guard.bad(sample.key, crude[REASON], crude[ERROR], **where)
-        return None
-    if NOTE in crude:  # the sample is read nevertheless
-        guard.ledger.add("index", key=sample.key, message=crude[NOTE], **where)
-    if sample.key in guard.quarantine.keys:
-        guard.bad(sample.key, "quarantined", "listed in the quarantine", **where)
-        return None
-    try:
-        item = encode(sample)
-    except DamagedSampleError as error:
-        guard.bad(sample.key, error.reason, str(error), **where)
-    except UserError as error:  # a wrong setting, not a bad sample
-        guard.stop = str(error)
-    except (
-        Exception
-    ) as error:  # a damaged file may fail anywhere in a decoder: counted, never silent
-        guard.bad(sample.key, "error", f"{type(error).__name__}: {error}", **where)
-    else:
-        guard.good()
-        return item
-    return None
-
-
-def eval_batches(
-    path: str | Path,
-    data: DataSpec,
-    views: Mapping[str, ViewSpec],
-    micro_batch: int,
-    tokenizer: Tokenizer | None,
-    limit: int | None = None,
-    workers: int | None = None,
-    ledger: str | Path | None = None,
-    rows: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """Every sample of a folder once, in the order of the source manifest, without augmentation.
-
-    Damaged samples are left out and counted. `Batch.meta` holds the manifest's meta of every row,
-    with `captions`, `source`, `has`, `duration_s` and `stored_size` (width, height). Views carry
-    the frame labels of those `data.frame_labels` that have a side-car of this folder.
-
-    Args:
-        path: shard folder.
-        data: decoder, limits and `max_bad_share`.
-        views: views by name.
-        micro_batch: rows per batch; the last one may be smaller.
-        tokenizer: needed by text views.
-        limit: read only the first clips.
-        workers: processes; `data.workers` if None.
-        ledger: file to which skipped samples are appended as JSON lines.
-        rows: read only the samples of these numbers, in this order.
-
-    Raises:
-        UserError: no such folder, or too many bad samples.
-    """
-    read_manifest(Path(path))
-    labels = LabelBook.open(data.frame_labels, [Path(path)], required=False)
-    encoder = SampleEncoder(views, data, 0, tokenizer, False, labels)
-    with energon.quiet():
-        folder = energon.ShardFolder(
-            Path(path), energon.worker_config(0, 1, 0, 0), False, data.max_bytes
-        )
-    chosen: Sequence[int] = range(len(folder)) if rows is None else rows
-    guard = BadSampleGuard(data.max_bad_share, Ledger(ledger), Quarantine())
-    chunks = _Chunks(folder.reader(), encoder, guard, chosen[:limit], micro_batch)
-    return _eval_iterator(chunks, data.workers if workers is None else workers)
-
-
-def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"multiprocessing_context": "fork", "prefetch_factor": 2}
-    with energon.quiet():
-        loader = DataLoader(
-            chunks, batch_size=None, num_workers=min(workers, len(chunks)), **options
-        )
-        iterator = iter(loader)
-    try:
-        for packed in iterator:
-            batch = packed.unpack()
-            if batch.size:
-                yield batch
-    finally:
-        _close(chunks.encode)
-
-
-class _Chunks(Dataset[PackedBatch]):
-    """A folder cut into micro-batches of consecutive samples."""
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        encoder: SampleEncoder,
-        guard: BadSampleGuard,
-        rows: Sequence[int],
-        micro_batch: int,
-    ) -> None:
-        self._reader, self._encoder, self._guard = reader, encoder, guard
-        self.encode = guarded(encoder)
-        self._rows, self._micro_batch = rows, micro_batch
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._micro_batch)
-
-    def __getitem__(self, chunk: int) -> PackedBatch:
-        first = chunk * self._micro_batch
-        if chunk >= len(self):
-            raise IndexError(chunk)
-        items: list[Item] = []
-        for index in self._rows[first : first + self._micro_batch]:
-            crude = self._reader[index]
-            item = encode_guarded(self.encode, self._guard, to_sample(crude), crude)
-            if self._guard.stop:
-                return failed(self._guard.stop)
-            if item is not None:
-                items.append(item)
-        return _packed(items, self._encoder)
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

@@ -17,17 +17,22 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from megatron.energon import CrudeSample
+from megatron.energon.epathlib import EPath
 from megatron.energon.source_info import SourceInfo
 from numpy.typing import NDArray
 
-from mmssl.data.integrity import META_FOLDER, DamagedSampleError, valid_key
+from mmssl.data.folders import ShardFolder, Tar
+from mmssl.data.integrity import DamagedSampleError, valid_key
+from mmssl.data.remote import META_FOLDER
+from mmssl.storage import StorageError
 
 # Entries of a sample besides its members: why it cannot be read, and what is wrong with the index.
 ERROR, REASON, NOTE = "__mmssl_error__", "__mmssl_reason__", "__mmssl_note__"
+STORAGE = "storage"  # the reason that ends a run
 OPEN_SHARDS = 16  # at once
 _MAX_MEMBERS = 64
 _FIELD = re.compile(r"[a-z0-9]{1,16}")
@@ -35,7 +40,7 @@ _SQL_STEPS, _SQL_BYTES = 100_000, 1 << 16  # a look-up takes some twenty steps
 
 
 class _Shard(NamedTuple):
-    file: BinaryIO
+    tar: Tar
     offsets: NDArray[np.uint64]
     whole: bool  # the .tar.idx has the right length
 
@@ -46,12 +51,13 @@ class ShardReader:
     Energon's own reader ends the iteration at the first damage.
     """
 
-    def __init__(self, folder: Any, shards: Sequence[Any], max_bytes: int) -> None:
+    def __init__(self, folder: ShardFolder, shards: Sequence[Any], max_bytes: int) -> None:
         """Note the shards (Energon's `ShardInfo`) of a folder; a larger sample is damage."""
         self._folder, self._shards, self._max_bytes = folder, shards, max_bytes
+        self._path = EPath(folder.path)
         self._firsts = list(accumulate((shard.count for shard in shards), initial=0))
         self._open: dict[int, _Shard] = {}
-        self._index = _KeyIndex(folder.local_path() / META_FOLDER / "index.sqlite")
+        self._index = _KeyIndex(folder.path / META_FOLDER / "index.sqlite")
         self._noted: set[int] = set()
 
     def __len__(self) -> int:
@@ -67,7 +73,7 @@ class ShardReader:
             "__shard__": name,
             "__restore_key__": ("Webdataset", index),
             "__sources__": (
-                SourceInfo(dataset_path=self._folder, index=index, shard_name=name, file_names=()),
+                SourceInfo(dataset_path=self._path, index=index, shard_name=name, file_names=()),
             ),
         }
         try:
@@ -76,6 +82,8 @@ class ShardReader:
             note = self._check_place(shard, number, key)
         except DamagedSampleError as error:
             reason, message = error.reason, str(error)
+        except StorageError as error:
+            reason, message = STORAGE, str(error)
         except Exception as error:  # damage may show as any error: marked, then counted
             reason, message = "tar", f"{type(error).__name__}: {error}"
         else:
@@ -86,18 +94,17 @@ class ShardReader:
         """The open files of a shard, those of the least recently used one closed."""
         found = self._open.pop(shard, None)
         if found is None:
-            path = self._shards[shard].path
-            with path.with_suffix(".tar.idx").open("rb") as file:
-                raw, size = file.read(), 8 * (self._shards[shard].count + 1)
+            name, size = self._shards[shard].name, 8 * (self._shards[shard].count + 1)
+            raw = (self._folder.path / f"{name}.idx").read_bytes()
             offsets = np.frombuffer(raw[: len(raw) // 8 * 8], "<u8")
-            found = _Shard(path.open("rb"), offsets, len(raw) == size)
+            found = _Shard(self._folder.open(name), offsets, len(raw) == size)
         self._open[shard] = found
         if len(self._open) > OPEN_SHARDS:
-            self._open.pop(next(iter(self._open))).file.close()
+            self._open.pop(next(iter(self._open))).tar.close()
         return found
 
     def _members(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
-        file, offsets, _ = self._shard(shard)
+        tar, offsets, _ = self._shard(shard)
         start, end = (*map(int, offsets[number : number + 2]), 0, 0)[:2]
         if not start < end:
             raise DamagedSampleError("index", f"the .tar.idx has no place for sample {number}")
@@ -105,7 +112,7 @@ class ShardReader:
             raise DamagedSampleError(
                 "bomb", f"{end - start} bytes exceed data.max_bytes = {self._max_bytes}"
             )
-        return _read_members(file, start, end)
+        return _read_members(tar.read(start, end), end - start)
 
     def _check_place(self, shard: int, number: int, key: str) -> dict[str, str]:
         """Refuse a copy of another sample; returns a note, once per shard, about a bad index."""
@@ -119,23 +126,23 @@ class ShardReader:
         return {NOTE: f"{'.tar.idx' if listed else 'index.sqlite'} of the shard is damaged"}
 
 
-def _read_members(file: BinaryIO, start: int, end: int) -> tuple[str, dict[str, bytes]]:
-    """(key, bytes by field) of the plain files that fill a stretch of a tar."""
-    key, fields, place = "", dict[str, bytes](), start
-    while place < end:
-        file.seek(place)
-        info = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+def _read_members(stretch: bytes, size: int) -> tuple[str, dict[str, bytes]]:
+    """(key, bytes by field) of the plain files that fill a stretch of a tar of this size."""
+    key, fields, place = "", dict[str, bytes](), 0
+    while place < size:
+        first = place + tarfile.BLOCKSIZE
+        info = tarfile.TarInfo.frombuf(stretch[place:first], "utf-8", "strict")
         stem, _, name = info.name.partition(".")
-        place += tarfile.BLOCKSIZE + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        place = first + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             raise DamagedSampleError("tar", f"{info.name!r} is no plain file")
         if not valid_key(stem) or not _FIELD.fullmatch(name):
             raise DamagedSampleError("tar", f"{info.name!r} is no name of a member")
         if stem != (key or stem) or name in fields or len(fields) == _MAX_MEMBERS:
             raise DamagedSampleError("tar", f"{info.name!r} does not belong to the sample {key}")
-        if info.size < 0 or place > end:
+        if info.size < 0 or place > size:
             raise DamagedSampleError("tar", f"{info.name!r} is larger than its sample")
-        key, fields[name] = stem, file.read(info.size)
+        key, fields[name] = stem, stretch[first : first + info.size]
         if len(fields[name]) < info.size:
             raise DamagedSampleError("tar", f"the file ends within {info.name!r}")
     return key, fields

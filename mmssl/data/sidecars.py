@@ -34,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from mmssl.data.integrity import canonical, crc32c, read_manifest
+from mmssl.data.folders import read_manifest
+from mmssl.data.integrity import canonical, crc32c
 from mmssl.files import whole_file
 from mmssl.types import UserError
 
@@ -83,7 +84,7 @@ class LabelInfo:
         return self.source.rate_hz
 
 
-def shards_digest(folder: Path) -> str:
+def shards_digest(folder: str | Path) -> str:
     """SHA-256 over names, sizes and hashes of a folder's shards; the same wherever it lies.
 
     Raises:
@@ -324,7 +325,7 @@ class SideCar:
         first = int(self._key_ends_S[i - 1]) if i else 0
         return self._keys[first : int(self._key_ends_S[i])].tobytes()
 
-    def check_shards(self, folder: Path) -> None:
+    def check_shards(self, folder: str | Path) -> None:
         """Refuse shards that are not the labelled ones.
 
         Raises:

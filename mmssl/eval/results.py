@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl import __version__
+from mmssl.data.folders import MANIFEST, find_folder
 from mmssl.files import sha256, whole_file
 from mmssl.types import MODALITIES, UserError
 
@@ -211,13 +212,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def manifest_sha256(folder: Path) -> str:
+def manifest_sha256(folder: str | Path) -> str:
     """Hash of the shards' manifest, which itself holds the hash of every shard.
 
     Raises:
-        UserError: the folder has no manifest.
+        UserError: no such folder, or one without manifest.
     """
-    path = folder / "manifest.json"
+    path = find_folder(folder).path / MANIFEST
     if not path.is_file():
         raise UserError(f"{path}: no manifest; make shards with python -m data_tools.make_shards")
     return sha256(path)

@@ -87,7 +87,7 @@ def evaluate(
         UserError: as `main`.
     """
     from mmssl import config
-    from mmssl.data.loader import eval_batches
+    from mmssl.data.ordered import eval_batches
     from mmssl.eval.load import load_model
 
     begin = time.perf_counter()
@@ -108,7 +108,7 @@ def evaluate(
     protocol = Protocol(options.seed, options.resamples, items)
     found = facts(suite, options) | {
         "run": {"name": spec.name, "folder": str(run), "config": config.digest(spec)},
-        "data": data_facts(Path(folder), rows),
+        "data": data_facts(folder, rows),
         "checkpoint": {
             "which": options.which,
             "sha256": results.weights_sha256(model.state_dict()),
@@ -141,7 +141,7 @@ def facts(suite: str, options: EvalSpec) -> results.Results:
     }
 
 
-def data_facts(folder: Path, rows: Rows) -> dict[str, Any]:
+def data_facts(folder: str | Path, rows: Rows) -> dict[str, Any]:
     """Folder, manifest hash and number of clips of each kind."""
     kinds = [str(meta.get("kind", "any")) for meta in rows.meta]
     return {
@@ -204,7 +204,7 @@ def quick(model: Encoder, spec: RunSpec, tokenizer: Any, clips: int) -> dict[str
     Raises:
         UserError: the run names no validation data.
     """
-    from mmssl.data.loader import eval_batches
+    from mmssl.data.ordered import eval_batches
 
     if not spec.data.val:
         raise UserError("validate: the run names no `data.val`; set it or `validate.every: 0`")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from mmssl.storage import open_storage, persistently
 from mmssl.train.commit import MANIFEST, TEMPORARY, problem, read_manifest
 from mmssl.types import UserError
 
@@ -32,7 +34,7 @@ class Copies:
             UserError: fsspec does not know the address, or lacks a package for it.
         """
         self.url, self._tell = url.rstrip("/"), tell
-        self._files, self._root = _open(self.url)
+        self._files, self._root = open_storage(self.url)
         self._queue: SimpleQueue[Path | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._newest: Path | None = None
@@ -64,10 +66,17 @@ class Copies:
         try:
             names = sorted(read_manifest(folder)["files"])
             for name in (*names, MANIFEST):
-                self._files.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(folder / name), f"{target}/{name}")
+                persistently(partial(self._copy, folder / name, f"{target}/{name}"), name)
         except Exception as error:  # any storage has errors of its own: reported, never silent
             self._tell(f"{self.url}: {folder.name} was not copied: {type(error).__name__}: {error}")
+
+    def _copy(self, file: Path, target: str) -> None:
+        self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._files.put_file(str(file), target)
+        self._files.invalidate_cache()
+        size = self._files.info(target)["size"]
+        if size != file.stat().st_size:
+            raise OSError(f"{size} bytes arrived of {file.stat().st_size}")
 
 
 def fetch(url: str, checkpoints: Path, digest: str) -> Path | None:
@@ -78,37 +87,53 @@ def fetch(url: str, checkpoints: Path, digest: str) -> Path | None:
     Raises:
         UserError: see `Copies`; or the copies are of a run with another configuration than that of
             `digest`.
+        StorageError: see `storage.persistently`.
     """
-    files, root = _open(url.rstrip("/"))
-    if not files.isdir(root):
-        return None
-    names = [str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)]
-    for name in sorted((n for n in names if n.startswith("step-")), reverse=True):
-        if not files.exists(f"{root}/{name}/{MANIFEST}"):
-            continue
+    files, root = open_storage(url)
+    for name in persistently(lambda: _steps(files, root), url):
         temporary = checkpoints / f"{name}{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files.get_file(f"{root}/{name}/{MANIFEST}", str(temporary / MANIFEST))
-        if read_manifest(temporary)["digest"] != digest:
-            shutil.rmtree(temporary)
-            raise UserError(
-                f"train.copy_to={url}: {name} is of a run with another configuration; choose "
-                "another address, or resume with the configuration it was saved with"
-            )
-        files.get(f"{root}/{name}/", f"{temporary}/", recursive=True)
-        if not problem(temporary):
+        try:
+            _get_all(files, f"{root}/{name}", temporary, digest, f"train.copy_to={url}: {name}")
+        except (FileNotFoundError, ValueError):
+            continue  # not complete there: its manifest comes last
+        finally:
+            if problem(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
             shutil.rmtree(checkpoints / name, ignore_errors=True)  # damaged, or it had been taken
             return temporary.rename(checkpoints / name)
-        shutil.rmtree(temporary)
     return None
 
 
-def _open(url: str) -> tuple[Any, str]:
-    import fsspec
-
+def _steps(files: Any, root: str) -> list[str]:
+    """Names of the copies, newest first."""
+    files.invalidate_cache()
     try:
-        files, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"train.copy_to={url}: cannot be opened: {error}") from error
-    return files, str(root)
+        found = [str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted((name for name in found if name.startswith("step-")), reverse=True)
+
+
+def _get_all(files: Any, source: str, target: Path, digest: str, what: str) -> None:
+    """The files of one copy, as its manifest lists them."""
+
+    def get(name: str) -> None:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.get_file(f"{source}/{name}", str(path))
+        size = files.info(f"{source}/{name}")["size"]
+        if size != path.stat().st_size:
+            raise OSError(f"{path.stat().st_size} bytes came instead of {size}")
+
+    persistently(partial(get, MANIFEST), f"{source}/{MANIFEST}")
+    manifest = read_manifest(target)
+    if manifest["digest"] != digest:
+        shutil.rmtree(target)
+        raise UserError(
+            f"{what} is of a run with another configuration; choose another address, or resume "
+            "with the configuration it was saved with"
+        )
+    for name in manifest["files"]:
+        persistently(partial(get, name), f"{source}/{name}")

@@ -27,6 +27,7 @@ from mmssl.data.text import Tokenizer
 from mmssl.model import Model, need_tasks
 from mmssl.rng import seed_of
 from mmssl.specs import RunSpec
+from mmssl.storage import is_address
 from mmssl.train import checkpoint, elastic, preempt
 from mmssl.train.checkpoint import Job, Loader, Progress
 from mmssl.train.commit import on_rank0, read_manifest, replace_file, write_text
@@ -207,7 +208,7 @@ def _check_data(spec: RunSpec, has_tokenizer: bool) -> None:
     if spec.validation.every:
         keys.append(("data.val", spec.data.val))
     for key, name in keys:
-        if not name or not Path(name).is_dir():
+        if not name or not (is_address(name) or Path(name).is_dir()):
             raise UserError(
                 f"{key}={name}: no such folder; make shards with python -m data_tools.make_shards"
             )

@@ -38,7 +38,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mmssl.data.loader import eval_batches
+from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import SideCar
 from mmssl.eval import results
 from mmssl.eval.load import load_model

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 from launching import LIMIT_S, ROOT, TEST_LIMIT_S
-from tiny_run import TREE
+from tiny_run import sound_run
 from tone_shards import SCORES, write_tones
 
 from mmssl.cli import USER_ERROR
@@ -124,14 +124,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """`train` and its arguments: a tiny run over shards of sound."""
     folder = tmp_path_factory.mktemp("tones")
     shards = write_tones(folder / "corpus", SCORES * 2)
-    tree = TREE | {
-        "towers": {"audio": TREE["towers"]["audio"]},
-        "views": {"audio": TREE["views"]["audio"]},
-        "joints": {},
-        "tasks": {"masked_audio": TREE["tasks"]["masked_audio"]},
-        "train": {"steps": 3, "batch": 4, "log_every": 1, "zero": 2, "threads": 1},
-        "data": {"train": str(shards), "workers": 0},
-    }
+    tree = sound_run(str(shards), {"steps": 3, "zero": 2})
     (folder / "run.yaml").write_text(write_yaml(tree))
     return ["train", str(folder / "run.yaml")]
 

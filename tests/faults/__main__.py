@@ -22,6 +22,7 @@ from faults import (
     media,
     mutilations,
     not_finite,
+    objects,
     preemptions,
     report,
     shards,
@@ -41,6 +42,7 @@ SUITES: dict[str, tuple[report.Suite, int]] = {
     "media": (media.run, 1000),
     "archives": (archives.run, 1_000_000),
     "clocks": (clocks.run, 120),
+    "objects": (objects.run, 2000),
 }
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from data_tools.shard_writer import build_index
 from mmssl.data import energon, samples
 from mmssl.data.encode import BadSampleGuard
-from mmssl.data.integrity import Ledger, Quarantine, read_manifest, seal
-from mmssl.data.loader import encode_guarded, to_sample
+from mmssl.data.folders import read_manifest
+from mmssl.data.guarded import encode_guarded, to_sample
+from mmssl.data.integrity import Ledger, Quarantine, seal
 from mmssl.files import sha256
 
 BLOCK = 512
@@ -103,12 +104,14 @@ def listed_keys(folder: Path) -> list[Any]:
     return found
 
 
-def read_all(folder: Path, max_bytes: int = 1 << 27) -> tuple[list[tuple[str, Fields]], Ledger]:
+def read_all(
+    folder: str | Path, max_bytes: int = 1 << 27
+) -> tuple[list[tuple[str, Fields]], Ledger]:
     """Every sample the reader lets through, with its fields; and what it counted."""
     read_manifest(folder)
     with energon.quiet():
         config = energon.worker_config(0, 1, 0, 0)
-        reader = energon.ShardFolder(folder, config, False, max_bytes).reader()
+        reader = energon.Shards(folder, config, False, max_bytes).reader()
     guard = BadSampleGuard(1.0, Ledger(), Quarantine())
     good: list[tuple[str, Fields]] = []
 

@@ -23,9 +23,9 @@ from media_files import moving_frames, tone, write_media
 
 from mmssl.data.collate import Item
 from mmssl.data.encode import BadSampleGuard, SampleEncoder
+from mmssl.data.guarded import encode_guarded
 from mmssl.data.integrity import Ledger, Quarantine, seal
 from mmssl.data.isolate import DecodeChild
-from mmssl.data.loader import encode_guarded
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Sample
 

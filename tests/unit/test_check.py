@@ -13,7 +13,7 @@ from torch import nn
 
 from data_tools.make_shards import make_shards
 from mmssl import check, config
-from mmssl.data.loader import eval_batches
+from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import LabelInfo, Source, shards_digest, writing
 from mmssl.frontends import SpectrumParams
 from mmssl.frontends.spectra import LogMel

@@ -12,7 +12,8 @@ from data_tools.make_shards import make_shards
 from mmssl.data.collate import Item, collate, pack
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.labels import LabelBook, LabelKind, at_frames, check, crop, frame_ids, window
-from mmssl.data.loader import eval_batches, train_loader
+from mmssl.data.loader import train_loader
+from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import LabelInfo, SideCar, Source, shards_digest, writing
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import FrameLabels, UserError, View

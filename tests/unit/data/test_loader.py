@@ -16,8 +16,10 @@ import pytest
 import torch
 from loader_child import digest
 
+from mmssl.data import collate, guarded
 from mmssl.data import loader as loading
-from mmssl.data.loader import eval_batches, train_loader
+from mmssl.data.loader import train_loader
+from mmssl.data.ordered import eval_batches
 from mmssl.specs import AugmentSpec, DataSpec, ViewSpec
 from mmssl.types import UserError
 
@@ -198,7 +200,7 @@ def test_pinning_covers_the_whole_batch(shards, tokenizer, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "pin_memory", lambda t, *_: calls.append(t.numel()) or t.clone()
     )
-    batch = loading.pack([], VIEWS, shared=False)
+    batch = collate.pack([], VIEWS, shared=False)
     pinned = pin_memory((0, 1, batch))[2]
     assert calls == [batch.block.numel()]
     assert pinned.unpack().size == 0
@@ -404,12 +406,12 @@ def test_blend_follows_the_weights(shards, tokenizer, tmp_path, power, share):
 
 
 def test_workers_use_one_thread(shards, tokenizer, monkeypatch):
-    original = loading.pack
+    original = collate.pack
     monkeypatch.setattr(
-        loading,
+        guarded,
         "pack",
         lambda *a, **k: (
-            loading.failed(str(torch.get_num_threads())) if k["shared"] else original(*a, **k)
+            collate.failed(str(torch.get_num_threads())) if k["shared"] else original(*a, **k)
         ),
     )
     loader = make(shards, tokenizer, workers=1)

@@ -11,7 +11,7 @@ from mmssl.data.reader import ERROR, NOTE, REASON
 
 
 def open_folder(folder, max_bytes=1 << 27):
-    return energon.ShardFolder(
+    return energon.Shards(
         folder, energon.worker_config(0, 1, 0, 0), training=False, max_bytes=max_bytes
     ).reader()
 

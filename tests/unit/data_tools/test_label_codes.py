@@ -14,7 +14,8 @@ from data_tools.label_features import TowerCodes, frame_source
 from mmssl import config
 from mmssl.build import build_model
 from mmssl.data.labels import LabelBook
-from mmssl.data.loader import eval_batches, train_loader
+from mmssl.data.loader import train_loader
+from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import SideCar, Source
 from mmssl.specs import CodesSpec, DataSpec, LabellingSpec
 from mmssl.types import UserError

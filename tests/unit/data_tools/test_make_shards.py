@@ -18,7 +18,8 @@ from data_tools.make_shards import make_shards
 from data_tools.shard_rows import sample_key
 from data_tools.transcode import Encoding
 from mmssl.data.decode import ClipReader
-from mmssl.data.integrity import DATASET_YAML, canonical, crc32c, valid_key
+from mmssl.data.folders import DATASET_YAML
+from mmssl.data.integrity import canonical, crc32c, valid_key
 from mmssl.data.samples import read
 from mmssl.types import Sample, UserError
 from mmssl.views.plan import Need
