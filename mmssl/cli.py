@@ -39,7 +39,10 @@ VERBS = {
         "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"
     ),
     "embed": Verb(
-        "mmssl.index.vectors:main", ("DATA",), True, "vectors of shards or media; model=RUN out=FOLDER"
+        "mmssl.index.vectors:main",
+        ("DATA",),
+        True,
+        "vectors of shards or media; model=RUN out=FOLDER",
     ),
     "index": Verb(
         "mmssl.index.build:main",

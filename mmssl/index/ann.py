@@ -103,7 +103,8 @@ def kth_best(table: Any, column: str, queries_QD: Singles, where: str | None = N
     for rows_ND in blocks(table, column, where):
         merged = np.concatenate([best_QK, queries_QD @ rows_ND.T], axis=1)
         best_QK = -np.partition(-merged, K - 1, axis=1)[:, :K]
-    return best_QK.min(1)
+    kth_Q: Singles = best_QK.min(1)
+    return kth_Q
 
 
 def recall(

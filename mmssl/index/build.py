@@ -161,8 +161,8 @@ def _approximate(index: Index, options: BuildSpec) -> None:
         rows, built = table.count_rows(), index.record.built.get(name)
         least = _AUTO_ROWS if options.approximate == "auto" else ann.MIN_ROWS
         if options.approximate == "no" or rows < least:
-            index.record.built.pop(name, None)
-            index.save()
+            if index.record.built.pop(name, None):
+                index.save()
             continue
         asked = {"rows": rows, "target": options.recall}
         if built is not None and asked == {k: built[k] for k in asked}:
@@ -190,7 +190,8 @@ def _queries(index: Index, key: Key) -> dict[str, Singles]:
         for rows_ND in ann.blocks(table, "vector"):
             picked.append(rows_ND[-first % step :: step])
             first += len(rows_ND)
-        found[other] = np.concatenate(picked)[:_QUERIES]
+        if picked:
+            found[other] = np.concatenate(picked)[:_QUERIES]
     return found
 
 
@@ -204,7 +205,8 @@ def report(index: Index) -> str:
         if built is not None:
             recall = ", ".join(f"{m} {value:.3f}" for m, value in built["recall"].items())
             missed = min(built["recall"].values()) < built["target"]
-            text = f"IVF-PQ, {built['probes']} of {built['partitions']} partitions; recall@10 of "
+            probes = min(built["probes"], built["partitions"])
+            text = f"IVF-PQ, {probes} of {built['partitions']} partitions; recall@10 of "
             text += f"queries by modality: {recall}" + (" (MISSED the target)" if missed else "")
         lines.append(f"{name:24} {rows:9} rows   {text}")
     return "\n".join(lines)

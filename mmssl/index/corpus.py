@@ -195,7 +195,7 @@ def media_of(path: Path) -> dict[str, Any]:
     try:
         if path.suffix[1:].lower() in IMAGES:
             with Image.open(path) as image:
-                return {"video": (np.asarray(image.convert("RGB"))[None], 1.0)}
+                return {"video": (np.array(image.convert("RGB"))[None], 1.0)}
         header = media.probe(path.read_bytes(), LIMITS)
     except (DamagedSampleError, OSError, UnidentifiedImageError) as error:
         raise UserError(f"{path}: cannot be read as sound, video or picture ({error})") from error
@@ -213,5 +213,3 @@ def _words(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """`name=value` for the plain values of a sample's meta."""
     plain = {k: v for k, v in meta.items() if isinstance(v, str | int | float)}
     return tuple(f"{name}={value}" for name, value in sorted(plain.items()))
-
-

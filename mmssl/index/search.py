@@ -1,4 +1,4 @@
-"""`mmssl search DB QUERY...`: what fits words, sounds, videos, pictures, or several of them together.
+"""`mmssl search DB QUERY...`: what fits words, sounds, videos, pictures, or several together.
 
 Every query word is a file or a text; several are one query, the sum of their unit vectors. Each
 result modality is searched in the space in which the model was trained to compare it with the

@@ -4,10 +4,10 @@ Scores. Cosines of different pairs of modalities cannot be compared: contrastive
 modality in a cone of its own (the modality gap, Liang et al. 2022), so that the worst sound may lie
 nearer to a sound than the best text does. A score therefore says by how many standard deviations a
 cosine exceeds the mean cosine that this very query has with all items of that modality. Mean and
-deviation follow exactly from the mean vector m and the covariance C of the modality's vectors, which
-are kept with the index: q.m and sqrt(q'Cq). That calibrates every pair of modalities, queries that
-combine several, and each query by itself: a constant added to all vectors of one modality changes
-no score.
+deviation follow exactly from the mean vector m and the covariance C of the modality's vectors,
+which are kept with the index: q.m and sqrt(q'Cq). That calibrates every pair of modalities, queries
+that combine several, and each query by itself: a constant added to all vectors of one modality
+changes no score.
 
 Letters in shapes: D width.
 """
@@ -15,6 +15,7 @@ Letters in shapes: D width.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,7 +37,7 @@ Key = tuple[str, str]  # space, modality
 RECORD, MOMENTS = "index.json", "moments.npz"
 VERSION = 1
 _SAMPLE = 100_000  # rows of which mean and covariance are taken
-_LEAST_STD = 1e-6  # of cosines: a table of equal rows has none
+_LEAST_STD = 1e-4  # of cosines: equal rows differ by the noise of single precision
 
 
 @dataclass
@@ -44,8 +45,9 @@ class Record:
     """What an index says about itself.
 
     model, run: hash and folder of the model. spaces: space -> modalities. parts: files of vectors
-    that are in; calibrated: how many were when the moments were taken. built: by table, the sizes of its approximate index, the rows it was trained on,
-    how it is asked and its recall by modality of the query.
+    that are in; calibrated: how many were when the moments were taken. built: by table, the sizes
+    of its approximate index, the rows it was trained on, how it is asked and its recall by modality
+    of the query.
     """
 
     model: str
@@ -118,13 +120,23 @@ class Index:
         return [(space, m) for space, held in self.record.spaces.items() for m in held]
 
     def table(self, key: Key, schema: Any = None) -> Any:
-        """A table; made of a schema where there is none."""
-        if key not in self._tables:
-            name = table_name(*key)
+        """A table; made of a schema where there is none.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        if key in self._tables:
+            return self._tables[key]
+        name, base = table_name(*key), self._database
+        try:
             if schema is None:
-                self._tables[key] = self._database.open_table(name)
+                self._tables[key] = base.open_table(name)
             else:
-                self._tables[key] = self._database.create_table(name, schema=schema, exist_ok=True)
+                self._tables[key] = base.create_table(name, schema=schema, exist_ok=True)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder}: the table {name} cannot be opened ({error}); build the index anew"
+            ) from error
         return self._tables[key]
 
     def check_filter(self, where: str, keys: Sequence[Key]) -> None:
@@ -173,9 +185,10 @@ class Index:
     def scores(self, key: Key, query_D: Singles, cosines: Doubles) -> Doubles:
         """Cosines of a unit query with rows of a table as scores, see the module."""
         name, q_D = table_name(*key), query_D.astype(np.float64)
-        mean = q_D @ self._moments[f"{name}/mean"]
-        std = np.sqrt(max(0.0, q_D @ self._moments[f"{name}/cov"] @ q_D))
-        return (cosines - mean) / max(std, _LEAST_STD)
+        mean = float(q_D @ self._moments[f"{name}/mean"])
+        variance = float(q_D @ self._moments[f"{name}/cov"] @ q_D)
+        std = max(math.sqrt(max(0.0, variance)), _LEAST_STD)
+        return np.asarray((cosines - mean) / std, dtype=np.float64)
 
 
 _NOT_FILTERED = ("vector", "thumbnail")
@@ -183,12 +196,12 @@ _NOT_FILTERED = ("vector", "thumbnail")
 
 def moments(table: Any) -> tuple[Doubles, Doubles]:
     """Mean (D,) and covariance (D, D) of the vectors of a table, evenly sampled."""
-    step = -(-table.count_rows() // _SAMPLE)
-    count, first, total, square = 0, 0, np.zeros(()), np.zeros(())
+    step, dim = -(-table.count_rows() // _SAMPLE), table.schema.field("vector").type.list_size
+    count, first, total, square = 0, 0, np.zeros(dim), np.zeros((dim, dim))
     for rows_ND in ann.blocks(table, "vector"):
         some_ND = rows_ND[-first % step :: step].astype(np.float64)
         first += len(rows_ND)
         count, total = count + len(some_ND), total + some_ND.sum(0)
         square = square + some_ND.T @ some_ND
-    mean_D = total / count
-    return mean_D, square / count - np.outer(mean_D, mean_D)
+    mean_D = total / max(1, count)
+    return mean_D, square / max(1, count) - np.outer(mean_D, mean_D)

@@ -185,7 +185,7 @@ class _Maker:
         return done
 
     def write(self, out: Path, units: list[Unit], tell: Callable[[int], Any]) -> None:
-        """The file of some units."""
+        """The file of some units; none where all of them failed, so that they are tried again."""
         import pyarrow
 
         skipped: list[tuple[str, str]] = []
@@ -195,6 +195,11 @@ class _Maker:
             skipped += [(e.key, e.message) for e in chunk if isinstance(e, Damage)]
             rows += self._rows([e for e in chunk if isinstance(e, Entry)], skipped)
             tell(len(chunk))
+        self.rows += len(rows)
+        self.skipped += len(skipped)
+        self.reason = skipped[0][1] if skipped else self.reason
+        if skipped and not rows:
+            return
         facts = Facts(
             self._model.hash,
             str(Path(self._options.model).resolve()),
@@ -208,9 +213,6 @@ class _Maker:
         table = table.replace_schema_metadata({_FACTS: json.dumps(asdict(facts))})
         with whole_file(out / _file_name(self._corpus.name, units)) as partial:
             parquet().write_table(table, partial)
-        self.rows += len(rows)
-        self.skipped += len(skipped)
-        self.reason = skipped[0][1] if skipped else self.reason
 
     def _rows(self, entries: list[Entry], skipped: list[tuple[str, str]]) -> list[Row]:
         try:
@@ -315,6 +317,6 @@ def _schema(pa: Any) -> Any:
     kinds = dict.fromkeys(("start_s", "end_s", "duration_s"), pa.float64())
     kinds |= {"number": pa.int64(), "meta": pa.list_(pa.string()), "thumbnail": pa.binary()}
     kinds["vector"] = pa.list_(pa.float32())
-    names = ("id", "space", "modality", "key", "source", "folder", "shard", "number", "start_s")
-    names += ("end_s", "duration_s", "caption", "meta", "thumbnail", "model", "vector")
+    names = ["id", "space", "modality", "key", "source", "folder", "shard", "number", "start_s"]
+    names += ["end_s", "duration_s", "caption", "meta", "thumbnail", "model", "vector"]
     return pa.schema([(name, kinds.get(name, pa.string())) for name in names])

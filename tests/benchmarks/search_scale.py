@@ -147,8 +147,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"({b['index_core_s']:.0f} core-seconds); peak memory {b['peak_mb']:.0f} MB; on disk "
         f"{found['disk_mb']:.0f} MB, the vectors alone {4e-6 * DIM * found['rows']:.0f} MB.",
         "",
-        f"{machine['processor']}, {machine['cores']} cores; load at the start {found['load'][0]:.1f}, "
-        f"at the end {found['load'][1]:.1f}; lancedb {versions['lancedb']}, seed {SEED}; "
+        f"{machine['processor']}, {machine['cores']} cores; load at the start "
+        f"{found['load'][0]:.1f}, at the end {found['load'][1]:.1f}; lancedb {versions['lancedb']}, seed {SEED}; "
         f"{found['date']}.",
     ]
     return "\n".join(lines) + "\n"
