@@ -10,13 +10,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmssl.types import UserError
 
 
 class Verb(NamedTuple):
-    """`target` is `module:function`; it gets the words one by one, then the list of overrides."""
+    """`target` is `module:function`; it gets the words one by one, then the list of overrides.
+
+    A last word that ends in `...` stands for one or more, given as a list.
+    """
 
     target: str
     words: tuple[str, ...]
@@ -37,6 +40,24 @@ VERBS = {
     ),
     "localize": Verb(
         "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"
+    ),
+    "embed": Verb(
+        "mmssl.index.vectors:main",
+        ("DATA",),
+        True,
+        "vectors of shards or media; model=RUN out=FOLDER",
+    ),
+    "index": Verb(
+        "mmssl.index.build:main",
+        ("build", "DATA"),
+        True,
+        "make DATA searchable, or add it; model=RUN out=DB",
+    ),
+    "search": Verb(
+        "mmssl.index.search:main",
+        ("DB", "QUERY..."),
+        True,
+        "find what fits words, sounds, videos, pictures",
     ),
     "import": Verb(
         "mmssl.interop.huggingface:import_main",
@@ -63,7 +84,7 @@ VERBS = {
 }
 
 # verbs of the design that this version does not have
-LATER = ("embed", "index", "search", "demo", "scoreboard")
+LATER = ("demo", "scoreboard")
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` returns
 
@@ -110,21 +131,30 @@ def _dispatch(words: list[str]) -> int:
     return _call(name, *_arguments(name, rest))
 
 
-def _arguments(name: str, rest: list[str]) -> tuple[list[str], list[str]]:
+def _arguments(name: str, rest: list[str]) -> tuple[list[Any], list[str]]:
     """The verb's own words, and the overrides (or flags) after them."""
     verb = VERBS[name]
     if name == "plan":
         rest = _paired(rest)
-    words, extra = rest[: len(verb.words)], rest[len(verb.words) :]
-    missing = len(words) < len(verb.words)
-    if missing or any(w.startswith("-") or ("=" in w and not os.path.exists(w)) for w in words):
+    count = len(verb.words)
+    several = count > 0 and verb.words[-1].endswith("...")
+    if several:
+        options = (k for k, word in enumerate(rest) if k >= count and _is_option(word))
+        count = next(options, len(rest))
+    words, extra = rest[:count], rest[count:]
+    if len(words) < len(verb.words) or any(map(_is_option, words)):
         raise UserError(f"{name}: needs {' and '.join(verb.words)}\nusage: {_synopsis(name)}")
     for text in extra:
         if verb.overrides and ("=" not in text or text.startswith("-")):
             raise UserError(f"{name}: `{text}`: options are written key=value, e.g. train.steps=10")
         if not verb.overrides and not (name == "list" and text == "--json"):
             raise UserError(f"{name}: unexpected `{text}`\nusage: {_synopsis(name)}")
-    return words, extra
+    first = len(verb.words) - 1
+    return ([*words[:first], words[first:]] if several else words), extra
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") or ("=" in word and not os.path.exists(word))
 
 
 def _paired(rest: list[str]) -> list[str]:
@@ -136,7 +166,7 @@ def _paired(rest: list[str]) -> list[str]:
     return out
 
 
-def _call(name: str, words: list[str], extra: list[str]) -> int:
+def _call(name: str, words: list[Any], extra: list[str]) -> int:
     verb = VERBS[name]
     module, _, function = verb.target.partition(":")
     run = getattr(importlib.import_module(module), function)

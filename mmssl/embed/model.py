@@ -43,7 +43,8 @@ _DEPTH = 32  # windows that an item may have decoded ahead
 class Window:
     """The vectors of one modality in one window of an item, by space: (D,) fp32.
 
-    item: its number. Times are seconds on the item's clock; 0 for text.
+    item: its number. Times are seconds on the item's clock; 0 for text. picture: (H, W, 3) uint8,
+    the middle frame as the model sees it.
     """
 
     item: int
@@ -51,6 +52,7 @@ class Window:
     start_s: float
     end_s: float
     vectors: dict[str, Tensor]
+    picture: Tensor | None = None
 
 
 class EmbeddingModel:
@@ -197,7 +199,9 @@ class EmbeddingModel:
 
         for piece, found in self._run(chosen, views, vectors, batch_size, window_s, hop_s, threads):
             modality = self._spaces.views[piece.view].modality
-            yield Window(piece.item, modality, piece.start_s, piece.end_s, found)
+            frames = piece.data.data if modality == "video" else None
+            picture = None if frames is None else frames[len(frames) // 2]
+            yield Window(piece.item, modality, piece.start_s, piece.end_s, found, picture)
 
     # ------------------------------------------------------------ along time
 

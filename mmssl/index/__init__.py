@@ -1,0 +1,1 @@
+"""Corpora as vectors in a searchable table: `mmssl embed`, `mmssl index` and `mmssl search`."""

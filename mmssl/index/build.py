@@ -1,0 +1,212 @@
+"""`mmssl index build DATA model=RUN out=DB`: vectors into tables that can be searched.
+
+DATA is a folder of shards, of media files, or of what `mmssl embed` has written, which is also
+where several processes help. The same command again adds what is new; killed, it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import Field
+from tqdm import tqdm
+
+from mmssl.eval.options import parse
+from mmssl.index import ann, vectors
+from mmssl.index.ann import Singles
+from mmssl.index.store import RECORD, Index, Key, Record, table_name
+from mmssl.index.vectors import EmbedSpec, Facts
+from mmssl.types import UserError
+
+_VECTORS = "vectors"  # folder below the index for vectors that are made here
+_QUERIES = 200  # rows of each modality with which recall is measured
+_IN_LIST = 1000  # keys in one condition
+_GROWN = 2.0  # an index is trained anew once the table has so many times its rows
+
+
+class BuildSpec(EmbedSpec):
+    """What can be set behind `mmssl index build DATA`."""
+
+    approximate: Literal["auto", "yes", "no"] = "auto"  # IVF-PQ; auto = of 100,000 rows and more
+    recall: float = Field(0.9, gt=0, le=1)  # recall@10 that it is to reach
+
+
+_AUTO_ROWS = 100_000  # exact search takes tens of milliseconds up to here
+
+
+def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
+    """Build an index or add to it.
+
+    Raises:
+        UserError: no such data or run, or vectors of another model than the index has.
+    """
+    if action != "build":
+        raise UserError(f"index: no `{action}`; write mmssl index build DATA model=RUN out=DB")
+    options = parse(BuildSpec, overrides)
+    if not options.out:
+        raise UserError("index build: out=FOLDER is needed")
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            build(data, out, options)
+    except Timeout as error:
+        raise UserError(
+            f"{out}: another process builds this index; several processes can share the work of "
+            "`mmssl embed DATA model=RUN out=VECTORS`, then index VECTORS in one"
+        ) from error
+
+
+def build(data: str, out: Path, options: BuildSpec) -> None:
+    """See `main`."""
+    source = Path(data)
+    if not vectors.read_facts(source):
+        if not options.model:
+            raise UserError("index build: model=RUN is needed, but for a folder of `mmssl embed`")
+        source = out / _VECTORS
+        vectors.embed(data, source, options)
+    parts = vectors.read_facts(source)
+    index = _opened(out, source, parts, options)
+    newest = {(f.folder, u.name): path for path, f in _by_age(parts) for u in f.units}
+    new = [path for path in parts if path.name not in index.record.parts]
+    for path in tqdm(new, desc="index", unit="file", disable=None):
+        facts = parts[path]
+        units = {u.name for u in facts.units if newest[facts.folder, u.name] == path}
+        _add(index, path, facts.folder, units)
+    if not index.keys:
+        raise UserError(f"{data}: nothing was embedded, there is nothing to index")
+    if index.record.calibrated != len(index.record.parts):
+        index.save_moments()
+    _approximate(index, options)
+    print(report(index))
+
+
+def _by_age(parts: dict[Path, Facts]) -> Iterable[tuple[Path, Facts]]:
+    return sorted(parts.items(), key=lambda item: item[1].made)
+
+
+def _opened(out: Path, source: Path, parts: dict[Path, Facts], options: BuildSpec) -> Index:
+    """The index, new or as it is, if all files are of its model."""
+    first = next(iter(parts.values()))
+    if (out / RECORD).is_file():
+        index = Index.open(out)
+    else:
+        index = Index(out, Record(first.model, first.run, options.which))
+    for path, facts in parts.items():
+        if facts.model != index.record.model:
+            raise UserError(
+                f"{path}: vectors of the model {facts.model[:12]} ({facts.run}), but {out} is of "
+                f"{index.record.model[:12]} ({index.record.run}); models are never mixed: name "
+                "another out="
+            )
+    return index
+
+
+def _add(index: Index, path: Path, folder: str, units: set[str]) -> None:
+    """Rows of a file to their tables; a row that is there is replaced, never doubled.
+
+    units: those that no newer file holds. What the tables had of the same keys before goes.
+    """
+    table = vectors.parquet().read_table(path)
+    rows = [r for r in table.to_pylist() if (r["shard"] or r["key"]) in units]
+    for key in dict.fromkeys((r["space"], r["modality"]) for r in rows):
+        found = {r["id"]: r for r in rows if (r["space"], r["modality"]) == key}
+        target = index.table(key, _schema(rows, key, table.schema))
+        _merge(target, list(found.values()), path.name)
+        held = index.record.spaces.setdefault(key[0], [])
+        held += [key[1]] if key[1] not in held else []
+    keys = sorted({r["key"] for r in rows} | units)
+    for first in range(0, len(keys), _IN_LIST):
+        some = ", ".join(map(_quoted, keys[first : first + _IN_LIST]))
+        old = f"folder = {_quoted(folder)} AND key IN ({some}) AND part <> {_quoted(path.name)}"
+        for key in index.keys:
+            index.table(key).delete(old)
+    index.record.parts.append(path.name)
+    index.save()
+
+
+def _schema(rows: list[dict[str, Any]], key: Key, schema: Any) -> Any:
+    """The schema of a table, whose vectors have one width."""
+    import pyarrow as pa
+
+    dim = next(len(r["vector"]) for r in rows if (r["space"], r["modality"]) == key)
+    vector = pa.field("vector", pa.list_(pa.float32(), dim))
+    schema = schema.set(schema.get_field_index("vector"), vector).remove_metadata()
+    return schema.append(pa.field("part", pa.string()))
+
+
+def _merge(table: Any, rows: list[dict[str, Any]], part: str) -> None:
+    import pyarrow as pa
+
+    data = pa.Table.from_pylist([row | {"part": part} for row in rows], table.schema)
+    merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+    merge.execute(data)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# ---------------------------------------------------------------- approximate search
+
+
+def _approximate(index: Index, options: BuildSpec) -> None:
+    """Train, extend or leave the approximate index of every table, and measure its recall."""
+    for key in index.keys:
+        table, name = index.table(key), table_name(*key)
+        rows, built = table.count_rows(), index.record.built.get(name)
+        least = _AUTO_ROWS if options.approximate == "auto" else ann.MIN_ROWS
+        if options.approximate == "no" or rows < least:
+            if index.record.built.pop(name, None):
+                index.save()
+            continue
+        asked = {"rows": rows, "target": options.recall}
+        if built is not None and asked == {k: built[k] for k in asked}:
+            continue
+        if built is None or rows > _GROWN * built["trained"]:
+            print(f"{name}: training an approximate index of {rows} rows")
+            built = ann.train(table, "vector", table.schema.field("vector").type.list_size)
+            built["trained"] = rows
+        else:
+            table.optimize()
+        how, recall = ann.tune(table, "vector", _queries(index, key), options.recall)
+        sizes = {k: built[k] for k in ("partitions", "sub_vectors", "trained")}
+        index.record.built[name] = sizes | asked
+        index.record.built[name] |= {"probes": how.probes, "refine": how.refine, "recall": recall}
+        index.save()
+
+
+def _queries(index: Index, key: Key) -> dict[str, Singles]:
+    """Rows of every modality of a space, as queries."""
+    found = {}
+    for other in index.record.spaces[key[0]]:
+        table = index.table((key[0], other))
+        step = max(1, table.count_rows() // _QUERIES)
+        picked, first = [], 0
+        for rows_ND in ann.blocks(table, "vector"):
+            picked.append(rows_ND[-first % step :: step])
+            first += len(rows_ND)
+        if picked:
+            found[other] = np.concatenate(picked)[:_QUERIES]
+    return found
+
+
+def report(index: Index) -> str:
+    """Rows of every table and the recall of its approximate index."""
+    lines = []
+    for key in index.keys:
+        name, rows = table_name(*key), index.table(key).count_rows()
+        built = index.record.built.get(name)
+        text = "exact search"
+        if built is not None:
+            recall = ", ".join(f"{m} {value:.3f}" for m, value in built["recall"].items())
+            missed = min(built["recall"].values()) < built["target"]
+            probes = min(built["probes"], built["partitions"])
+            text = f"IVF-PQ, {probes} of {built['partitions']} partitions; recall@10 of "
+            text += f"queries by modality: {recall}" + (" (MISSED the target)" if missed else "")
+        lines.append(f"{name:24} {rows:9} rows   {text}")
+    return "\n".join(lines)
