@@ -1,6 +1,8 @@
 """A toy with every cross-sample objective, run by one rank of a job, for test_gather_gradients.py.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python gather_ranks.py OUT.pt
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python gather_ranks.py OUT.pt [JSON]
+
+JSON: further problems as [[seed, rows], ...] (`drawn`).
 
 G rows of all ranks, B of this one, L = 2 captions, D = 8 inputs, E = 6 embedded; T bins of S cells
 and U audio steps for the dense score. All in fp64.
@@ -8,6 +10,7 @@ and U audio steps for the dense score. All in fp64.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,9 +29,9 @@ G, L, D, E, T, S, U = 12, 2, 8, 6, 3, 4, 6
 Loss = tuple[Tensor, Tensor]
 
 
-def problem() -> dict[str, Tensor]:
+def problem(seed: int = 0) -> dict[str, Tensor]:
     """The global batch. The first half of the rows has no text; audio and video miss unevenly."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -51,6 +54,24 @@ def problem() -> dict[str, Tensor]:
         "caption": torch.tensor([0, 0, 0, 0, 0, 0, 3, 0, 4, 3, 5, 5]),
         "seeds": torch.arange(G) * 7 + 1,
     }
+
+
+def drawn(seed: int, rows: int) -> dict[str, Tensor]:
+    """As `problem`, with what is there drawn at random and a last batch of so many rows.
+
+    The rows behind it have no modality. The first two rows have all, so that every loss has pairs.
+    """
+    g = torch.Generator().manual_seed(seed)
+    out = problem(seed)
+    place = torch.arange(G)
+    for name in ("audio", "video", "text"):
+        known = out[f"has_{name}"]
+        there = torch.rand(known.shape, generator=g) < 0.7
+        first, filled = (x.view(-1, *[1] * (known.dim() - 1)) for x in (place < 2, place < rows))
+        out[f"has_{name}"] = (there | first) & filled
+    out["source"] = torch.randint(0, 8, (G,), generator=g).index_fill(0, place[1:2], 9)
+    out["caption"] = torch.randint(0, 6, (G,), generator=g)
+    return out
 
 
 class Toy(nn.Module):
@@ -200,10 +221,11 @@ CASES: dict[str, Callable[[Toy, dict[str, Tensor]], Loss]] = {
 }
 
 
-def run(case: str) -> dict[str, Any]:
+def run(case: str, batch: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Loss, parameter gradients and batch-norm buffers of one step, equal on every rank."""
-    world, size = dist.world_size(), G // dist.world_size()
-    rows = {k: v[dist.rank() * size :][:size] for k, v in problem().items()}
+    batch = batch or problem()
+    world, size = dist.world_size(), len(batch["source"]) // dist.world_size()
+    rows = {k: v[dist.rank() * size :][:size] for k, v in batch.items()}
     toy = Toy()
     total, count = CASES[case](toy, rows)
     everything = dist.sum_over_ranks(count)
@@ -257,10 +279,13 @@ def collectives() -> dict[str, Any]:
     }
 
 
-def main(out: str) -> None:
+def main(out: str, problems: str = "[]") -> None:
     torch.set_num_threads(1)
     dist.init("gloo", timeout_s=600)
     results = {"cases": {case: run(case) for case in CASES}}
+    results["problems"] = [
+        {case: run(case, drawn(*one)) for case in CASES} for one in json.loads(problems)
+    ]
     results |= {"norm": normalise(), "collectives": collectives()}
     if dist.rank() == 0:
         torch.save(results, out)
@@ -268,4 +293,4 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -3,7 +3,7 @@
     python -m torch.distributed.run ... model_ranks.py JSON
 
 JSON: a list of {"file", "zero", "rows", "recipe"}; rows is one list of row numbers per rank, recipe
-says how the run is wired (`tiny_run.RECIPES`).
+says how the run is wired (`tiny_run.RECIPES`). Ranks with fewer rows than others get absent ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tiny_run import RECIPES, take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
+from tiny_run import RECIPES, absent_rows, take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
 
 from mmssl import dist  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
@@ -28,11 +28,13 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     """One step of one layout; rank 0 saves loss and gradients."""
     rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
     changes = RECIPES[call["recipe"]]()
-    spec = tiny_spec(train={"zero": call["zero"], "batch": sum(map(len, rows))}, **changes)
+    spec = tiny_spec(train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes)
     model = tiny_model(spec).train()
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)
-    loss, _ = engine.forward(take_rows(tiny_batch(8, spec=spec), rows[dist.rank()]), 0, 10)
+    mine = rows[dist.rank()]
+    batch = absent_rows(take_rows(tiny_batch(8, spec=spec), mine), max(map(len, rows)) - len(mine))
+    loss, _ = engine.forward(batch, 0, 10)
     engine.backward(loss)
     grads = {name: safe_get_full_grad(p) for name, p in zip(names, model.parameters(), strict=True)}
     # the mean over ranks is the loss of the global batch

@@ -25,7 +25,7 @@ MIL = ["mil_released", "mil_strict", "mil_symmetric"]
 CASES = ["info_nce", "sigmoid", "bilinear", *MIL, "dense", "dense_aligned", "match"]
 
 
-def launch(world: int, out: Path) -> dict[str, Any]:
+def launch(world: int, out: Path, problems: str = "[]") -> dict[str, Any]:
     """Run the script on every rank and return what rank 0 saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,7 +40,7 @@ def launch(world: int, out: Path) -> dict[str, Any]:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out)],
+            [sys.executable, str(SCRIPT), str(out), problems],
             env={**env, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

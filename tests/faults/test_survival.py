@@ -12,7 +12,17 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from faults import disks, hangs, kills, mutilations, not_finite, preemptions, resumes, trust
+from faults import (
+    disks,
+    gradients,
+    hangs,
+    kills,
+    mutilations,
+    not_finite,
+    preemptions,
+    resumes,
+    trust,
+)
 from faults.report import Outcome
 from launching import TEST_LIMIT_S
 
@@ -38,6 +48,10 @@ def test_resumes_at_any_moment_are_exact() -> None:
 
 def test_values_that_are_not_finite_change_nothing() -> None:
     holds(not_finite.run(12, seed=1), 12)
+
+
+def test_several_processes_compute_what_one_does() -> None:
+    holds(gradients.run(1, seed=1), 18)
 
 
 def test_hangs_end() -> None:
