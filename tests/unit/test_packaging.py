@@ -96,14 +96,14 @@ def test_frozen_versions_satisfy_every_direct_requirement():
 
 
 def test_extras():
-    wanted = {"demo", "ray", "hf", "s3", "wandb", "torchcodec", "dev"}
+    wanted = {"demo", "ray", "hf", "index", "s3", "wandb", "torchcodec", "dev"}
     assert set(PROJECT["optional-dependencies"]) == wanted
 
 
 def test_every_import_of_the_package_is_a_declared_dependency():
     installed = packages_distributions()
-    optional = {Requirement(t).name for name in ("demo", "ray", "hf", "s3", "wandb", "torchcodec")
-                for t in PROJECT["optional-dependencies"][name]}  # fmt: skip
+    extras = PROJECT["optional-dependencies"]
+    optional = {Requirement(t).name for name in extras if name != "dev" for t in extras[name]}
     declared = {canonicalize_name(r.name) for r in NEEDED} | optional
     own = {"mmssl", "data_tools", "__future__"} | sys.stdlib_module_names
     undeclared = [

@@ -76,14 +76,18 @@ def test_probes_are_added_until_the_recall_is_reached(indexed, monkeypatch):
     assert less == Approximate(1)
 
 
-def test_a_filter_that_leaves_few_rows_is_exact(indexed):
+def test_a_filter_is_given_more_partitions(indexed, monkeypatch):
+    """One row of a hundred is kept: 100^(1/3) = 4.6 times as many, here all five."""
     table, rows, queries = indexed
-    condition = "number % 100 = 3"
-    kept = np.arange(3, ROWS, 100)
-    for query in queries[:10]:
-        found = ann.nearest(table, "vector", query, 10, ["number"], Approximate(1, 1), condition)
-        wanted = kept[np.argsort(-(query @ rows[kept].T))[:10]]
-        assert found["number"].to_pylist() == wanted.tolist()
+    condition, kept = "number % 100 = 3", np.arange(3, ROWS, 100)
+    asked = dict(columns=["number"], how=Approximate(1), where=condition)
+    whole = [ann.nearest(table, "vector", q, 10, **asked)["number"].to_pylist() for q in queries]
+    wanted = [kept[np.argsort(-(q @ rows[kept].T))[:10]].tolist() for q in queries]
+    assert whole == wanted  # 50 rows, fewer than are ranked by their vectors
+    kth = ann.kth_best(table, "vector", queries, condition)
+    assert ann.recall(table, "vector", queries, kth, Approximate(1), condition) == 1
+    monkeypatch.setattr(ann, "FILTERED", 0)
+    assert ann.recall(table, "vector", queries, kth, Approximate(1), condition) < 0.9
 
 
 def test_an_index_measures_and_keeps_its_recall(tmp_path, capsys):

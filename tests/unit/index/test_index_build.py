@@ -118,7 +118,6 @@ def test_what_was_killed_is_completed(place, monkeypatch, tmp_path, where, name,
     assert all(np.allclose(old[n], new[n], atol=1e-12) for n in old)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_only_what_a_killed_process_lacks_is_made_again(place, tmp_path, capsys):
     shards, out = place.folder / "shards", tmp_path / "vectors"

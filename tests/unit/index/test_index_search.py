@@ -276,7 +276,8 @@ def test_the_commands_of_the_readme(place, tmp_path, monkeypatch, capsys):
     assert [c[1] for c in commands if c[0] == "mmssl"][:2] == ["index", "search"]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place.folder / "run", "runs/quickstart")
-    shutil.copytree(place.folder / "shards", "shards/train")
+    for part in ("train", "test"):
+        shutil.copytree(place.folder / "shards", f"runs/quickstart/shards/{part}")
     Path("rain.wav").write_bytes(write_media(None, tone(1.0, 16000), fps=10))
     Image.fromarray(moving_frames(1)[0]).save("frame.png")
     for command in commands:
