@@ -144,8 +144,15 @@ def localizers() -> dict[str, Any]:
     pairs = {
         "triplet": {"score": score, "objective": {"kind": "triplet"}},
         "soft": {
-            "score": {**score, "query": "max", "space": "soft", "form": "norm_linear"},
-            "objective": {"kind": "info_nce", "form": "one_way"},
+            # LVS's own 1/0.03 and 0.07 amplify the rounding of fp32 a hundredfold
+            "score": {
+                **score,
+                "query": "max",
+                "space": "soft",
+                "form": "norm_linear",
+                "sharpness": 3.0,
+            },
+            "objective": {"kind": "info_nce", "form": "one_way", "temperature": 0.5},
         },
         "heads": {
             "score": {**score, "heads": 2, "normalize": "none", "form": "norm_linear"},

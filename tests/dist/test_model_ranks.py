@@ -46,10 +46,11 @@ def measured(
 def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference in relation to the largest value of each tensor.
 
-    Biases of attention keys have no gradient but rounding: these against the model's scale.
+    Gradients that nearly cancel hold the rounding of what they are a sum of (those of attention
+    keys' biases nothing else): values below a hundredth of the model's largest count as that.
     """
     assert got.keys() == expected.keys()
-    floor = 1e-3 * max(float(g.abs().max()) for n, g in expected.items() if n != "loss")
+    floor = 1e-2 * max(float(g.abs().max()) for n, g in expected.items() if n != "loss")
     return max(
         float((got[name] - value).abs().max()) / max(float(value.abs().max()), floor)
         for name, value in expected.items()
