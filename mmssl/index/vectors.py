@@ -59,8 +59,9 @@ class EmbedSpec(Spec):
 class Facts:
     """What a file of vectors says about itself.
 
-    model, run, which: its hash, and where it was. settings: what else decides about the rows. units: what the rows are of.
-    skipped: key and reason of what could not be read. made: nanoseconds, the newer file counts.
+    model, run, which: its hash, and where it was. settings: what else decides about the rows.
+    units: what the rows are of. skipped: key and reason of what could not be read. made:
+    nanoseconds, the newer file counts.
     """
 
     model: str
