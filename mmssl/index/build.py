@@ -6,6 +6,7 @@ where several processes help. The same command again adds what is new; killed, i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,11 @@ from mmssl.index.store import RECORD, Index, Key, Record, table_name
 from mmssl.index.vectors import EmbedSpec, Facts
 from mmssl.types import UserError
 
+_AUTO_ROWS = 100_000  # exact search takes about a tenth of a second up to here
 _VECTORS = "vectors"  # folder below the index for vectors that are made here
 _QUERIES = 200  # rows of each modality with which recall is measured
 _IN_LIST = 1000  # keys in one condition
+_SHARED = "share `mmssl embed DATA model=RUN out=VECTORS` among several, then index VECTORS in one"
 _GROWN = 2.0  # an index is trained anew once the table has so many times its rows
 
 
@@ -33,9 +36,6 @@ class BuildSpec(EmbedSpec):
 
     approximate: Literal["auto", "yes", "no"] = "auto"  # IVF-PQ; auto = of 100,000 rows and more
     recall: float = Field(0.9, gt=0, le=1)  # recall@10 that it is to reach
-
-
-_AUTO_ROWS = 100_000  # exact search takes tens of milliseconds up to here
 
 
 def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
@@ -49,6 +49,8 @@ def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
     options = parse(BuildSpec, overrides)
     if not options.out:
         raise UserError("index build: out=FOLDER is needed")
+    if vectors.share(os.environ)[1] > 1:
+        raise UserError(f"index build: is the work of one process; {_SHARED}")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -56,8 +58,7 @@ def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
             build(data, out, options)
     except Timeout as error:
         raise UserError(
-            f"{out}: another process builds this index; several processes can share the work of "
-            "`mmssl embed DATA model=RUN out=VECTORS`, then index VECTORS in one"
+            f"{out}: another process builds this index; wait for it, or {_SHARED}"
         ) from error
 
 
@@ -70,7 +71,7 @@ def build(data: str, out: Path, options: BuildSpec) -> None:
         source = out / _VECTORS
         vectors.embed(data, source, options)
     parts = vectors.read_facts(source)
-    index = _opened(out, source, parts, options)
+    index = _opened(out, parts)
     newest = {(f.folder, u.name): path for path, f in _by_age(parts) for u in f.units}
     new = [path for path in parts if path.name not in index.record.parts]
     for path in tqdm(new, desc="index", unit="file", disable=None):
@@ -80,7 +81,7 @@ def build(data: str, out: Path, options: BuildSpec) -> None:
     if not index.keys:
         raise UserError(f"{data}: nothing was embedded, there is nothing to index")
     if index.record.calibrated != len(index.record.parts):
-        index.save_moments()
+        _settle(index)
     _approximate(index, options)
     print(report(index))
 
@@ -89,13 +90,13 @@ def _by_age(parts: dict[Path, Facts]) -> Iterable[tuple[Path, Facts]]:
     return sorted(parts.items(), key=lambda item: item[1].made)
 
 
-def _opened(out: Path, source: Path, parts: dict[Path, Facts], options: BuildSpec) -> Index:
+def _opened(out: Path, parts: dict[Path, Facts]) -> Index:
     """The index, new or as it is, if all files are of its model."""
     first = next(iter(parts.values()))
     if (out / RECORD).is_file():
         index = Index.open(out)
     else:
-        index = Index(out, Record(first.model, first.run, options.which))
+        index = Index(out, Record(first.model, first.run, first.which))
     for path, facts in parts.items():
         if facts.model != index.record.model:
             raise UserError(
@@ -129,6 +130,13 @@ def _add(index: Index, path: Path, folder: str, units: set[str]) -> None:
     index.save()
 
 
+def _settle(index: Index) -> None:
+    """After rows were added: few large files, all rows in the approximate index, new moments."""
+    for key in index.keys:
+        index.table(key).optimize()
+    index.save_moments()
+
+
 def _schema(rows: list[dict[str, Any]], key: Key, schema: Any) -> Any:
     """The schema of a table, whose vectors have one width."""
     import pyarrow as pa
@@ -155,7 +163,7 @@ def _quoted(text: str) -> str:
 
 
 def _approximate(index: Index, options: BuildSpec) -> None:
-    """Train, extend or leave the approximate index of every table, and measure its recall."""
+    """Train or leave the approximate index of every table, and measure its recall."""
     for key in index.keys:
         table, name = index.table(key), table_name(*key)
         rows, built = table.count_rows(), index.record.built.get(name)
@@ -171,8 +179,6 @@ def _approximate(index: Index, options: BuildSpec) -> None:
             print(f"{name}: training an approximate index of {rows} rows")
             built = ann.train(table, "vector", table.schema.field("vector").type.list_size)
             built["trained"] = rows
-        else:
-            table.optimize()
         how, recall = ann.tune(table, "vector", _queries(index, key), options.recall)
         sizes = {k: built[k] for k in ("partitions", "sub_vectors", "trained")}
         index.record.built[name] = sizes | asked

@@ -59,12 +59,14 @@ class EmbedSpec(Spec):
 class Facts:
     """What a file of vectors says about itself.
 
-    model: its hash. settings: what else decides about the rows. units: what the rows are of.
-    skipped: key and reason of what could not be read. made: nanoseconds, the newer file counts.
+    model, run, which: its hash, and where it was. settings: what else decides about the rows.
+    units: what the rows are of. skipped: key and reason of what could not be read. made:
+    nanoseconds, the newer file counts.
     """
 
     model: str
     run: str
+    which: str
     settings: dict[str, Any]
     folder: str
     units: list[Unit]
@@ -106,13 +108,13 @@ def embed(data: str, out: Path, options: EmbedSpec) -> None:
     corpus = open_corpus(data, model.spec.data.max_bytes)
     maker = _Maker(model, corpus, options)
     done = maker.done(out)
-    rank, world = _share(os.environ)
+    rank, world = share(os.environ)
     missing = [[u for u in units if u not in done] for units in corpus.blocks()[rank::world]]
     with tqdm(unit="item", disable=True if rank else None) as bar:
         for units in filter(None, missing):
             maker.write(out, units, bar.update)
-    share = "" if world == 1 else f"process {rank} of {world}: "
-    print(f"{share}{out}: {maker.rows} new rows, {maker.skipped} items could not be read")
+    who = "" if world == 1 else f"process {rank} of {world}: "
+    print(f"{who}{out}: {maker.rows} new rows, {maker.skipped} items could not be read")
     if maker.skipped and not maker.rows and not done:
         raise UserError(f"{data}: nothing could be read; {maker.reason}")
 
@@ -127,6 +129,8 @@ def read_facts(folder: Path) -> dict[Path, Facts]:
     for path in sorted(folder.glob("*.parquet")):
         try:
             tree = json.loads(parquet().read_schema(path).metadata[_FACTS])
+            if tree["version"] != _VERSION:
+                raise ValueError(f"version {tree['version']}, not {_VERSION}")
             tree["units"] = [Unit(*unit) for unit in tree["units"]]
             found[path] = Facts(**tree)
         except (OSError, KeyError, ValueError, TypeError) as error:
@@ -136,7 +140,7 @@ def read_facts(folder: Path) -> dict[Path, Facts]:
     return found
 
 
-def _share(env: Mapping[str, str]) -> tuple[int, int]:
+def share(env: Mapping[str, str]) -> tuple[int, int]:
     """Number of this process and how many there are, of torchrun or of a step of Slurm."""
     rank = env.get("RANK", env.get("SLURM_PROCID", "0"))
     return int(rank), int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", "1")))
@@ -203,6 +207,7 @@ class _Maker:
         facts = Facts(
             self._model.hash,
             str(Path(self._options.model).resolve()),
+            self._options.which,
             self._settings,
             self._corpus.name,
             units,

@@ -109,6 +109,7 @@ def test_an_index_measures_and_keeps_its_recall(tmp_path, capsys):
     assert "IVF-PQ, 5 of 5 partitions; recall@10 of queries by modality: audio 1.000" in told
     assert "50 rows   exact search" in told
     index.table(("s", "audio")).add(as_table(rows_and_queries(1)[0][:100]))
+    build._settle(index)
     build._approximate(index, BuildSpec(approximate="yes", recall=0.95))
     built = index.record.built["s.audio"]
     assert (built["rows"], built["trained"]) == (ROWS + 100, ROWS)

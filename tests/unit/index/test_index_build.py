@@ -234,6 +234,13 @@ def test_what_cannot_be_read_is_counted(place, made, tmp_path, capsys):
     assert [key for key, _ in facts.skipped] == ["bad.mp4", "bad.png", "half.mp4"]
 
 
+def test_an_index_is_built_by_one_process(place, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match=r"one process; share `mmssl embed"):
+        build.main("build", str(place.folder / "shards"), [f"out={place.library}"])
+
+
 def test_a_second_builder_is_told_to_wait(place):
     with (
         build.FileLock(place.library / ".lock"),
