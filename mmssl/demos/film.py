@@ -46,10 +46,15 @@ class Shot:
     time_s: float
 
 
-def levels(maps_NHW: Floats) -> Floats:
-    """Scores to [0, 1] over the whole video: the median is 0, the top 0.2 % are 1."""
+def scale(maps_NHW: Floats) -> tuple[float, float]:
+    """Median of the scores of a video, and what its top 0.2 % exceed."""
     low, high = np.quantile(maps_NHW, [0.5, 0.998])
-    return pictures.scaled(maps_NHW, float(low), float(high))
+    return float(low), float(high)
+
+
+def levels(maps_NHW: Floats, ends: tuple[float, float] | None = None) -> Floats:
+    """Scores to [0, 1] between the ends of a scale; default the video's own."""
+    return pictures.scaled(maps_NHW, *(ends or scale(maps_NHW)))
 
 
 def map_at(levels_NHW: Floats, times_N: Floats, time_s: float) -> Floats:
@@ -157,7 +162,7 @@ class _Copier:
                 time_s = float(frame.pts * frame.time_base)
                 first = time_s if first is None else first
                 self._pts = frame.pts
-                yield _upright(frame, largest), time_s - first
+                yield upright(frame, largest), time_s - first
 
     def write(self, picture_HWC: Bytes) -> None:
         """Encode the picture at the time of the frame that was delivered last."""
@@ -190,7 +195,8 @@ class _Copier:
                 self.sink.mux(self.audio_out.encode(frame))
 
 
-def _upright(frame: Any, largest: int) -> Bytes:
+def upright(frame: Any, largest: int) -> Bytes:
+    """A decoded frame as it is to be seen, with even sides of at most `largest` pixels."""
     factor = min(1.0, largest / max(frame.width, frame.height))
     # encoders of 4:2:0 pictures want even sides; tiny pictures are enlarged to be seen at all
     factor = max(factor, min(256, largest) / max(frame.width, frame.height))

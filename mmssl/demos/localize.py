@@ -8,7 +8,7 @@ Letters in shapes: P windows, T time bins, S cells of a bin, H rows, W columns, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,7 +117,14 @@ def read(video: Path) -> bytes:
     return data
 
 
-def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: Path) -> Heat:
+def heat_of(
+    model: Encoder,
+    views: Mapping[str, ViewSpec],
+    data: bytes,
+    video: Path,
+    sound: bytes | None = None,
+    told: Callable[[float], object] = lambda share: None,
+) -> Heat:
     """Score maps of a whole video, window by window.
 
     Args:
@@ -125,6 +132,8 @@ def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: P
         views: the run's views.
         data: the file's bytes.
         video: its name, for messages.
+        sound: another file whose sound is taken instead of the video's own.
+        told: is called with the share of the video that is done.
 
     Raises:
         UserError: the file cannot be decoded, or the method has no local scores.
@@ -132,8 +141,8 @@ def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: P
     times: list[Floats] = []
     maps: list[Floats] = []
     try:
-        with _open(data) as reader, frozen([model]):
-            for batch in _batches(reader, views):
+        with opened(data, sound) as reader, frozen([model]):
+            for done, batch in _batches(reader, views):
                 found = _maps(model, batch)
                 if found is None:
                     raise UserError(
@@ -142,6 +151,7 @@ def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: P
                     )
                 times.append(found[1])
                 maps.append(found[0])
+                told(done)
             duration = reader.duration_s
     except DamagedSampleError as error:
         raise UserError(f"{video}: cannot be decoded ({error})") from error
@@ -150,9 +160,10 @@ def heat_of(model: Encoder, views: Mapping[str, ViewSpec], data: bytes, video: P
     return Heat(np.concatenate(maps)[places], order, whole=size == 0)
 
 
-def _open(data: bytes) -> ClipReader:
+def opened(data: bytes, sound: bytes | None = None) -> ClipReader:
+    """A video with its own sound, or with that of another file from its beginning."""
     both = frozenset({"audio", "video"})
-    record = Record("video", "video", 0, both, (), {}, video=data, sound=None)
+    record = Record("video", "video", 0, both, (), {}, video=data, sound=sound)
     return ClipReader(record, LIMITS, "pyav")
 
 
@@ -166,13 +177,16 @@ def _in_time(times_N: Floats, duration_s: float) -> tuple[Floats, NDArray[np.int
     return times_N[kept], kept
 
 
-def _batches(reader: ClipReader, views: Mapping[str, ViewSpec]) -> Iterator[Batch]:
+def _batches(
+    reader: ClipReader, views: Mapping[str, ViewSpec]
+) -> Iterator[tuple[float, Batch]]:
+    """Batches of windows, and the share of them up to here."""
     lengths = [v.crop_s for v in views.values() if v.modality != "text"]
     window_s = max(lengths) or _OPEN_WINDOW_S
     starts = window_starts(reader.duration_s, window_s)
     for begin in range(0, len(starts), _WINDOWS):
         items = [_item(reader, views, s, window_s) for s in starts[begin : begin + _WINDOWS]]
-        yield collate(items, views)
+        yield min(1.0, (begin + _WINDOWS) / len(starts)), collate(items, views)
 
 
 def _item(
@@ -208,7 +222,9 @@ def _maps(model: Encoder, batch: Batch) -> tuple[Floats, Floats] | None:
     return scores.reshape(-1, height, width), dense.times_s.double().cpu().numpy().reshape(-1)
 
 
-def loudness(data: bytes, video: Path, points: int = 600, hz: int = 8000) -> Floats:
+def loudness(
+    data: bytes, video: Path, points: int = 600, hz: int = 8000, sound: bytes | None = None
+) -> Floats:
     """(points,) root mean square of the sound over the video, 1 = the loudest.
 
     Raises:
@@ -216,7 +232,7 @@ def loudness(data: bytes, video: Path, points: int = 600, hz: int = 8000) -> Flo
     """
     power, count = np.zeros(points), np.zeros(points)
     try:
-        with _open(data) as reader:
+        with opened(data, sound) as reader:
             for start_s in np.arange(0.0, reader.duration_s, _SOUND_S):
                 end_s = min(start_s + _SOUND_S, reader.duration_s)
                 wave = reader.clip(Need(hz, start_s, end_s)).waveform

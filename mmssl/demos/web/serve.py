@@ -1,0 +1,164 @@
+"""`mmssl demo [run=...] [data=...]`: the pages on a model and a folder of shards."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from mmssl.demos.web.corpus import ShardCorpus
+from mmssl.demos.web.desk import Desk, Shelf
+from mmssl.embed import model as embedding
+from mmssl.eval.options import parse
+from mmssl.specs import Spec
+from mmssl.types import UserError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+# The page may reach nothing but this server, whatever its scripts ask for.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "connect-src 'self' data: blob:; worker-src 'self' blob:; font-src 'self' data:; "
+    "frame-ancestors 'none'"
+)
+
+
+class DemoSpec(Spec):
+    """What can be set behind `mmssl demo`."""
+
+    run: str = "runs/quickstart"
+    data: str = ""  # shards to search; default the run's own: test, val or train
+    which: Literal["ema", "best", "last"] = "ema"  # weights of the run
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in
+    port: int = Field(7860, ge=0, le=65535)  # 0 takes any that is free
+    clips: int = Field(1000, ge=1)  # of the shards, from their beginning
+    max_mb: int = Field(64, ge=1)  # of an upload
+    max_seconds: float = Field(60.0, gt=0)  # of an upload
+
+
+def main(overrides: Sequence[str] = ()) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        UserError: no Gradio, no such run or shards, or a port that is taken.
+    """
+    options = parse(DemoSpec, overrides)
+    with tempfile.TemporaryDirectory(prefix="mmssl-demo-") as folder:
+        page = start(options, Path(folder))
+        print(f"mmssl demo: {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+
+
+def start(options: DemoSpec, folder: Path) -> gr.Blocks:
+    """The page, being served in another thread.
+
+    Args:
+        options: what to serve, and where.
+        folder: uploads and results go here.
+
+    Raises:
+        UserError: as `main`.
+    """
+    # Gradio reads these when it is imported
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    try:
+        from mmssl.demos.web import pages
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError(
+            "the demo needs Gradio; install the extra `demo`: pip install 'mmssl[demo]'"
+        ) from error
+    _check_port(options.host, options.port)
+    page = pages.build(desk_of(options, folder))
+    page.queue(default_concurrency_limit=1)
+    _launch(page, options, folder)
+    return page
+
+
+def desk_of(options: DemoSpec, folder: Path) -> Desk:
+    """Model and corpus.
+
+    Raises:
+        UserError: no such run or shards.
+    """
+    run = Path(options.run)
+    if not run.is_dir():
+        raise UserError(
+            f"{run}: no such run folder; train one with `make quickstart` or name one with "
+            "run=FOLDER"
+        )
+    model = embedding.load(run, options.which)
+    data = options.data or _own_shards(model)
+    corpus = ShardCorpus(model, data, run / "demo", options.clips)
+    shelf = folder / "shelf"
+    shelf.mkdir()
+    return Desk(model, corpus, Shelf(shelf), options.max_seconds)
+
+
+def _own_shards(model: embedding.EmbeddingModel) -> str:
+    data = model.spec.data
+    train = data.train if isinstance(data.train, str) else next(iter(data.train), "")
+    found = data.test or data.val or train
+    if not found:
+        raise UserError(f"{model.spec.name}: the run names no shards; give some with data=FOLDER")
+    return str(found)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"host={host} port={port}: cannot be listened on ({error.strerror}); choose "
+                "another with port=, port=0 for any"
+            ) from error
+
+
+class _Policy:
+    """Says with every page what it may reach, and fetches nothing from elsewhere for it."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"content-security-policy", _POLICY.encode()))
+                message["headers"].append((b"referrer-policy", b"no-referrer"))
+            await send(message)
+
+        await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
+
+
+def _launch(page: gr.Blocks, options: DemoSpec, folder: Path) -> None:
+    from starlette.middleware import Middleware
+
+    from mmssl.demos.web import pages
+
+    page.launch(
+        server_name=options.host,
+        server_port=options.port or None,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=options.max_mb * 2**20,
+        allowed_paths=[str(folder / "shelf")],
+        app_kwargs={"middleware": [Middleware(_Policy)]},
+        css=pages.css(),
+        head=pages.head(),
+    )
