@@ -59,6 +59,9 @@ VERBS = {
         True,
         "find what fits words, sounds, videos, pictures",
     ),
+    "demo": Verb(
+        "mmssl.demos.web.serve:main", (), True, "search, localize and explore in the browser"
+    ),
     "import": Verb(
         "mmssl.interop.huggingface:import_main",
         ("FOLDER", "OUT"),
@@ -84,7 +87,7 @@ VERBS = {
 }
 
 # verbs of the design that this version does not have
-LATER = ("demo", "scoreboard")
+LATER = ("scoreboard",)
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` returns
 

@@ -177,9 +177,7 @@ def _in_time(times_N: Floats, duration_s: float) -> tuple[Floats, NDArray[np.int
     return times_N[kept], kept
 
 
-def _batches(
-    reader: ClipReader, views: Mapping[str, ViewSpec]
-) -> Iterator[tuple[float, Batch]]:
+def _batches(reader: ClipReader, views: Mapping[str, ViewSpec]) -> Iterator[tuple[float, Batch]]:
     """Batches of windows, and the share of them up to here."""
     lengths = [v.crop_s for v in views.values() if v.modality != "text"]
     window_s = max(lengths) or _OPEN_WINDOW_S

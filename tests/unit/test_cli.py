@@ -44,6 +44,7 @@ def calls(monkeypatch):
         ("index build s out=d", ("mmssl.index.build:main", "build", "s", ["out=d"])),
         ("search d rain", ("mmssl.index.search:main", "d", ["rain"], [])),
         ("search d a b.wav k=3", ("mmssl.index.search:main", "d", ["a", "b.wav"], ["k=3"])),
+        ("demo port=0", ("mmssl.demos.web.serve:main", ["port=0"])),
         ("import peer out", ("mmssl.interop.huggingface:import_main", "peer", "out", [])),
         (
             "export run out format=hubert",

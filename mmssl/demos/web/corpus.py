@@ -73,7 +73,11 @@ class Corpus(Protocol):
 
     name: str
     modalities: tuple[str, ...]
-    captions: Mapping[str, str]  # of every clip by its key, in the order of the corpus
+
+    @property
+    def captions(self) -> Mapping[str, str]:
+        """Of every clip by its key, in the order of the corpus."""
+        ...
 
     def search(self, queries: Sequence[Query], k: int, modalities: Sequence[str]) -> list[Hit]:
         """The k best clips, each with its best window, for all queries together."""
@@ -115,7 +119,7 @@ def query(model: EmbeddingModel, modality: str, source: Any) -> Query:
 
 @dataclass(frozen=True)
 class _Table:
-    """The windows of one modality: clip (N,), start and end (N, 2) in s, vectors (N, D) by space."""
+    """Windows of one modality: clip (N,), start and end in s (N, 2), vectors by space (N, D)."""
 
     clips: Tensor
     spans: Tensor
@@ -180,7 +184,9 @@ class ShardCorpus:
             if not all(space in table.vectors for _, space in pairs):
                 continue
             reached = True
-            cosines_QN = torch.stack([table.vectors[s or ""] @ q.vectors[s or ""] for q, s in pairs])
+            cosines_QN = torch.stack(
+                [table.vectors[s or ""] @ q.vectors[s or ""] for q, s in pairs]
+            )
             spread_Q1 = cosines_QN.std(1, correction=0, keepdim=True).clamp(min=1e-6)
             scores_N = ((cosines_QN - cosines_QN.mean(1, keepdim=True)) / spread_Q1).sum(0)
             for n in scores_N.argsort(descending=True, stable=True).tolist():
@@ -197,7 +203,7 @@ class ShardCorpus:
         """The clips that have a modality, in the order of the corpus."""
         if modality not in self._tables:
             return []
-        return [self._keys[n] for n in self._tables[modality].clips.unique().tolist()]
+        return [self._keys[n] for n in sorted(set(self._tables[modality].clips.tolist()))]
 
     def points(self, space: str) -> list[Point]:
         """Every window in one space."""
@@ -272,10 +278,8 @@ def _source(record: Record, modality: str) -> Any:
     return record.sound if modality == "audio" and record.sound is not None else record.video
 
 
-def _write(
-    file: Path, tables: Mapping[str, _Table], told: Sequence[tuple[str, int, str]]
-) -> None:
-    tensors = {}
+def _write(file: Path, tables: Mapping[str, _Table], told: Sequence[tuple[str, int, str]]) -> None:
+    tensors: dict[str, Tensor] = {}
     for modality, table in tables.items():
         tensors |= {f"{modality}/clips": table.clips, f"{modality}/spans": table.spans}
         tensors |= {f"{modality}/in/{s}": x.contiguous() for s, x in table.vectors.items()}

@@ -70,7 +70,9 @@ class Desk:
     def sees_stills(self) -> bool:
         """Whether the model reads anything of a picture in which nothing moves."""
         fronts = [tower.frontend for tower in self.model.spec.towers.values()]
-        return any(isinstance(f, FramesSpec) and f.channels in ("rgb", "rgb_motion") for f in fronts)
+        return any(
+            isinstance(f, FramesSpec) and f.channels in ("rgb", "rgb_motion") for f in fronts
+        )
 
     def search(self, given: Given, modalities: Sequence[str], k: int, told: Told) -> str:
         """Cards of the clips that fit all that is given, best first.

@@ -131,16 +131,17 @@ def principal(points: Sequence[Point], centred: bool) -> Floats:
     return np.asarray(PCA(2, svd_solver="full").fit_transform(x_ND))
 
 
-def corpus_map(points: Sequence[Point], places_N2: Floats, words: str | None) -> str:
-    """Dots coloured by modality; those whose captions lack one of the words are faint."""
+def corpus_map(points: Sequence[Point], places_N2: Floats, wanted: str | None) -> str:
+    """Dots coloured by modality; those whose captions lack a wanted word are faint."""
     width, height, margin = _MAP
     xs = margin + (width - 2 * margin) * scaled(places_N2[:, 0])
     ys = margin + (height - 2 * margin) * (1 - scaled(places_N2[:, 1]))
-    asked = (words or "").lower().split()
+    asked = (wanted or "").lower().split()
     dots = []
     for point, x, y in zip(points, xs, ys, strict=True):
         faint = not all(word in point.caption.lower() for word in asked)
-        told = " ".join([point.modality, span(point.start_s, point.end_s), point.caption])
+        words = (point.modality, span(point.start_s, point.end_s), point.caption)
+        told = " ".join(word for word in words if word)
         dots.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" data-key="{escape(point.key)}" '
             f'data-start="{point.start_s:.2f}" data-end="{point.end_s:.2f}" '

@@ -134,7 +134,7 @@ def dubbed(video: bytes, sound: bytes | None) -> bytes:
     out = io.BytesIO()
     heard_too = sound is not None or has_sound(video)
     with media.opened(video) as source, av.open(out, "w", format="mp4") as sink:
-        stream = media.pictures(source)[0]
+        stream: Any = media.pictures(source)[0]
         rate = stream.average_rate or Fraction(25)
         shown = sink.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "fast"})
         shown.pix_fmt = "yuv420p"

@@ -43,6 +43,7 @@ def css() -> str:
 
 def build(desk: Desk) -> gr.Blocks:
     """The pages of a desk."""
+    page: gr.Blocks
     with gr.Blocks(title="mmssl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             f"## mmssl · {desk.model.spec.name}\n{len(desk.corpus.captions)} clips of "
@@ -76,6 +77,7 @@ def _teller(progress: gr.Progress) -> Told:
 
 def _search(desk: Desk) -> None:
     held = desk.corpus.modalities
+    seen = [m for m in held if m != "text"] or list(held)  # words find their own captions first
     can = desk.model.supports
     with gr.Row(equal_height=True):
         text = gr.Textbox(
@@ -97,7 +99,9 @@ def _search(desk: Desk) -> None:
             elem_id="query-image",
         )  # fmt: skip
     with gr.Row():
-        modalities = gr.CheckboxGroup(list(held), value=list(held), label="Look in", scale=3)
+        modalities = gr.CheckboxGroup(
+            list(held), value=seen, label="Look in", scale=3, elem_id="look-in"
+        )
         k = gr.Slider(1, 24, value=8, step=1, label="Results", scale=2)
     shown = gr.HTML(elem_id="results")
 

@@ -126,19 +126,27 @@ def _check_port(host: str, port: int) -> None:
 
 
 class _Policy:
-    """Says with every page what it may reach, and fetches nothing from elsewhere for it."""
+    """Says with every page what it may reach, and fetches nothing from elsewhere for it.
+
+    Gradio would hand through what `file=http://...` names.
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"content-security-policy", _POLICY.encode()))
                 message["headers"].append((b"referrer-policy", b"no-referrer"))
             await send(message)
 
-        await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
+        if "=http" in scope.get("path", ""):
+            await PlainTextResponse("not found", 404)(scope, receive, send)
+        else:
+            await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
 def _launch(page: gr.Blocks, options: DemoSpec, folder: Path) -> None:

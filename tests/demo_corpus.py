@@ -1,0 +1,20 @@
+"""Shards of a few clips whose captions a tiny model can tell apart."""
+
+import json
+
+from embed_runs import WORDS
+from media_files import write_corpus
+
+from data_tools.make_shards import make_shards
+
+
+def demo_shards(folder, count, seconds, lacks=()):
+    """A folder of shards below `folder`; row k lacks the modality lacks[k % len(lacks)]."""
+    manifest = write_corpus(folder / "clips", count, seconds, lacks=lacks)
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for k, line in enumerate(lines):
+        if line["caption"]:
+            line["caption"] = WORDS[k % len(WORDS)] + " again" * (k // len(WORDS))
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_shards(folder / "clips", folder / "shards", workers=1)
+    return folder / "shards"
