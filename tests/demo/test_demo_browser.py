@@ -28,6 +28,7 @@ def chromium():
         pytest.skip("chromium is missing: apt-get install chromium")
     # a container's /dev/shm can be tiny; root may not use the sandbox
     flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if ROOT else [])]
+    flags += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # beeps
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
@@ -141,6 +142,18 @@ def test_a_result_has_the_time_of_its_window(page, tmp_path):
         assert facts.startswith("audio")
         part = next(part for span, part in spans.items() if span in facts)
         assert card.locator("video").get_attribute("src").endswith(part)
+
+
+def test_the_microphone_and_a_film_together(page, film):
+    upload(page, "#query-video", film)
+    page.get_by_label("Record audio").click()
+    page.locator("#query-sound").get_by_text("Record", exact=True).click()
+    page.wait_for_timeout(1500)
+    page.locator("#query-sound .stop-button").click()
+    page.wait_for_timeout(1000)
+    page.click("#search-go")
+    page.locator(".mmssl-card").first.wait_for()
+    assert page.locator(".mmssl-card").count() == CLIPS
 
 
 def test_a_picture_that_says_nothing_and_nothing_at_all(page, tmp_path):

@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmssl.data import energon
+from mmssl.data.guarded import to_sample
 from mmssl.data.reader import ERROR
 from mmssl.data.samples import Record, read
 from mmssl.data.sidecars import shards_digest
 from mmssl.embed.model import EmbeddingModel
 from mmssl.embed.spaces import TOWERS
 from mmssl.files import whole_file
-from mmssl.types import MODALITIES, Sample, UserError
+from mmssl.types import MODALITIES, UserError
 
 _MAX_BYTES = 134_217_728  # of a sample
 _BATCH = 16
@@ -161,11 +162,11 @@ class ShardCorpus:
         for number in range(min(clips, self.total)):
             crude = self._reader[number]
             if ERROR not in crude:
-                yield number, read(_sample(crude))
+                yield number, read(to_sample(crude))
 
     def record(self, key: str) -> Record:
         """A clip with its media."""
-        return read(_sample(self._reader[self._numbers[key]]))
+        return read(to_sample(self._reader[self._numbers[key]]))
 
     def search(self, queries: Sequence[Query], k: int, modalities: Sequence[str]) -> list[Hit]:
         """The k best clips for all queries together, each with its best window.
@@ -233,11 +234,6 @@ def _compared(model: EmbeddingModel) -> dict[tuple[str, str], str]:
             if space is not None:
                 out[a, b] = space
     return out
-
-
-def _sample(crude: Mapping[str, Any]) -> Sample:
-    key = crude["__key__"]
-    return Sample(key, (), {n: v for n, v in crude.items() if not n.startswith("__")})
 
 
 # ---------------------------------------------------------------- making and keeping vectors

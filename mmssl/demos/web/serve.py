@@ -70,13 +70,13 @@ def start(options: DemoSpec, folder: Path) -> gr.Blocks:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     try:
-        from mmssl.demos.web import pages
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
+        import gradio  # noqa: F401  (heavy, and an extra)
+    except ImportError as error:
         raise UserError(
-            "the demo needs Gradio; install the extra `demo`: pip install 'mmssl[demo]'"
+            f"the demo needs Gradio ({error}); install the extra `demo`: pip install 'mmssl[demo]'"
         ) from error
+    from mmssl.demos.web import pages
+
     _check_port(options.host, options.port)
     page = pages.build(desk_of(options, folder))
     page.queue(default_concurrency_limit=1)
@@ -135,7 +135,7 @@ class _Policy:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.responses import PlainTextResponse
+        from starlette.responses import PlainTextResponse  # comes with Gradio
 
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
