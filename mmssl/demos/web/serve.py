@@ -77,10 +77,10 @@ def start(options: DemoSpec, folder: Path) -> gr.Blocks:
         ) from error
     from mmssl.demos.web import pages
 
-    _check_port(options.host, options.port)
+    port = _free_port(options.host, options.port)
     page = pages.build(desk_of(options, folder))
     page.queue(default_concurrency_limit=1)
-    _launch(page, options, folder)
+    _launch(page, options, port, folder)
     return page
 
 
@@ -113,11 +113,13 @@ def _own_shards(model: embedding.EmbeddingModel) -> str:
     return str(found)
 
 
-def _check_port(host: str, port: int) -> None:
+def _free_port(host: str, port: int) -> int:
+    """The port itself, of 0 any that is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+            return int(probe.getsockname()[1])
         except OSError as error:
             raise UserError(
                 f"host={host} port={port}: cannot be listened on ({error.strerror}); choose "
@@ -149,14 +151,14 @@ class _Policy:
             await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
-def _launch(page: gr.Blocks, options: DemoSpec, folder: Path) -> None:
+def _launch(page: gr.Blocks, options: DemoSpec, port: int, folder: Path) -> None:
     from starlette.middleware import Middleware
 
     from mmssl.demos.web import pages
 
     page.launch(
         server_name=options.host,
-        server_port=options.port or None,
+        server_port=port,
         prevent_thread_lock=True,
         quiet=True,
         share=False,

@@ -266,4 +266,5 @@ def test_a_taken_port_is_said():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port}: cannot be listened on"):
-            serve._check_port("127.0.0.1", port)
+            serve._free_port("127.0.0.1", port)
+    assert 0 < serve._free_port("127.0.0.1", 0) < 65536
