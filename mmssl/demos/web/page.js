@@ -2,7 +2,7 @@
 (() => {
   const PALETTE = __PALETTE__;
   const SIDE = 256;        // pixels of the canvas, before the page scales it
-  const STRENGTH = 0.85;   // opacity where the heat is 1
+  const STRENGTH = 0.9;    // opacity where the heat is 1
   let threshold = __THRESHOLD__;
   window.mmssl = { threshold: (value) => { threshold = value; } };
 
@@ -59,7 +59,7 @@
       hot += shown;
       const [red, green, blue] = PALETTE[level];
       data[k] = red; data[k + 1] = green; data[k + 2] = blue;
-      data[k + 3] = shown ? 255 * STRENGTH * (level / 255) ** 1.5 : 0;
+      data[k + 3] = shown ? STRENGTH * level : 0;
     }
     context.putImageData(pixels, 0, 0);
     stage.dataset.hot = (hot / SIDE / SIDE).toFixed(4);

@@ -15,7 +15,7 @@ from mmssl.demos.web.desk import Desk, Given, Told
 from mmssl.types import MODALITIES, UserError
 
 _HERE = Path(__file__).parent
-_THRESHOLD = 0.35  # heat below it is not drawn at first
+_THRESHOLD = 0.2  # heat below it is not drawn at first
 _NO_CLIP = "none"
 
 # which dot of the map was chosen
@@ -166,7 +166,7 @@ def _explore(desk: Desk, page: gr.Blocks) -> None:
     held = [m for m in MODALITIES if m in desk.corpus.modalities]
     with gr.Row():
         space = gr.Dropdown(desk.spaces, value=desk.spaces[0], label="Space")
-        modalities = gr.CheckboxGroup(held, value=held, label="Modalities")
+        modalities = gr.CheckboxGroup(held, value=held, label="Modalities", scale=2)
         centred = gr.Checkbox(True, label="Modalities on one centre")
         words = gr.Textbox(label="Highlight captions with", placeholder="red hums")
     with gr.Row():
