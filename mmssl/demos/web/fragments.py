@@ -107,8 +107,8 @@ def _curves(peaks_N: Floats, times_N: Floats, loudness_K: Floats) -> str:
 
 
 def palette() -> list[list[int]]:
-    """Colours of the levels 0 to 255."""
-    colours: list[list[int]] = heat(np.linspace(0, 1, 256)).tolist()
+    """Colours of the levels 0 to 255: from red on, for darker ones are lost in a picture."""
+    colours: list[list[int]] = heat(np.linspace(0.4, 1, 256)).tolist()
     return colours
 
 

@@ -15,7 +15,7 @@ from mmssl.demos.web.desk import Desk, Given, Told
 from mmssl.types import MODALITIES, UserError
 
 _HERE = Path(__file__).parent
-_THRESHOLD = 0.2  # heat below it is not drawn at first
+_THRESHOLD = 0.3  # heat below it is not drawn at first
 _NO_CLIP = "none"
 
 # which dot of the map was chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def main(overrides: Sequence[str] = ()) -> None:
         UserError: no Gradio, no such run or shards, or a port that is taken.
     """
     options = parse(DemoSpec, overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads go then, too
     with tempfile.TemporaryDirectory(prefix="mmssl-demo-") as folder:
         page = start(options, Path(folder))
         print(f"mmssl demo: {page.local_url} (Ctrl-C ends it)", flush=True)
