@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import urllib.request
 
@@ -202,7 +203,7 @@ def test_localize_threshold_and_another_sound(page, film, tmp_path):
     stage.wait_for()
     page.wait_for_function("document.querySelector('.mmssl-stage').dataset.hot !== undefined")
     told = page.evaluate("window.told")
-    assert any(part in told for part in ("places and sound", "preparing the video")), told
+    assert re.search(r"(checking|places and sound|preparing the video) - \d+\.\d%", told), told
     shares = []
     for value in (0, 0.3, 0.6, 1):
         set_threshold(page, value)

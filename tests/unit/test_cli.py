@@ -72,7 +72,7 @@ def test_verb_calls_its_function(calls, words, call):
     [
         ("trian f.yaml", "no verb `trian`; did you mean `train`?"),
         ("xyzzy", "there are: train, resume, eval"),
-        ("demo x", "`demo` is planned but not part of this version; there are: train"),
+        ("scoreboard x", "`scoreboard` is planned but not part of this version; there are: train"),
         ("train", "usage: mmssl train FILE [key=value ...]"),
         ("train steps=3", "needs FILE"),
         ("eval bouncing", "needs SUITE and RUN"),
