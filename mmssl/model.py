@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmssl import dist
-from mmssl.heads.dense import Dense, MapScore
+from mmssl.heads.dense import Dense, MapScore, Parts
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
 from mmssl.targets.base import Stats
@@ -209,6 +209,39 @@ class Model(nn.Module):
             raise ValueError("score_maps: the method has no map score")
         maps: Tensor = found[0].score.maps(video_PTSD, audio_PUD, valid_PU)
         return maps
+
+    def map_pairs(self) -> list[Space]:
+        """(video, other) modalities that a map score compares and no vector space relates."""
+        return list(self._map_pairs())
+
+    def _map_pairs(self) -> dict[Space, tuple[MapScore, tuple[str, str]]]:
+        found: dict[Space, tuple[MapScore, tuple[str, str]]] = {}
+        for task in self.tasks.values():
+            for score, views in task.maps():  # type: ignore[operator]
+                video, other = (self.spec.views[view].modality for view in views)
+                if self.space_for(video, other) is None:
+                    found.setdefault((video, other), (score, views))
+        return found
+
+    @torch.no_grad()
+    def map_sides(self, batch: Batch) -> dict[Space, tuple[Parts, Parts, Tensor]]:
+        """What the score of each of `map_pairs` reads, and the rows (B,) that have both sides.
+
+        A side is its values, cells (B, T, S, D) or steps (B, U, D), and which of them are valid.
+        """
+        out: dict[Space, tuple[Parts, Parts, Tensor]] = {}
+        with evaluating(self):
+            passes = self.passes(batch)
+            for pair, (score, views) in self._map_pairs().items():
+                (video, seen), (other, heard) = (score.embed(passes, view) for view in views)
+                out[pair] = video, other, seen[:, 0] & heard[:, 0]
+        return out
+
+    @torch.no_grad()
+    def map_table(self, pair: Space, video: Parts, other: Parts) -> Tensor:
+        """(A, C) scores of A videos with C sounds or texts: rows of sides of `map_sides`."""
+        table: Tensor = self._map_pairs()[pair][0](video, other)
+        return table[..., 0]
 
     def _sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
         found = (task.sound_map() for task in self.tasks.values())  # type: ignore[operator]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmssl.eval.localize import sounding_bins
+from mmssl.eval.tables import Pair, Parts, Sides, Table, one_grid, pad_steps, sides, table
 from mmssl.heads.dense import Dense
 from mmssl.types import Batch, UserError, ViewBatch
 
@@ -60,6 +62,14 @@ class Encoder(Protocol):
         """Similarity maps (P, T, S) of paired rows of local features."""
         ...
 
+    def map_sides(self, batch: Batch, /) -> Mapping[Pair, tuple[Parts, Parts, Tensor]]:
+        """What map scores read of a batch where no space relates their modalities."""
+        ...
+
+    def map_table(self, pair: Pair, video: Parts, other: Parts, /) -> Tensor:
+        """(A, C) scores of A videos with C sounds or texts."""
+        ...
+
     def match_logit(self, batch: Batch, partner: Tensor, /) -> Tensor | None:
         """(B,) score of video i with audio partner[i], above 0 = belong together."""
         ...
@@ -71,12 +81,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Want:
-    """What to collect: embeddings, local features, match scores, masked-prediction errors."""
+    """What to collect: embeddings, local features, match scores, masked-prediction errors.
+
+    maps: tables of all pairs by the map scores of modalities that share no space, see `tables`.
+    """
 
     embeddings: bool = True
     dense: bool = True
     match: bool = True
     masked: bool = True
+    maps: bool = False
 
 
 @dataclass
@@ -120,7 +134,8 @@ class Encoded:
 
     vectors: (N, D) by (modality, space), zeros where absent; present: (N,) bool by the same key.
     own_N, other_N: match scores of each video with its own audio and with another clip's; not a
-    number where the row lacks one of them. masked: summed statistics by task.
+    number where the row lacks one of them. masked: summed statistics by task. tables: by the two
+    modalities of a map score.
     """
 
     vectors: dict[Space, Singles] = field(default_factory=dict)
@@ -129,6 +144,7 @@ class Encoded:
     own_N: Floats | None = None
     other_N: Floats | None = None
     masked: dict[str, dict[str, Floats]] = field(default_factory=dict)
+    tables: dict[Pair, Table] = field(default_factory=dict)
 
 
 class Watcher(Protocol):
@@ -196,9 +212,9 @@ def collect(
                 with encoded_once(model, moved):
                     parts[name].add(model, moved, len(rows.keys), partner_B.to(device), apart_B)
             rows.add(batch)
-    if not rows.keys:
-        raise UserError("evaluation: the data set holds no clip that can be read")
-    return rows, {name: part.join() for name, part in parts.items()}
+        if not rows.keys:
+            raise UserError("evaluation: the data set holds no clip that can be read")
+        return rows, {name: part.join(models[name]) for name, part in parts.items()}
 
 
 def present(batch: Batch, modality: str) -> Tensor:
@@ -256,6 +272,7 @@ class _Parts:
         self.dense: list[DenseRows] = []
         self.match: list[tuple[Floats, Floats]] = []
         self.masked: dict[str, dict[str, Floats]] = {}
+        self.sides: dict[Pair, list[Sides]] = {}
 
     def add(
         self, model: Encoder, batch: Batch, first: int, partner_B: Tensor, apart_B: Tensor
@@ -268,6 +285,9 @@ class _Parts:
             self._add_match(model, batch, partner_B, apart_B)
         if self.want.masked:
             self._add_masked(model, batch)
+        if self.want.maps:
+            for pair, found in model.map_sides(batch).items():
+                self.sides.setdefault(pair, []).append(sides(batch, first, *found))
 
     def _add_dense(self, model: Encoder, batch: Batch, first: int) -> None:
         shown = [i for i, meta in enumerate(batch.meta) if localizable(meta)]
@@ -292,7 +312,7 @@ class _Parts:
             for name, value in sums.items():
                 total[name] = total.get(name, 0.0) + value.double().cpu().numpy()
 
-    def join(self) -> Encoded:
+    def join(self, model: Encoder) -> Encoded:
         result = Encoded(masked=self.masked)
         for space in self.embedded[0] if self.embedded else ():
             result.vectors[space] = np.concatenate([part[space][0] for part in self.embedded])
@@ -302,6 +322,10 @@ class _Parts:
         if self.match:
             result.own_N = np.concatenate([own for own, _ in self.match])
             result.other_N = np.concatenate([other for _, other in self.match])
+        device = next(iter(model.parameters())).device
+        for pair in list(self.sides):  # features of one pair at a time are held twice
+            score = partial(model.map_table, pair)
+            result.tables[pair] = table(self.sides.pop(pair), score, device, " x ".join(pair))
         return result
 
 
@@ -351,25 +375,14 @@ def join_dense(parts: Sequence[DenseRows]) -> DenseRows:
     Raises:
         UserError: clips differ in their grid.
     """
-    if len({part.grid for part in parts}) > 1:
-        raise UserError(
-            f"localization: clips have different grids {sorted({p.grid for p in parts})}; "
-            "give the video view a fixed crop_s and size"
-        )
+    one_grid("localization", [part.grid for part in parts])
     steps = max(part.audio_PAD.shape[1] for part in parts)
     return DenseRows(
         rows_P=np.concatenate([part.rows_P for part in parts]),
         video_PTSD=torch.cat([part.video_PTSD for part in parts]),
-        audio_PAD=torch.cat([_pad_steps(part.audio_PAD, steps) for part in parts]),
-        valid_PA=torch.cat([_pad_steps(part.valid_PA, steps) for part in parts]),
+        audio_PAD=torch.cat([pad_steps(part.audio_PAD, steps) for part in parts]),
+        valid_PA=torch.cat([pad_steps(part.valid_PA, steps) for part in parts]),
         times_PT=np.concatenate([part.times_PT for part in parts]),
         loud_PT=np.concatenate([part.loud_PT for part in parts]),
         grid=parts[0].grid,
     )
-
-
-def _pad_steps(x_PA: Tensor, steps: int) -> Tensor:
-    """Zeros (False) behind the last audio step, up to `steps`."""
-    padded = x_PA.new_zeros((x_PA.shape[0], steps, *x_PA.shape[2:]))
-    padded[:, : x_PA.shape[1]] = x_PA
-    return padded

@@ -5,8 +5,9 @@ Letters in shapes: N rows of the test set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,13 @@ from mmssl.eval.bootstrap import interval
 from mmssl.eval.embed import Encoded, Rows
 from mmssl.eval.items import Metrics, Protocol
 from mmssl.eval.retrieval import Items, direction
+from mmssl.eval.tables import ranked
 
+Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Legs = list[tuple[str, str, str]]
+Sides = tuple[NDArray[Any], NDArray[Any] | None]  # vectors of both, or all scores and None
 
 ORDER = ("audio", "video", "text")
 _MISSING_SHOWN = 20
@@ -30,14 +34,40 @@ _MISSING_SHOWN = 20
 def retrieval(
     rows: Rows, encoded: Encoded, space_for: Callable[[str, str], str | None], protocol: Protocol
 ) -> Metrics:
-    """All directions between modalities that share a space, on the rows with one object.
+    """All directions between modalities that are compared, on the rows with one object.
 
-    A text and a whole clip are compared by the mean of two cosines, with its sound and with its
-    pictures, each in the space of the pair (`text->audio+video`). Rows whose `kind` is "two" are
-    left out: their pictures hold two right answers.
+    They share a space, named in `space`. Where none relates them but a map score does, clips are
+    ranked by its table, and `space` is "map". A text and a whole clip are compared by the mean of
+    two cosines, with its sound and with its pictures, each in the space of the pair
+    (`text->audio+video`). Rows whose `kind` is "two" are left out: their pictures hold two right
+    answers.
     """
-    legs = legs_of(encoded, space_for)
-    return {name: _one_direction(rows, encoded, name, legs[name], protocol) for name in legs}
+    return {
+        name: _one_direction(rows, name, kept, sides, protocol) | {"space": space}
+        for name, space, kept, sides in compared(rows, encoded, space_for)
+    }
+
+
+def compared(
+    rows: Rows, encoded: Encoded, space_for: Callable[[str, str], str | None]
+) -> Iterator[tuple[str, str, Ints, Sides]]:
+    """Name of every direction, its space, the rows that have both sides, and these of the rows.
+
+    Vectors of several legs stand side by side, all as long as one.
+    """
+    for name, legs in legs_of(encoded, space_for).items():
+        there = candidates(rows)
+        for query, base, space in legs:
+            there &= encoded.present[query, space] & encoded.present[base, space]
+        kept = np.flatnonzero(there)
+        sides = [
+            np.concatenate([encoded.vectors[leg[side], leg[2]][kept] for leg in legs], axis=1)
+            for side in (0, 1)
+        ]
+        yield name, " + ".join(space for _, _, space in legs), kept, (sides[0], sides[1])
+    for (video, other), table in encoded.tables.items():
+        yield f"{other}->{video}", "map", table.rows_P, (table.scores_PP.T, None)
+        yield f"{video}->{other}", "map", table.rows_P, (table.scores_PP, None)
 
 
 def legs_of(encoded: Encoded, space_for: Callable[[str, str], str | None]) -> dict[str, Legs]:
@@ -54,39 +84,20 @@ def legs_of(encoded: Encoded, space_for: Callable[[str, str], str | None]) -> di
 
 def candidates(rows: Rows) -> Bools:
     """(N,) rows that take part in retrieval."""
-    return np.asarray([meta.get("kind") != "two" for meta in rows.meta], dtype=bool)
+    return np.asarray([ranked(meta) for meta in rows.meta], dtype=bool)
 
 
-def _one_direction(
-    rows: Rows,
-    encoded: Encoded,
-    name: str,
-    legs: Legs,
-    protocol: Protocol,
-) -> Metrics:
-    """legs: (query, base, space); vectors of several stand side by side, all as long as one."""
-    asked = candidates(rows)
-    there = asked.copy()
-    for query, base, space in legs:
-        there &= encoded.present[query, space] & encoded.present[base, space]
-    kept = np.flatnonzero(there)
-    missing = [rows.keys[i] for i in np.flatnonzero(asked & ~there)]
+def _one_direction(rows: Rows, name: str, kept: Ints, sides: Sides, protocol: Protocol) -> Metrics:
+    missing = [rows.keys[i] for i in np.setdiff1d(np.flatnonzero(candidates(rows)), kept)]
+    absent = {"missing": missing[:_MISSING_SHOWN], "n_missing": len(missing)}
     if len(kept) == 0:
-        return {"n": 0, "missing": missing[:_MISSING_SHOWN], "n_missing": len(missing)}
+        return {"n": 0, **absent}
     items = _items(rows, kept, with_text="text" in name)
-    vectors = [
-        np.concatenate([encoded.vectors[leg[side], leg[2]][kept] for leg in legs], axis=1)
-        for side in (0, 1)
-    ]
     record = None
     if protocol.items is not None:
         record = protocol.items.recorder(f"retrieval.{name}", rows, kept)
     options = (protocol.resamples, protocol.seed, record, protocol.dual_softmax)
-    return direction(vectors[0], vectors[1], items, *options) | {
-        "missing": missing[:_MISSING_SHOWN],
-        "n_missing": len(missing),
-        "space": " + ".join(space for _, _, space in legs),
-    }
+    return direction(sides[0], sides[1], items, *options) | absent
 
 
 def _items(rows: Rows, kept: NDArray[np.int64], with_text: bool) -> Items:

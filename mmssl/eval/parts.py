@@ -51,6 +51,7 @@ def take(rows: Rows, encoded: Encoded, kept: Ints) -> tuple[Rows, Encoded]:
         vectors={key: value[kept] for key, value in encoded.vectors.items()},
         present={key: value[kept] for key, value in encoded.present.items()},
         dense=None if encoded.dense is None else _take_dense(encoded.dense, kept),
+        tables={pair: table.take(kept) for pair, table in encoded.tables.items()},
         own_N=None if encoded.own_N is None else encoded.own_N[kept],
         other_N=None if encoded.other_N is None else encoded.other_N[kept],
     )

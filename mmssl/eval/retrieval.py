@@ -1,5 +1,8 @@
 """Retrieval metrics on embedding matrices, with ties counted against the encoder.
 
+Where a score is no product of two vectors, the table of all scores stands for the queries'
+embeddings and None for those of the database.
+
 Letters in shapes: Q queries, N items of the database, D width, C queries of a chunk.
 
 Ties are resolved pessimistically: everything that scores as high as the best relevant item stands
@@ -72,18 +75,9 @@ def normalize(x_ND: ArrayLike) -> Floats:
     return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
-def similarity(query_CD: Floats, base_ND: Floats) -> NDArray[np.float32]:
-    """Cosine similarity (C, N) of unit rows.
-
-    Products are summed in float64 and rounded to float32, so that scores that are equal in exact
-    arithmetic stay equal whatever the order of the items.
-    """
-    return np.asarray(query_CD @ base_ND.T, dtype=np.float32)
-
-
 def ranks(
     query_QD: ArrayLike,
-    base_ND: ArrayLike,
+    base_ND: ArrayLike | None,
     query_labels_Q: ArrayLike,
     base_labels_N: ArrayLike,
     query_groups_Q: ArrayLike | None = None,
@@ -94,8 +88,8 @@ def ranks(
     """Rank the database for every query; an item is relevant where the labels are equal.
 
     Args:
-        query_QD: embeddings of the queries.
-        base_ND: embeddings of the database.
+        query_QD: embeddings of the queries, or the scores (Q, N).
+        base_ND: embeddings of the database; None: `query_QD` holds the scores.
         query_labels_Q: labels of the queries.
         base_labels_N: labels of the database.
         query_groups_Q: with `base_groups_N`: each query meets the items of its own group only.
@@ -105,7 +99,7 @@ def ranks(
             CAMoE): each score times its softmax over the queries; 0 = none.
 
     Raises:
-        ValueError: a query has no relevant item, or the embeddings are not finite.
+        ValueError: a query has no relevant item, or embeddings or scores are not finite.
     """
     columns = (np.asarray(query_labels_Q), np.asarray(base_labels_N))
     groups = None
@@ -122,7 +116,7 @@ def _equal(columns: tuple[NDArray[np.generic], NDArray[np.generic]], rows: slice
     return np.asarray(columns[0][rows, None] == columns[1][None])
 
 
-def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int) -> Ints:
+def top(query_QD: ArrayLike, base_ND: ArrayLike | None, k: int) -> Ints:
     """(Q, k) items with the highest scores, best first; equal scores in database order."""
     parts = [
         np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -132,22 +126,31 @@ def top(query_QD: ArrayLike, base_ND: ArrayLike, k: int) -> Ints:
 
 
 def _chunks(
-    query_QD: ArrayLike, base_ND: ArrayLike, chunk: int = 1024, dual_softmax: float = 0.0
+    query_QD: ArrayLike, base_ND: ArrayLike | None, chunk: int = 1024, dual_softmax: float = 0.0
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    query, base = normalize(query_QD), normalize(base_ND)
-    if not (np.isfinite(query).all() and np.isfinite(base).all()):
-        raise ValueError("embeddings hold values that are not finite")
+    base = None if base_ND is None else normalize(base_ND)
+    query = np.asarray(query_QD) if base is None else normalize(query_QD)
+    if not (np.isfinite(query).all() and (base is None or np.isfinite(base).all())):
+        what = "scores" if base is None else "embeddings"
+        raise ValueError(f"{what} hold values that are not finite")
+
+    def scores(rows: slice) -> Floats:
+        return query[rows].astype(np.float64) if base is None else query[rows] @ base.T
+
+    # Products are summed in float64 and rounded to float32, so that scores that are equal in exact
+    # arithmetic stay equal whatever the order of the items.
     blocks = [slice(begin, begin + chunk) for begin in range(0, len(query), chunk)]
     if not dual_softmax:
         for rows in blocks:
-            yield rows, similarity(query[rows], base)
+            yield rows, scores(rows).astype(np.float32)
         return
     # cosines are at most 1, so that the sum needs no other protection from overflow
-    total_N = sum(np.exp(dual_softmax * (query[rows] @ base.T - 1)).sum(axis=0) for rows in blocks)
+    most_N = query.max(axis=0).astype(np.float64) if base is None else 1.0
+    total_N = sum(np.exp(dual_softmax * (scores(rows) - most_N)).sum(axis=0) for rows in blocks)
     for rows in blocks:
-        cosine_CN = query[rows] @ base.T
-        share_CN = np.exp(dual_softmax * (cosine_CN - 1)) / total_N
-        yield rows, np.asarray(cosine_CN * share_CN, dtype=np.float32)
+        scores_CN = scores(rows)
+        share_CN = np.exp(dual_softmax * (scores_CN - most_N)) / total_N
+        yield rows, np.asarray(scores_CN * share_CN, dtype=np.float32)
 
 
 def _rank_chunk(
@@ -192,7 +195,7 @@ def _of_all_relevant(
 
 def direction(
     query_ND: ArrayLike,
-    base_ND: ArrayLike,
+    base_ND: ArrayLike | None,
     items: Items,
     resamples: int = 1000,
     seed: int = 0,
@@ -254,7 +257,7 @@ def summary(own: Ranks) -> Metrics:
     }
 
 
-def equal_text(query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints) -> Metrics:
+def equal_text(query_ND: ArrayLike, base_ND: ArrayLike | None, texts_N: Ints) -> Metrics:
     """The same where all items with the query's caption count (a missing one equals none).
 
     `r_at_k` are hit rates (some relevant item among the first k), `recall_at_k` the share of the
@@ -273,7 +276,7 @@ def equal_text(query_ND: ArrayLike, base_ND: ArrayLike, texts_N: Ints) -> Metric
 
 def same_group(
     query_ND: ArrayLike,
-    base_ND: ArrayLike,
+    base_ND: ArrayLike | None,
     items: Items,
     resamples: int = 1000,
     seed: int = 0,
@@ -287,8 +290,8 @@ def same_group(
     kept = np.flatnonzero(sizes[member] > 1)
     if len(kept) == 0:
         return {"r_at_1": None, "chance": None, "times_chance": None, "n": 0}
-    query, base, groups = np.asarray(query_ND)[kept], np.asarray(base_ND)[kept], groups[kept]
-    found = ranks(query, base, kept, kept, groups, groups)
+    query, base = among(query_ND, base_ND, kept)
+    found = ranks(query, base, kept, kept, groups[kept], groups[kept])
     hit, chance = float(found.hits(1).mean()), float((1 / found.pool_Q).mean())
     result: Metrics = {
         "r_at_1": hit,
@@ -300,6 +303,16 @@ def same_group(
         sources = np.asarray(items.sources_N)[kept]
         result["ci"] = {"r_at_1": list(interval(found.hits(1), sources, "mean", resamples, seed))}
     return result
+
+
+def among(
+    query_ND: ArrayLike, base_ND: ArrayLike | None, kept: Ints
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The kept items of both sides."""
+    query = np.asarray(query_ND)
+    if base_ND is None:
+        return query[np.ix_(kept, kept)], None
+    return query[kept], np.asarray(base_ND)[kept]
 
 
 def _intervals(

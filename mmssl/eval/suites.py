@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from mmssl.eval import captions, localize, measure, parts, report, results, scenes
@@ -20,13 +21,14 @@ from mmssl.eval.embed import DenseRows, Encoded, Encoder, Rows, Want, collect
 from mmssl.eval.items import Protocol
 from mmssl.eval.options import parse
 from mmssl.eval.results import flat
-from mmssl.eval.retrieval import CUTS, top
+from mmssl.eval.retrieval import CUTS, among, top
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec
+from mmssl.eval.tables import Pair
 from mmssl.specs import MaskedSpec, RunSpec
 from mmssl.types import UserError
 
 SUITES = {
-    "retrieval": Want(embeddings=True, dense=False, match=False, masked=False),
+    "retrieval": Want(embeddings=True, dense=False, match=False, masked=False, maps=True),
     "localize": Want(embeddings=False, dense=True, match=False, masked=False),
     "bouncing": Want(),
 }
@@ -41,6 +43,7 @@ MODULES = {
     "units": "mmssl.eval.unit_suite",
 }
 _PICTURED = 1000  # clips whose pictures are kept for the report
+_ASKED = ("audio->video", "text->video", "video->text")  # directions of the report's examples
 _EXAMPLES, _SHOWN = 4, 5  # queries per direction in the report, items per query
 
 
@@ -50,6 +53,7 @@ class EvalSpec(SuiteSpec):
     split_by: str = ""  # field of the clips' meta: every metric also on the clips of each value
     captions: Literal["first", "all"] = "first"  # `all`: beside it, retrieval with every caption
     dual_softmax: float = Field(0.0, ge=0)  # scale; above 0: retrieval also re-weighted by it
+    map_clips: int = Field(1000, ge=1)  # retrieval by map scores is refused above, see `tables`
 
 
 def main(suite: str, run_dir: str, overrides: Sequence[str] = ()) -> None:
@@ -90,7 +94,9 @@ def evaluate(suite: str, session: Session) -> tuple[results.Results, Album]:
     assert isinstance(options, EvalSpec)
     album = Album(limit=_PICTURED if options.report else 0)
     want = SUITES[suite]
-    wants = {TRAINED: want, RANDOM: Want(want.embeddings, want.dense, False, False)}
+    if want.maps:
+        check_cost(session.clips, options.map_clips, models[TRAINED].map_pairs())
+    wants = {TRAINED: want, RANDOM: replace(want, match=False, masked=False)}
     rows, encoded = collect(models, session.batches(), wants, options.seed, [album])
     found = session.facts(suite, rows.meta)
     protocol = replace(session.protocol, dual_softmax=options.dual_softmax)
@@ -114,6 +120,21 @@ def evaluate(suite: str, session: Session) -> tuple[results.Results, Album]:
             }
     found["plots"] = plots(found)
     return found, album
+
+
+def check_cost(clips: int, most: int, pairs: Sequence[Pair]) -> None:
+    """Refuse tables of map scores of too many clips.
+
+    Raises:
+        UserError: `clips` exceeds `most`, and `pairs` of modalities have such tables.
+    """
+    if pairs and clips > most:
+        names = ", ".join(" and ".join(pair) for pair in pairs)
+        raise UserError(
+            f"retrieval: only map scores relate {names}, and {clips} clips make {clips} x {clips} "
+            f"maps, more than map_clips={most} allows; give limit={most}, or map_clips={clips} "
+            "if memory and time suffice"
+        )
 
 
 def plots(found: results.Results) -> list[results.Results]:
@@ -147,7 +168,7 @@ def numbers(
 ) -> results.Results:
     """Every metric for which something was collected; fills the album's examples."""
     found: results.Results = {}
-    if encoded.vectors:
+    if encoded.vectors or encoded.tables:
         found["retrieval"] = measure.retrieval(rows, encoded, model.space_for, protocol)
         if album is not None:
             album.examples = examples(rows, encoded, model, album)
@@ -207,30 +228,15 @@ def examples(
 ) -> dict[str, list[Example]]:
     """Evenly spaced queries of three directions with the items they find first."""
     found = {}
-    for query, base in (("audio", "video"), ("text", "video"), ("video", "text")):
-        names = {modality for modality, _ in encoded.vectors}
-        space = model.space_for(query, base) if {query, base} <= names else None
-        if space is not None:
-            kept = _pictured(rows, encoded, (query, base), space, album)
-            if len(kept):
-                found[f"{query}->{base}"] = _ask(encoded, (query, base), space, kept)
-    return found
+    for name, _, rows_P, sides in measure.compared(rows, encoded, model.space_for):
+        kept = rows_P[rows_P < album.limit]
+        if name in _ASKED and len(kept):
+            found[name] = _ask(*among(*sides, np.arange(len(kept))), kept)
+    return {name: found[name] for name in _ASKED if name in found}
 
 
-def _pictured(
-    rows: Rows, encoded: Encoded, pair: tuple[str, str], space: str, album: Album
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    there = measure.candidates(rows)
-    for modality in pair:
-        there = there & encoded.present[modality, space]
-    return np.flatnonzero(there[: album.limit])
-
-
-def _ask(
-    encoded: Encoded, pair: tuple[str, str], space: str, kept: np.ndarray[Any, np.dtype[np.int64]]
-) -> list[Example]:
+def _ask(query: NDArray[Any], base: NDArray[Any] | None, kept: NDArray[np.int64]) -> list[Example]:
     picks = np.unique(np.linspace(0, len(kept) - 1, _EXAMPLES).round().astype(int))
-    query, base = (encoded.vectors[modality, space][kept] for modality in pair)
     order = top(query[picks], base, len(kept))
     return [
         Example(

@@ -44,9 +44,13 @@ class Task(nn.Module):
     def after_step(self, position: float) -> None:
         """Update own buffers after an optimiser step; nothing by default."""
 
+    def maps(self) -> list[tuple[MapScore, tuple[str, str]]]:
+        """Scores of video cells against sound or text, each with its two views."""
+        return []
+
     def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
-        """A score of video cells against sound and its (video, audio) views, if there is one."""
-        return None
+        """The first map score of sounds and its (video, audio) views, if there is one."""
+        return next((found for found in self.maps() if "audio" in found[0].maps_of), None)
 
 
 def gathered(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

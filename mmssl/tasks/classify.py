@@ -162,9 +162,9 @@ class Match(Task):
         out: Tensor = self.score(passes, self._read(passes, first), tuple(p[partner_B] for p in b))
         return out
 
-    def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
+    def maps(self) -> list[tuple[MapScore, tuple[str, str]]]:
         """The map score and its views, if the match is read from one."""
-        return (self.score.score, self.spec.between) if isinstance(self.score, MapMatch) else None
+        return [(self.score.score, self.spec.between)] if isinstance(self.score, MapMatch) else []
 
     def _read(self, passes: Passes, view: str) -> Parts:
         return self.score.read(passes, view, view)

@@ -147,12 +147,10 @@ class Pairs(Task):
             out |= {(view, space): (z, filled) for space, z in vectors.items()}
         return out
 
-    def sound_map(self) -> tuple[MapScore, tuple[str, str]] | None:
-        """The first map score of sounds and its views."""
-        for name, score in self.scores.items():
-            if isinstance(score, MapScore) and "audio" in score.maps_of:
-                return score, self.pairs[name].between
-        return None
+    def maps(self) -> list[tuple[MapScore, tuple[str, str]]]:
+        """The map scores and their views."""
+        scores = self.scores.items()
+        return [(s, self.pairs[name].between) for name, s in scores if isinstance(s, MapScore)]
 
     def _term(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side]) -> Term:
         objective = self.pairs[name].objective

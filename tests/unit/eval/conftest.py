@@ -141,6 +141,12 @@ class KnowingModel(nn.Module):
         mean = (audio * weight).sum(1) / weight.sum(1).clamp(min=1)
         return torch.einsum("ptsd,pd->pts", video, mean)
 
+    def map_pairs(self) -> list[tuple[str, str]]:
+        return []
+
+    def map_sides(self, batch: Batch) -> dict[tuple[str, str], Any]:
+        return {}
+
     def match_logit(self, batch: Batch, partner: Tensor) -> Tensor | None:
         if not self.match:
             return None

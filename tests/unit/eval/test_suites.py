@@ -2,11 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import mmssl.data.ordered
 import mmssl.eval.load
 from mmssl.eval import report, results, suites
 from mmssl.eval.session import Session
+from mmssl.heads.score import ScoreMap
 from mmssl.specs import DataSpec, RunSpec
 from mmssl.types import UserError
 
@@ -147,6 +149,60 @@ def test_single_suites(toy_run, suite, present, absent):
     assert "masked" not in found
     assert not (folder / f"report_{suite}.html").exists()
     assert asked[-1] == (str(folder), 8, 40)
+
+
+@pytest.fixture
+def map_run(toy_run, monkeypatch, knowing_model):
+    """A run whose only score is a map, on 1200 listed clips."""
+
+    class MapOnly(knowing_model):
+        def embed(self, batch):
+            return {}
+
+        def map_pairs(self):
+            return [("video", "audio")]
+
+        def map_sides(self, batch):
+            own = torch.nn.functional.one_hot(batch.index_B, 48).float()
+            seen = own if self.mode == "perfect" else own.roll(1, 0)
+            there = torch.ones(batch.size, 1, dtype=torch.bool)
+            sides = (seen[:, None, None], there[:, None]), (own[:, None], there)
+            return {("video", "audio"): (*sides, there[:, 0])}
+
+        def map_table(self, pair, video, other):
+            return ScoreMap("max", "mean")(video[0], other[0], video[1], other[1])
+
+    folder, spec, _ = toy_run
+    (folder / "manifest.json").write_text('{"shards": [{"samples": 1200}]}')
+    modes = {False: "perfect", True: "noise"}
+    monkeypatch.setattr(
+        mmssl.eval.load,
+        "load_model",
+        lambda run, random=False, **_: (MapOnly(modes[random]), spec, None),
+    )
+    return folder
+
+
+def test_clips_are_ranked_by_a_map_where_no_space_relates_them(map_run, capsys):
+    suites.main("retrieval", str(map_run), ["resamples=20", "map_clips=1200", "split_by=size"])
+    found = results.read(map_run / "results_retrieval.json")
+    assert list(found["retrieval"]) == ["audio->video", "video->audio"]
+    for name, row in found["retrieval"].items():
+        assert row["space"] == "map"
+        assert row["n"] == 24
+        assert row["r_at_1"] == row["class_at_1"] == 1.0
+        assert row["ci"]["r_at_1"] == [1.0, 1.0]
+        assert found["random_encoder"]["retrieval"][name]["r_at_1"] == 0.0
+        assert sum(part["retrieval"][name]["n"] for part in found["parts"].values()) == 24
+    assert "belongs together" in (map_run / "report_retrieval.html").read_text()
+    assert "audio->video" in capsys.readouterr().out
+
+
+def test_maps_of_too_many_clips_are_refused(map_run):
+    with pytest.raises(UserError, match=r"1200 clips make 1200 x 1200 maps.*map_clips=1000.*limit"):
+        suites.main("retrieval", str(map_run), ["resamples=0"])
+    suites.main("retrieval", str(map_run), ["resamples=0", "limit=48", "report=false"])
+    suites.main("localize", str(map_run), ["resamples=0", "report=false"])  # makes no table
 
 
 def test_other_data_and_other_output_folder(toy_run, tmp_path):
