@@ -7,7 +7,7 @@ Cost: the features of all clips are held on the host, 4 N (T S + U) D bytes, and
 products are summed in float64 (aligned scores and pooled queries: U = 1). At N = 1000 that is
 1.3 GB and 2.6e13 for `matchmap`, 2.6 GB and 2.0e14 for `dense_av`, 0.1 GB and 2.5e10 for
 `avol_net`. A pair takes a CPU core about 2, 100 and 0.03 ms. All of that doubles with the random
-baseline, and time grows with the square of N: hence the limit `map_clips` of `mmssl eval retrieval`.
+baseline, and time grows with the square of N: hence `map_clips` of `mmssl eval retrieval`.
 
 Letters in shapes: B rows of a batch, P rows that have both sides, Q and C rows of one block, T time
 bins, S cells of one, U steps of a query (a sound or a text), D width.
