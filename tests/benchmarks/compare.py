@@ -5,7 +5,7 @@
 
 DIR and the folds are those of `sprites.py`, whose shards with pulsing drawings are made here once
 for all. Of every entry a few steps are timed, alone on the machine, which tells how many steps fit
-into --seconds; then it is trained with that many and evaluated by `mmssl eval bouncing` on the test
+into --seconds; then it is trained with that many and evaluated (`bouncing`, `retrieval`) on the test
 fold. Entries are computed fold by fold; everything is kept under --work, so that an interrupted
 benchmark goes on and its table grows. The text of `compare.notes.md` beside the table ends it.
 """
@@ -25,6 +25,7 @@ from sprites import Job, make_shards, once, pooled, shards_of
 from mmssl.eval import results
 
 TIMED = 12  # steps; the first ones are slower and count all the same
+SUITES = ("bouncing", "retrieval")
 RUNS = "configs/runs"
 # name: (configuration, overrides)
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -98,12 +99,13 @@ def compute(job: Job, seconds: float) -> None:
     summary = json.loads((timing / "summary.json").read_text())
     steps = max(TIMED, round(seconds * TIMED / (60 * summary["minutes"])))
     once(job, "trained", [*train, f"out={job.run}", f"train.steps={steps}"])
-    once(job, "evaluated", ["mmssl.cli", "eval", "bouncing", job.run, "report=false"])
+    suites = (["mmssl.cli", "eval", suite, job.run, "report=false"] for suite in SUITES)
+    once(job, "evaluated", *suites)
 
 
 def row(jobs: Sequence[Job]) -> dict[str, Any]:
     """Means over the finished folds with intervals over source sounds."""
-    tables = [json.loads((j.run / "items.json").read_text()) for j in jobs]
+    tables = [_items(j.run) for j in jobs]
     files = [results.read(j.run / "results.json") for j in jobs]
     metrics = {path: pooled(path, tables, [t["values"] for t in tables]) for path, _ in COLUMNS}
     for rule, _ in CIOU:
@@ -121,6 +123,15 @@ def row(jobs: Sequence[Job]) -> dict[str, Any]:
         "machine": files[0]["machine"],
         "versions": files[0]["versions"],
     }
+
+
+def _items(run: Path) -> dict[str, Any]:
+    """Values of single clips of both suites: retrieval by maps is in that of its own alone."""
+    all_, retrieval = (
+        json.loads((run / name).read_text()) for name in ("items.json", "items_retrieval.json")
+    )
+    all_["values"] = retrieval["values"] | all_["values"]
+    return all_
 
 
 def _mean(values: Sequence[Any]) -> float | None:
