@@ -26,17 +26,16 @@ from mmssl.eval import results
 
 TIMED = 12  # steps; the first ones are slower and count all the same
 SUITES = ("bouncing", "retrieval")
-RUNS = "configs/runs"
 # name: (configuration, overrides)
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "flagship": (f"{RUNS}/sprites.yaml", ()),
-    "vatt_ma": (f"{RUNS}/vatt_ma_tiny.yaml", ()),
-    "vatt_mbs": (f"{RUNS}/vatt_mbs_tiny.yaml", ()),
-    "mmv_fac": (f"{RUNS}/mmv_fac_tiny.yaml", ()),
-    "avol_net": (f"{RUNS}/avol_net_tiny.yaml", ()),
-    "ez_vsl": (f"{RUNS}/ez_vsl_tiny.yaml", ()),
-    "davenet": (f"{RUNS}/davenet_tiny.yaml", ()),
-    "dense_av": (f"{RUNS}/dense_av_tiny.yaml", ()),
+    "flagship": ("sprites", ()),
+    "vatt_ma": ("vatt_ma_tiny", ()),
+    "vatt_mbs": ("vatt_mbs_tiny", ()),
+    "mmv_fac": ("mmv_fac_tiny", ()),
+    "avol_net": ("avol_net_tiny", ()),
+    "ez_vsl": ("ez_vsl_tiny", ()),
+    "davenet": ("davenet_tiny", ()),
+    "dense_av": ("dense_av_tiny", ()),
 }
 # in the order in which the recipe names them
 ABLATIONS = {
@@ -64,8 +63,7 @@ ABLATIONS = {
     "registers": tuple(f"towers.{name}.registers=4" for name in ("audio", "video", "text")),
 }
 ENTRIES = METHODS | {
-    f"flagship, {name}": (f"{RUNS}/sprites.yaml", overrides)
-    for name, overrides in ABLATIONS.items()
+    f"flagship, {name}": ("sprites", overrides) for name, overrides in ABLATIONS.items()
 }
 COLUMNS = (
     ("retrieval.audio->video.class_at_1", "class a→v"),
