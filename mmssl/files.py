@@ -24,6 +24,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_file(text: str | os.PathLike[str]) -> bool:
+    """Whether something that may be no path at all, such as a sentence, names a file."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits."""
     with path.open("rb") as file:

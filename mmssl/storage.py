@@ -17,7 +17,7 @@ PATIENCE_S = 300.0  # so long a failing request is repeated
 
 
 class StorageError(UserError):
-    """A storage that failed for longer than `PATIENCE_S`."""
+    """A storage that failed for longer than `PATIENCE_S`, or denies access."""
 
 
 def is_address(place: str | Path) -> bool:
@@ -53,15 +53,19 @@ def persistently(
         final: errors that no repetition mends; they pass, like those of the user.
 
     Raises:
-        StorageError: it failed for `PATIENCE_S`.
+        StorageError: it failed for `PATIENCE_S`, or is not permitted.
     """
     deadline = time.monotonic() + PATIENCE_S
     for attempt in count():
         try:
             return call()
         except Exception as error:  # any storage has errors of its own
-            if isinstance(error, (UserError, PermissionError, *final)):
+            if isinstance(error, (UserError, *final)):
                 raise
+            if isinstance(error, PermissionError):  # credentials may also have expired meanwhile
+                raise StorageError(
+                    f"{what}: access is denied: {error}; check the credentials"
+                ) from error
             told, pause = f"{what}: {type(error).__name__}: {error}", min(10.0, 0.1 * 2**attempt)
             if time.monotonic() + pause > deadline:
                 raise StorageError(

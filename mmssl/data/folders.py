@@ -46,13 +46,13 @@ class Tar(Protocol):
 
 class _LocalTar:
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = path.open("rb", buffering=0)
 
     def read(self, start: int, end: int) -> bytes:
-        return os.pread(self._file, end - start, start)
+        return os.pread(self._file.fileno(), end - start, start)
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 @dataclass(frozen=True)

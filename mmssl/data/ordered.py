@@ -79,12 +79,11 @@ def _folder(path: str | Path, data: DataSpec) -> energon.Shards:
 
 def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
     options: dict[str, Any] = {}
+    workers = min(workers, len(chunks))
     if workers:
         options = {"multiprocessing_context": "fork", "prefetch_factor": 2}
     with energon.quiet():
-        loader = DataLoader(
-            chunks, batch_size=None, num_workers=min(workers, len(chunks)), **options
-        )
+        loader = DataLoader(chunks, batch_size=None, num_workers=workers, **options)
         iterator = iter(loader)
     try:
         for packed in iterator:

@@ -108,7 +108,7 @@ def remote_folder(address: str) -> RemoteFolder:
     """Open a folder; every process of a run gets the versions that were there the first time.
 
     Raises:
-        UserError: no such folder, it may not be read, or see `open_storage`.
+        UserError: no such folder, or see `open_storage`.
         StorageError: see `persistently`.
     """
     files, root = open_storage(address)
@@ -118,8 +118,6 @@ def remote_folder(address: str) -> RemoteFolder:
         raise UserError(
             f"{address}: no such shard folder; make one with data_tools.make_shards and copy it"
         ) from error
-    except PermissionError as error:
-        raise UserError(f"{address}: may not be read: {error}") from error
     tars = {name: found.pop(name) for name in list(found) if name.endswith(".tar")}
     content = canonical({"address": address, "files": found})
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmssl" / "shards"

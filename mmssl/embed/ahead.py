@@ -39,6 +39,7 @@ def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) 
             yield from job()
         return
     stop, waiting = Event(), iter(jobs)
+    usual = torch.get_num_threads()
     started: deque[Queue[object]] = deque()
     # every thread of torch's own would be one more that competes with the model for a core
     with ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) as pool:
@@ -52,10 +53,13 @@ def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) 
                 yield from _drained(started.popleft())
         finally:
             stop.set()
+            torch.set_num_threads(usual)  # what a pool's thread sets is the default of later ones
 
 
 def _fill(job: Job[T], queue: Queue[object], stop: Event) -> None:
     last: object = _DONE
+    if stop.is_set():
+        return
     try:
         for value in job():
             if not _put(value, queue, stop):

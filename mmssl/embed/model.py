@@ -264,7 +264,8 @@ class EmbeddingModel:
             _of_one(chosen), views, frames, batch_size, window_s, hop_s, threads
         ):
             parts.setdefault(piece.item, []).append((piece, found, times_T + piece.start_s))
-        return [joined(parts[item]) for item in sorted(parts)]
+        # windows of another length are in other batches, which come in their own order
+        return [joined(sorted(parts[i], key=lambda part: part[0].start_s)) for i in sorted(parts)]
 
     def _media_views(self, tower: str | None) -> list[str]:
         media = {n: v for n, v in self._spaces.views.items() if v.modality != "text"}

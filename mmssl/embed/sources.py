@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mmssl.files import is_file
 from mmssl.types import MODALITIES, UserError
 
 _INTEGERS = {torch.int16: 2.0**15, torch.int32: 2.0**31}  # full scale of sound
@@ -99,7 +101,7 @@ def _row(name: str, value: Any) -> Row:
     if isinstance(value, os.PathLike):
         return Row(name, {}, _file(name, value))
     if isinstance(value, str):
-        if Path(value).is_file():
+        if is_file(value):
             raise UserError(
                 f"{name}: {value!r} is a file; give Path({value!r}) for all that is in it, "
                 '{"audio": ...} for its sound, or {"text": ...} for the words'
@@ -142,10 +144,20 @@ def _source(where: str, modality: str, value: Any) -> Source:
         raise UserError(
             f"{where}: {names[0]} must be a numpy array or a tensor, found {type(array).__name__}"
         )
-    data = torch.as_tensor(array).detach().cpu()
+    data = _tensor(where, array).detach().cpu()
     return (
         _sound(where, data, float(rate)) if modality == "audio" else _film(where, data, float(rate))
     )
+
+
+def _tensor(where: str, array: NDArray[Any] | Tensor) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise UserError(f"{where}: an array of {array.dtype} holds no samples") from error
 
 
 def _text(where: str, value: Any) -> str:
@@ -158,7 +170,7 @@ def _text(where: str, value: Any) -> str:
 
 def _file(where: str, value: Any) -> Path:
     path = Path(value)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{where}: {path}: no such file")
     return path
 

@@ -120,7 +120,7 @@ class Cutter:
 
     def _padded_s(self, name: str, cut: Cut) -> float:
         """A length that the window alone decides, or its vector would depend on its neighbours'."""
-        needed_s = math.ceil((cut.end_s - cut.start_s) / _STEP_S) * _STEP_S
+        needed_s = math.ceil((cut.end_s - cut.start_s) / _STEP_S - 1e-6) * _STEP_S
         if not cut.spec.crop_s:
             return needed_s
         return min(cut.spec.crop_s, needed_s) if name in self.loose else cut.spec.crop_s

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import mmssl
 from mmssl.embed.model import EmbeddingModel
 from mmssl.eval.options import parse
+from mmssl.files import is_file
 from mmssl.index import ann
 from mmssl.index.ann import Approximate, Singles
 from mmssl.index.corpus import MEDIA, media_of
@@ -100,7 +101,7 @@ def query_of(word: str) -> Query:
     text, path = word.strip(), Path(word)
     if not text:
         raise UserError("search: the query is empty; give words or a file")
-    if path.is_file():
+    if is_file(path):
         return media_of(path)
     if " " not in text and path.suffix[1:].lower() in MEDIA:
         raise UserError(f"{word}: no such file")

@@ -5,8 +5,8 @@
 
 DIR and the folds are those of `sprites.py`, whose shards with pulsing drawings are made here once
 for all. Of every entry a few steps are timed, alone on the machine, which tells how many steps fit
-into --seconds; then it is trained with that many and evaluated (`bouncing`, `retrieval`) on the test
-fold. Entries are computed fold by fold; everything is kept under --work, so that an interrupted
+into --seconds; then it is trained with that many and evaluated (`bouncing`, `retrieval`) on the
+test fold. Entries are computed fold by fold; all is kept under --work, so that an interrupted
 benchmark goes on and its table grows. The text of `compare.notes.md` beside the table ends it.
 """
 
@@ -90,7 +90,7 @@ def compute(job: Job, seconds: float) -> None:
         job.config,
         *shards_of(job),
         *job.overrides,
-        "validation.every=0",
+        "validate.every=0",
     ]
     timing = job.folder / "timing"
     once(job, "timed", [*train, f"out={timing}", f"train.steps={TIMED}", "train.save_every=0"])

@@ -1,5 +1,7 @@
 """Reading by number: damage is marked, files stay few, the index is believed where it can be."""
 
+import gc
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -35,6 +37,16 @@ def test_samples_by_number(shards):
     for outside in (-1, 40):
         with pytest.raises(IndexError):
             samples[outside]
+
+
+def test_no_file_stays_open_behind_a_reader(shards):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        samples = open_folder(shards)
+        assert all(ERROR not in samples[n] for n in range(0, 40, 10))
+        del samples
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_few_files_are_open(shards, monkeypatch):

@@ -9,7 +9,9 @@ import pytest
 from faults.folders import read_all, write_folder
 
 from mmssl import storage
+from mmssl.data import energon
 from mmssl.data.folders import read_manifest
+from mmssl.data.reader import ERROR, REASON, STORAGE
 from mmssl.data.remote import RemoteTar, remote_folder
 from mmssl.storage import StorageError, open_storage, persistently
 from mmssl.types import UserError
@@ -99,9 +101,24 @@ def test_what_no_repetition_mends_is_not_repeated() -> None:
         calls.append(1)
         raise PermissionError("403")
 
-    with pytest.raises(PermissionError):
+    with pytest.raises(StorageError, match="s3://x: access is denied: 403; check the credentials"):
         persistently(refuse, "s3://x")
     assert len(calls) == 1
+
+
+def test_expired_credentials_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "set", 1, 3, 0)
+
+    def expired(*_: object) -> None:
+        raise PermissionError("ExpiredToken")
+
+    monkeypatch.setattr(RemoteTar, "_open", expired)
+    with energon.quiet():
+        config = energon.worker_config(0, 1, 0, 0)
+        shards = energon.Shards(f"file://{tmp_path}/set", config, False, 1 << 27)
+    crude = shards.reader()[0]
+    assert crude[REASON] == STORAGE
+    assert "ExpiredToken; check the credentials" in crude[ERROR]
 
 
 def test_open_storage_names_the_path() -> None:

@@ -76,3 +76,17 @@ def test_errors_arrive_where_they_belong(threads):
     with pytest.raises(ValueError, match="broken"):
         next(read)
     assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+def test_the_number_of_threads_of_the_process_stays():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert len(list(in_order([job(1)], 2, jobs_ahead=0, depth=1))) == 3
+        found = []
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert (found, torch.get_num_threads()) == ([2], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -20,10 +20,10 @@ from mmssl.data.collate import Item, collate
 from mmssl.data.encode import SampleEncoder
 from mmssl.data.integrity import seal
 from mmssl.embed import model as model_module
-from mmssl.embed.sources import Row
+from mmssl.embed.sources import Row, rows
 from mmssl.embed.windows import Cutter
 from mmssl.heads.embed import pool
-from mmssl.specs import DataSpec
+from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Sample, UserError, View
 
 METHODS = ["tiny", "audio/cola", "speech/hubert_it1", "avt/mmv_fac"]
@@ -242,6 +242,33 @@ def test_frames_of_windows_tile_the_sound(window):
     assert times[-1] > 3.7 - 2 * times.diff().median()
 
 
+def test_whole_windows_share_their_batches_whatever_their_start():
+    """The 10 s from 0.7 to 10.7 are 10.000000000000002 s, which is no reason to pad them to 11."""
+    whole = ViewSpec(modality="audio", crop_s=0, hz=16000)
+    (row,) = rows({"audio": [(noise(60.0), 16000)]})
+    pieces = list(Cutter({"x": whole}, None, hop_s=0.7).pieces(0, row))
+    assert [piece.start_s for piece in pieces] == sorted(piece.start_s for piece in pieces)
+    assert any(piece.end_s - piece.start_s > 10.0 for piece in pieces)
+    assert {piece.padded_s for piece in pieces} == {10.0}
+
+
+def test_arrays_of_any_order_and_layout_are_read():
+    model = model_of("tiny")
+    wave = noise(1.0)
+    film = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
+    for modality, plain, other in (
+        ("audio", (wave, 16000), (wave.astype(">f4"), 16000)),
+        ("audio", (wave[::-1].copy(), 16000), (wave[::-1], 16000)),
+        ("video", (film[..., ::-1].copy(), 4), (film[..., ::-1], 4)),
+    ):
+        a, b = (model.encode({modality: [x]}) for x in (plain, other))
+        assert torch.equal(a, b)
+
+
+def test_a_long_sentence_is_no_file():
+    assert model_of("tiny").encode("a dog barks " * 40).shape[-1] > 0
+
+
 # ---------------------------------------------------------------- modalities and spaces
 
 
@@ -340,6 +367,7 @@ BAD = [
     ({"audio": ([0.0], 8000)}, "array must be a numpy array or a tensor, found list"),
     ({"audio": (np.zeros((500, 2), "f4"), 8000)}, r"\(channels, samples\), found \(500, 2\)"),
     ({"audio": (np.zeros(0, "f4"), 8000)}, "holds no samples"),
+    ({"audio": (np.array(["a"]), 8000)}, "an array of <U1 holds no samples"),
     ({"audio": (np.zeros(9, "i8"), 8000)}, "samples of torch.int64"),
     ({"audio": (np.full(9, np.nan, "f4"), 8000)}, "not finite"),
     ({"video": (np.zeros((2, 8, 8), "u1"), 5)}, r"\(frames, height, width, 3\) uint8"),
