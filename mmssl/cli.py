@@ -10,8 +10,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+from mmssl.signals import heard_by, leave
 from mmssl.types import UserError
 
 
@@ -86,6 +88,8 @@ VERBS = {
 # verbs of the design that this version does not have
 LATER = ("demo", "scoreboard")
 
+# Asked to stop, these end with an exit code of their own at any time, see `mmssl.signals`.
+STOPPABLE = ("train", "resume")
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` returns
 
 
@@ -169,8 +173,9 @@ def _paired(rest: list[str]) -> list[str]:
 def _call(name: str, words: list[Any], extra: list[str]) -> int:
     verb = VERBS[name]
     module, _, function = verb.target.partition(":")
-    run = getattr(importlib.import_module(module), function)
-    result = run(*words, extra) if verb.overrides else run(*extra)
+    with heard_by(leave) if name in STOPPABLE else nullcontext():
+        run = getattr(importlib.import_module(module), function)
+        result = run(*words, extra) if verb.overrides else run(*extra)
     return result if isinstance(result, int) else 0
 
 

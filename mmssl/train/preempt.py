@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any
 
 from mmssl import dist
+from mmssl.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASON = "preempted"
 
 
@@ -51,9 +51,11 @@ class StopRequest:
 
         for number in SIGNALS:
             signal.signal(number, handle)
+        others = signal.set_wakeup_fd(-1)  # `mmssl.signals` would end the process
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(others)
             for known, handler in before.items():
                 signal.signal(known, handler)
 
