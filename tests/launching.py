@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -104,11 +104,13 @@ def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
 
 
-def start_ranks(words: Sequence[str | Path], count: int) -> list[subprocess.Popen[str]]:
-    """The ranks of a Python script, without a launcher that would end them."""
+def start_ranks(
+    words: Sequence[str | Path], count: int, only: Iterable[int] = ()
+) -> list[subprocess.Popen[str]]:
+    """The ranks of a Python script, or some of them, without a launcher that would end them."""
     env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, *words]
-    return [start(command, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    return [start(command, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in only or range(count)]
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:

@@ -263,6 +263,26 @@ def test_a_preempted_job_goes_back_into_the_queue(fakes: Path, tmp_path: Path) -
     assert (tmp_path / "requeued").read_text().split() == [JOB]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_preempted_training_goes_on_as_if_nothing_had_been(
+    training: list[str], tmp_path: Path
+) -> None:
+    agent = [sys.executable, "-m", "mmssl.launch", "--standalone", "--nproc-per-node", "2"]
+    command = [*agent, "-m", "mmssl.cli", *training, "train.steps=60"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    succeed(start([*command, f"out={whole}"]))
+    process = start([*command, f"out={part}"])
+    wait_until(lambda: len(logged(part)) >= 3, "the training does not start")
+    process.send_signal(signal.SIGUSR1)
+    ((code, said),) = finish(process)
+    assert code == PREEMPTED, said
+    assert 3 <= len(logged(part)) < 60
+    succeed(start([*command, f"out={part}"]))
+    assert logged(part) == logged(whole)
+    assert [step for step, *_ in logged(part)] == list(range(1, 61))
+
+
 def test_a_failed_job_does_not(fakes: Path, tmp_path: Path) -> None:
     env = job_env(fakes, tmp_path) | {"PYTHON": fakes / "python"}
     words = [LAUNCH / "slurm.sbatch", tmp_path / "up", "3"]

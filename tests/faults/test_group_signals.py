@@ -1,14 +1,17 @@
-"""R9 for a whole training: what a scheduler sends to all processes of a job costs no step."""
+"""R9 for the command itself: signals to all its processes, and before the training listens."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from launching import TEST_LIMIT_S, finish, logged, start, wait_until
+from launching import TEST_LIMIT_S, finish, logged, start, start_ranks, wait_until
 from safetensors.torch import load_file
 from tiny_run import sound_run
 from tone_shards import SCORES, write_tones
@@ -67,3 +70,29 @@ def test_a_signal_to_the_process_group_costs_no_step_and_no_sample(
     assert all(equal(ours[name], theirs[name]) for name in ours)
     for name in ("quarantine.jsonl", "skipped.jsonl"):
         assert not (out / name).exists() or not (out / name).read_text(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_at_the_start_is_answered_though_nothing_is_saved_yet(
+    number: signal.Signals, command: list[str], tmp_path: Path
+) -> None:
+    """While it imports, and while rank 0 waits for another in code that runs no Python."""
+    words = [*command[1:], f"out={tmp_path / 'run'}"]
+
+    def importing(process: subprocess.Popen[str]) -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (caught,) = (line.split()[1] for line in status.splitlines() if line[:7] == "SigCgt:")
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
+    def waiting(process: subprocess.Popen[str]) -> bool:
+        found = psutil.Process(process.pid).net_connections()
+        return any(connection.status == psutil.CONN_LISTEN for connection in found)
+
+    for moment in (importing, waiting):
+        process = start_ranks(words, 2, only=[0])[0]
+        wait_until(lambda p=process, reached=moment: reached(p), f"not {moment.__name__}")
+        process.send_signal(number)
+        began = time.monotonic()
+        assert finish(process) == [(PREEMPTED, "mmssl: asked to stop; the same command goes on\n")]
+        assert time.monotonic() - began < 10
+    assert not (tmp_path / "run").exists()
