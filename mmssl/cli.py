@@ -96,8 +96,8 @@ USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` return
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code.
 
-    2: bad input. 70: no progress for `train.hang_s`. 75: asked to stop, a checkpoint is written,
-    the same command goes on. 130: interrupted.
+    2: bad input. 70: no progress for `train.hang_s`. 75: asked to stop, a checkpoint is written if
+    there was anything to save, the same command goes on. 130: interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed's launcher; LOCAL_RANK says it

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGUSR1 where Python's own handlers would not run: the main thread may be deaf in C++.
+"""SIGTERM and SIGUSR1 at moments at which the main thread may be deaf.
 
-It is so while it imports, waits for other ranks, or for a process that it has started.
+Python runs handlers there alone, and not while C++ waits for other ranks.
 """
 
 from __future__ import annotations

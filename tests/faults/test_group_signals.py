@@ -65,7 +65,9 @@ def test_a_signal_to_the_process_group_costs_no_step_and_no_sample(
     assert code == 0, said
     assert [step for step, *_ in logged(out)] == list(range(1, STEPS + 1))
     assert logged(out) == logged(undisturbed)
-    ours, theirs = (load_file(checkpoint.find(x) / "weights.safetensors") for x in (out, undisturbed))
+    ours, theirs = (
+        load_file(checkpoint.find(x) / "weights.safetensors") for x in (out, undisturbed)
+    )
     assert ours.keys() == theirs.keys()
     assert all(equal(ours[name], theirs[name]) for name in ours)
     for name in ("quarantine.jsonl", "skipped.jsonl"):

@@ -65,3 +65,19 @@ def test_a_request_to_one_rank_leaves_the_evaluation_of_all(asked: int, tmp_path
     done = finish(*start_ranks([SCRIPT, json.dumps([call, call | {"folder": str(whole)}])], 2))
     assert [code for code, _ in done] == [0, 0], done
     compare(whole, part, last=4)
+
+
+def test_a_request_after_the_last_step_is_known_to_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmssl.train import run as runs
+
+    monkeypatch.setattr(runs, "_summarise", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with session() as device:
+        progress = run(device, str(tmp_path))
+        assert progress is not None
+        assert (progress.step, progress.stopped) == (6, preempt.REASON)
+        monkeypatch.undo()
+        progress = run(device, str(tmp_path))
+    assert progress is not None
+    assert (progress.step, progress.stopped) == (6, "")
