@@ -10,8 +10,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+from mmssl.signals import heard_by, leave
 from mmssl.types import UserError
 
 
@@ -89,14 +91,16 @@ VERBS = {
 # verbs of the design that this version does not have
 LATER = ("scoreboard",)
 
+# Asked to stop, these end with an exit code of their own at any time, see `mmssl.signals`.
+STOPPABLE = ("train", "resume")
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes, beside those that `train` returns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code.
 
-    2: bad input. 70: no progress for `train.hang_s`. 75: asked to stop, a checkpoint is written,
-    the same command goes on. 130: interrupted.
+    2: bad input. 70: no progress for `train.hang_s`. 75: asked to stop, a checkpoint is written if
+    there was anything to save, the same command goes on. 130: interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed's launcher; LOCAL_RANK says it
@@ -172,8 +176,9 @@ def _paired(rest: list[str]) -> list[str]:
 def _call(name: str, words: list[Any], extra: list[str]) -> int:
     verb = VERBS[name]
     module, _, function = verb.target.partition(":")
-    run = getattr(importlib.import_module(module), function)
-    result = run(*words, extra) if verb.overrides else run(*extra)
+    with heard_by(leave) if name in STOPPABLE else nullcontext():
+        run = getattr(importlib.import_module(module), function)
+        result = run(*words, extra) if verb.overrides else run(*extra)
     return result if isinstance(result, int) else 0
 
 

@@ -113,6 +113,17 @@ def any_rank(flag: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor([float(flag)], device=device)) > 0)
 
 
+def post(note: str) -> None:
+    """Leave a note for all ranks, without waiting for any."""
+    if world_size() > 1:
+        td.distributed_c10d._get_default_store().set(note, "")
+
+
+def posted(note: str) -> bool:
+    """Whether a rank has left this note, without waiting; from any thread."""
+    return world_size() > 1 and td.distributed_c10d._get_default_store().check([note])
+
+
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks, with gradient: (B, ...) -> (W*B, ...), rank-major.
 

@@ -6,10 +6,14 @@ that wait for each other for ever. Tests that launch carry `pytest.mark.timeout(
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -70,3 +74,56 @@ def _end(process: subprocess.Popen[str]) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         return "(it did not react to being terminated)"
+
+
+# ---------------------------------------------------------------- processes that get signals
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(command: Sequence[str | Path], **env: str | Path) -> subprocess.Popen[str]:
+    """A process in a session of its own, so that it can be ended with all its children."""
+    settings = settings_of({name: str(value) for name, value in env.items()})
+    words = [str(word) for word in command]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(words, text=True, env=settings, start_new_session=True, **pipes)
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    """Exit code and output of each; nothing is left running."""
+    try:
+        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
+
+
+def start_ranks(
+    words: Sequence[str | Path], count: int, only: Iterable[int] = ()
+) -> list[subprocess.Popen[str]]:
+    """The ranks of a Python script, or some of them, without a launcher that would end them."""
+    env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, *words]
+    return [start(command, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in only or range(count)]
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    """Fails with `otherwise` where it takes too long."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
+
+
+def logged(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of the whole lines of a run's log."""
+    path = run / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [(x["step"], x["loss"], x["grad_norm"]) for x in lines if "loss" in x]

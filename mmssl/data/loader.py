@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,15 @@ def train_loader(
             shuffle_buffer_size=data.shuffle_buffer or None,
             blend_mode=DatasetBlendMode.DATASET_WEIGHT,
         )
-        return get_savable_loader(
+        loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=_STATE_EVERY_S,
             gc_collect_every_n_steps=100 if data.workers else 0,
             watchdog_timeout_seconds=None,
         )
+        if data.workers:
+            loader.worker_init_fn = partial(workers.apart, loader.worker_init_fn)
+        return loader
 
     identity = {
         "version": _STATE_VERSION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmssl.data.integrity import Ledger, Quarantine
 from mmssl.data.labels import LabelBook
 from mmssl.data.reader import ShardReader
 from mmssl.data.text import Tokenizer
+from mmssl.data.workers import apart
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Batch
 
@@ -82,6 +84,7 @@ def _eval_iterator(chunks: _Chunks, workers: int) -> Iterator[Batch]:
     workers = min(workers, len(chunks))
     if workers:
         options = {"multiprocessing_context": "fork", "prefetch_factor": 2}
+        options["worker_init_fn"] = partial(apart, None)
     with energon.quiet():
         loader = DataLoader(chunks, batch_size=None, num_workers=workers, **options)
         iterator = iter(loader)

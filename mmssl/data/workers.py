@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import queue
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -35,6 +36,17 @@ class InFlight:
         return key.rstrip(b"\0").decode(errors="replace")
 
 
+def apart(init: Callable[[int], None] | None, worker: int) -> None:
+    """First thing in a worker: a process group of its own.
+
+    A request to stop that is sent to the run's group would end workers, and their place would have
+    to be read up to anew before the checkpoint.
+    """
+    os.setpgid(0, 0)
+    if init is not None:
+        init(worker)
+
+
 def dead(loader: Any) -> list[int]:
     """Numbers of the workers of torch's loader that ended before their time."""
     processes = getattr(getattr(loader, "_iterator", None), "_workers", [])
@@ -47,8 +59,8 @@ def dead(loader: Any) -> list[int]:
 
 
 def guilty(loader: Any, dead: Sequence[int]) -> list[int]:
-    """Those of the dead that were not asked to end: a SIGTERM to the process group says nothing of
-    the sample a worker was at.
+    """Those of the dead that were not asked to end: a SIGTERM to all processes says nothing of the
+    sample a worker was at.
     """
     processes = loader._iterator._workers
     return [number for number in dead if processes[number].exitcode != -signal.SIGTERM]

@@ -6,18 +6,21 @@ Schedulers send one of them ahead of taking the machine away. The process then e
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from mmssl import dist
+from mmssl.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASON = "preempted"
+_LOOK_S = 0.5
+_numbers = itertools.count()  # of the requests, made by all ranks in the same order
 
 
 class InterruptedWork(BaseException):
@@ -29,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received, self._interruptible = False, False
+        self._note = f"mmssl/stop/{next(_numbers)}"
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -51,26 +55,53 @@ class StopRequest:
 
         for number in SIGNALS:
             signal.signal(number, handle)
+        others = signal.set_wakeup_fd(-1)  # `mmssl.signals` would end the process
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(others)
             for known, handler in before.items():
                 signal.signal(known, handler)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Leave the work inside at once on a request; it must touch nothing that is kept.
+        """Leave the work inside at once on a request to any rank; it must touch nothing that is
+        kept, and hold no collective.
 
         Raises:
             InterruptedWork: a request came, inside or before.
         """
-        self._interruptible = True
+        with self._in_touch():
+            self._interruptible = True
+            try:
+                if self.received:
+                    raise InterruptedWork
+                yield
+            finally:
+                self._interruptible = False
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        """Requests to other ranks arrive here inside; those to this one are told behind."""
+        over, main = threading.Event(), threading.main_thread()
+
+        def look() -> None:
+            while not over.wait(_LOOK_S):
+                if dist.posted(self._note):
+                    signal.pthread_kill(cast("int", main.ident), SIGNALS[0])
+                    return
+
+        thread = threading.Thread(target=look, name="requests", daemon=True)
+        if dist.world_size() > 1:
+            thread.start()
         try:
-            if self.received:
-                raise InterruptedWork
             yield
         finally:
-            self._interruptible = False
+            if self.received:
+                dist.post(self._note)
+            over.set()
+            if thread.ident:
+                thread.join()
 
     def agreed(self) -> bool:
         """True on every rank as soon as one of them has been asked; a collective."""

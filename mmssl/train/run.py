@@ -108,11 +108,17 @@ def fit(
         device: of `engine.session`, in which this runs.
         again: there must be a checkpoint, and a run that was stopped early goes on.
 
+    Returns:
+        where it ended; `stopped` is `preempt.REASON` after a request, though all steps be done.
+
     Raises:
         UserError: see `loop.train`, `checkpoint.restore` and `validate.judge`.
     """
     with StopRequest().listening() as stop:
-        return _fit(spec, parts, folder, device, again, stop)
+        progress = _fit(spec, parts, folder, device, again, stop)
+        if stop.agreed():  # also where it came too late for a step: other stages may follow
+            progress.stopped = preempt.REASON
+        return progress
 
 
 def _fit(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mmssl import dist
+from mmssl.signals import SIGNALS, leave
 from mmssl.stages import LABELS, Stage, about, is_staged, plan
 from mmssl.train import run
 from mmssl.train.commit import on_rank0, write_text
@@ -71,6 +72,8 @@ def _label(stage: Stage) -> None:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [f"--{key.replace('_', '-')}={text}"] if text else []
         done = subprocess.run([sys.executable, "-m", "data_tools.label_shards", *map(str, words)])
+        if -done.returncode in SIGNALS:  # sent to all processes, and did not reach this one yet
+            leave()
         if done.returncode:
             raise UserError(f"labelling ended with exit status {done.returncode}, see above")
         _mark(stage, finished=True)

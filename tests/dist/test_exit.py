@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import TEST_LIMIT_S, run_script
+from launching import TEST_LIMIT_S, finish, run_script, start_ranks
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
 
@@ -34,3 +34,12 @@ def test_training_needs_no_compiler_and_keeps_the_console_clean(tmp_path: Path) 
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["toy:", "step", "step", "done,"]
+
+
+def test_a_log_that_cannot_be_opened_ends_all_ranks(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.mkdir()
+    ended = finish(*start_ranks([SCRIPT, json.dumps([{"folder": str(tmp_path)}])], 2))
+    for code, said in ended:
+        assert code == 1, said
+        assert f"IsADirectoryError: [Errno 21] Is a directory: '{log}'" in said

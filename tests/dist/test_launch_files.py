@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from launching import LIMIT_S, ROOT, TEST_LIMIT_S
+from launching import LIMIT_S, ROOT, TEST_LIMIT_S, finish, free_port, logged, start, wait_until
 from tiny_run import sound_run
 from tone_shards import SCORES, write_tones
 
@@ -85,32 +83,6 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start(command: Sequence[str | Path], **env: str | Path) -> subprocess.Popen[str]:
-    """A process in a session of its own, so that it can be ended with all its children."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    settings |= {name: str(value) for name, value in env.items()}
-    words = [str(word) for word in command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(words, text=True, env=settings, start_new_session=True, **pipes)
-
-
-def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
-    """Exit code and output of each; nothing is left running."""
-    try:
-        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
-
-
 def succeed(*processes: subprocess.Popen[str]) -> None:
     for code, said in finish(*processes):
         assert code == 0, said
@@ -129,18 +101,13 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["train", str(folder / "run.yaml")]
 
 
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(x["step"], x["loss"], x["grad_norm"]) for x in lines if "loss" in x]
-
-
 @pytest.fixture(scope="module")
 def expected(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The losses of two processes of one node."""
     out = tmp_path_factory.mktemp("runs") / "local"
     local = [LAUNCH / "local.sh", "2", *training, f"out={out}"]
     succeed(start(local, PYTHON=sys.executable))
-    found = losses(out)
+    found = logged(out)
     assert [step for step, *_ in found] == [1, 2, 3]
     return found
 
@@ -192,7 +159,7 @@ def test_two_nodes_train_as_two_processes_do(
         assert not (tmp_path / "requeued").exists()
     else:
         succeed(*(start(command, **env) for command, env in pods(words)))
-    assert losses(tmp_path / "run") == expected
+    assert logged(tmp_path / "run") == expected
 
 
 def can_make_namespaces() -> bool:
@@ -227,7 +194,7 @@ def test_two_nodes_in_network_namespaces(
     (node 0 v0)
     wait $other"""
     succeed(start(["unshare", "-rn", "bash", "-c", script]))
-    assert losses(tmp_path / "run") == expected
+    assert logged(tmp_path / "run") == expected
 
 
 # ---------------------------------------------------------------- preemption and failures
@@ -247,10 +214,7 @@ def job_env(fakes: Path, folder: Path) -> dict[str, str | Path]:
 
 
 def wait_for(*paths: Path) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, "the ranks did not start"
-        time.sleep(0.1)
+    wait_until(lambda: all(path.exists() for path in paths), "the ranks did not start")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -269,10 +233,8 @@ def test_a_signal_before_the_nodes_have_met_is_a_preemption(tmp_path: Path) -> N
     place = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port"]
     agent = [sys.executable, "-m", "mmssl.launch", *place, free_port()]
     process = start([*agent, "-m", "rank"])
-    port, end = int(agent[-1]), time.monotonic() + LIMIT_S
-    while not any(c.laddr.port == port for c in psutil.Process(process.pid).net_connections()):
-        assert time.monotonic() < end, "the agent does not listen"
-        time.sleep(0.1)
+    sockets, port = psutil.Process(process.pid).net_connections, int(agent[-1])
+    wait_until(lambda: any(c.laddr.port == port for c in sockets()), "the agent does not listen")
     process.send_signal(signal.SIGTERM)
     ((code, said),) = finish(process)
     assert code == PREEMPTED, said
@@ -299,6 +261,26 @@ def test_a_preempted_job_goes_back_into_the_queue(fakes: Path, tmp_path: Path) -
     ((code, said),) = finish(process)
     assert code == PREEMPTED, said
     assert (tmp_path / "requeued").read_text().split() == [JOB]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_preempted_training_goes_on_as_if_nothing_had_been(
+    training: list[str], tmp_path: Path
+) -> None:
+    agent = [sys.executable, "-m", "mmssl.launch", "--standalone", "--nproc-per-node", "2"]
+    command = [*agent, "-m", "mmssl.cli", *training, "train.steps=60"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    succeed(start([*command, f"out={whole}"]))
+    process = start([*command, f"out={part}"])
+    wait_until(lambda: len(logged(part)) >= 3, "the training does not start")
+    process.send_signal(signal.SIGUSR1)
+    ((code, said),) = finish(process)
+    assert code == PREEMPTED, said
+    assert 3 <= len(logged(part)) < 60
+    succeed(start([*command, f"out={part}"]))
+    assert logged(part) == logged(whole)
+    assert [step for step, *_ in logged(part)] == list(range(1, 61))
 
 
 def test_a_failed_job_does_not(fakes: Path, tmp_path: Path) -> None:

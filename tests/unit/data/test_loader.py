@@ -684,3 +684,26 @@ def test_skipped_samples_are_told_by_reason(shards, tokenizer, tmp_path):
     next(loader)
     assert loader.skipped["crc"] in (7, 8)  # of two epochs, but for what the last batch left
     loader.close()
+
+
+def test_workers_that_are_asked_to_end_accuse_no_sample(shards, tokenizer, tmp_path, monkeypatch):
+    """A SIGTERM to every process, and one to the process group, which workers are not in."""
+    options = {"workers": 2, "views": {"text": VIEWS["text"]}, "micro_batch": 2, "isolate": False}
+    plain = make(shards, tokenizer, **options)
+    expected = [next(plain).keys for _ in range(30)]
+    plain.close()
+    mark, listed = tmp_path / "asked", tmp_path / "quarantine.jsonl"
+
+    def ask_once(_):
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    deadly(monkeypatch, {13}, ask_once)
+    loader = make(shards, tokenizer, **options, quarantine=listed)
+    assert [next(loader).keys for _ in range(30)] == expected
+    assert mark.exists()
+    assert not listed.exists()
+    groups = {os.getpgid(worker.pid) for worker in loader._loader._iterator._workers}
+    assert os.getpgrp() not in groups
+    loader.close()

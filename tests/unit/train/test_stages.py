@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from launching import TEST_LIMIT_S, checked
+from launching import TEST_LIMIT_S, checked, finish, start, wait_until
 from safetensors.torch import load_file
 from small_methods import shrinking
 from tone_shards import write_tones
@@ -21,7 +24,7 @@ from mmssl.data.sidecars import SideCar
 from mmssl.stages import dump, load, plan
 from mmssl.train import loop, run, stages
 from mmssl.train.checkpoint import find
-from mmssl.types import UserError
+from mmssl.types import PREEMPTED, UserError
 
 SCORES = [[0, 1, 2], [2, 0, 1], [1, 0, 2], [2, 1, 0]]
 LABELS = ["clusters=3", "fit_share=1.0", "sweeps=1", "points=500", "restarts=1", "workers=0"]
@@ -138,6 +141,30 @@ def test_what_was_interrupted_goes_on_and_nothing_else_is_done_again(
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_the_command_in_processes_of_its_own(shards, whole, tmp_path):
     words = ["-m", "mmssl.cli", "train", "hubert", *small(shards, tmp_path)]
+    assert checked(words).count("labels -> ") == 2
+    same(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_request_ends_a_labelling_and_the_same_command_goes_on(shards, whole, tmp_path):
+    """It comes to the command alone, or reaches the process that labels first."""
+    words = ["-m", "mmssl.cli", "train", "hubert", *small(shards, tmp_path)]
+
+    def labelling(process):
+        found = psutil.Process(process.pid).children()
+        return [child for child in found if "data_tools.label_shards" in child.cmdline()]
+
+    for number, to_command in ((signal.SIGTERM, True), (signal.SIGUSR1, False)):
+        process = start([sys.executable, *words])
+        wait_until(lambda p=process: labelling(p), "nothing is labelled")
+        (child,) = labelling(process)
+        (process if to_command else child).send_signal(number)
+        ((code, said),) = finish(process)
+        assert code == PREEMPTED, said
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running()
+        assert json.loads((tmp_path / "mfcc" / "stage.json").read_text())["finished"] is False
     assert checked(words).count("labels -> ") == 2
     same(tmp_path, whole)
 
