@@ -37,6 +37,11 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # th
 _FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that forked it ends. Linux only."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
 class DecodeChild:
     """Calls `work` in a child process, within a time and a memory limit."""
 
@@ -128,7 +133,7 @@ class DecodeChild:
 
     def _serve(self, pipe: socket.socket, parent: int) -> None:
         if sys.platform == "linux":  # elsewhere the limit of time must do
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            die_with_parent()
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
             limit = psutil.Process().memory_info().vms + self._bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

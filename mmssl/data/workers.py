@@ -6,11 +6,14 @@ import mmap
 import os
 import queue
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import get_worker_info
+
+from mmssl.data.isolate import die_with_parent
 
 _SLOT = 256  # bytes; keys have at most 200
 _LATE_S = 1.0  # what a dying process leaves behind may be seen before its end is
@@ -40,9 +43,12 @@ def apart(init: Callable[[int], None] | None, worker: int) -> None:
     """First thing in a worker: a process group of its own.
 
     A request to stop that is sent to the run's group would end workers, and their place would have
-    to be read up to anew before the checkpoint.
+    to be read up to anew before the checkpoint. What kills the group kills the parent, and thereby
+    them: torch's loop would wait for ever to hand over batches that no one takes.
     """
-    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        die_with_parent()
+        os.setpgid(0, 0)
     if init is not None:
         init(worker)
 

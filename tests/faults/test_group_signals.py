@@ -74,6 +74,16 @@ def test_a_signal_to_the_process_group_costs_no_step_and_no_sample(
         assert not (out / name).exists() or not (out / name).read_text(), name
 
 
+def test_what_kills_the_process_group_leaves_no_reader(command: list[str], tmp_path: Path) -> None:
+    process = start([*command, f"out={tmp_path / 'run'}"])
+    wait_until(lambda: len(logged(tmp_path / "run")) >= 3, "the training does not start")
+    readers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert finish(process)[0][0] == -signal.SIGKILL
+    assert len(readers) == 4  # two and their decoders
+    assert psutil.wait_procs(readers, timeout=10)[1] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_at_the_start_is_answered_though_nothing_is_saved_yet(
     number: signal.Signals, command: list[str], tmp_path: Path
