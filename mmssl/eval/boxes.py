@@ -57,6 +57,7 @@ class Scenes:
     saliency: list[Floats] = field(default_factory=list)
     dense: dict[str, DenseRows] = field(default_factory=dict)
     silent: dict[str, DenseRows] = field(default_factory=dict)
+    absent: int = 0  # clips without sound or pictures; the others are counted among the rest
     unmatched: int = 0
     empty: int = 0
 
@@ -83,7 +84,8 @@ def evaluate(session: Session) -> Results:
     result = session.facts("boxes", metas)
     maps = maps_of(session, found_in, at_N, TRAINED)
     table, values = measured(maps, found_in)
-    facts = {"n": len(found_in.truths), "unmatched": found_in.unmatched, "empty": found_in.empty}
+    facts = {"n": len(found_in.truths), "absent": found_in.absent}
+    facts |= {"unmatched": found_in.unmatched, "empty": found_in.empty}
     facts["n_wrong_audio"] = int((strangers(found_in.rows, options.seed) >= 0).sum())
     result["boxes"] = {**table, **facts, "decision": decision(session, maps, values, found_in)}
     if session.options.resamples:
@@ -145,12 +147,14 @@ def collect(
         for whole in session.batches(whole_views(session.spec.views)):
             at_B = np.asarray([moment(meta, options.at_s) for meta in whole.meta])
             batch = around(whole, session.spec.views, at_B)
-            truths = [_truth(meta, options, drawn, side) for meta in batch.meta]
             metas += batch.meta
-            found.unmatched += sum(truth is None for truth in truths)
-            found.empty += sum(truth is not None and not truth.any() for truth in truths)
-            shown = [i for i, truth in enumerate(truths) if truth is not None and truth.any()]
-            there = [i for i in shown if _both(batch, i)]
+            both = [i for i in range(batch.size) if _both(batch, i)]
+            truths = {i: _truth(batch.meta[i], options, drawn, side) for i in both}
+            there = [i for i, truth in truths.items() if truth is not None and truth.any()]
+            unmatched = sum(truth is None for truth in truths.values())
+            found.absent += batch.size - len(both)
+            found.unmatched += unmatched
+            found.empty += len(both) - unmatched - len(there)
             if not there:
                 continue
             for name, model in session.models.items():
@@ -163,8 +167,9 @@ def collect(
             found.saliency += [_saliency(batch, i, at_B[i]) for i in there]
     if not found.truths:
         raise UserError(
-            f"{session.folder}: no clip with sound, pictures and boxes ({found.unmatched} without "
-            f"boxes, {found.empty} outside the picture the model sees); "
+            f"{session.folder}: no clip with sound, pictures and boxes ({found.absent} lack "
+            f"sound or pictures, {found.unmatched} boxes, {found.empty} have theirs "
+            "outside the picture the model sees); "
             + (
                 f"the annotations name clips by another field than name={options.name}"
                 if drawn

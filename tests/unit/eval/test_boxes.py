@@ -46,12 +46,23 @@ def test_flickr_needs_two_of_three(tmp_path):
     assert {place: weights[place] for place in places} == places
 
 
+def _vggss(bbox):
+    return json.dumps([{"file": "x", "bbox": bbox}])
+
+
 def test_annotations_that_cannot_be_read(tmp_path):
     for name, text, message in (
         ("a.json", "{}}", "not a file of VGG-SS"),
         ("b.json", '[{"file": "x"}]', "not a file of VGG-SS"),
         ("c.json", '[{"file": "x", "bbox": [[1, 2, 3]]}]', "x: a box needs four numbers"),
         ("d.json", '[{"file": "x", "bbox": [[1, 2, 300, 4]]}]', "x: boxes far beyond the picture"),
+        ("e.json", _vggss([[0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]), "x: a box needs four"),
+        ("f.json", _vggss([[0, 0, 1, 1, 0, 0, 1, 1]]), "f.json: x: a box needs four numbers"),
+        ("g.json", _vggss([0, 0, 1, 1]), "x: a box needs four numbers"),
+        ("h.json", _vggss(None), "x: a box needs four numbers"),
+        ("i.json", _vggss([["a", 0, 1, 1]]), "x: a box needs four numbers"),
+        ("j.json", _vggss([[0, 0, 1, 1], [0.5, 0, 0.2, 1]]), "x: corners in another order"),
+        ("k.json", _vggss([[0, 0.5, 1, 0.5]]), "x: corners in another order"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
@@ -60,6 +71,9 @@ def test_annotations_that_cannot_be_read(tmp_path):
         read_annotations(tmp_path / "none.json")
     (tmp_path / "xml").mkdir()
     with pytest.raises(UserError, match="holds no XML file"):
+        read_annotations(tmp_path / "xml")
+    (tmp_path / "xml" / "1.xml").write_text("<a><bbox/></a>")
+    with pytest.raises(UserError, match=r"1\.xml: 1: a box needs four numbers"):
         read_annotations(tmp_path / "xml")
     (tmp_path / "xml" / "1.xml").write_text("<a><bbox><x>left</x></bbox></a>")
     with pytest.raises(UserError, match=r"1\.xml: not an annotation of Flickr-SoundNet"):
@@ -140,8 +154,25 @@ def test_annotations_by_the_name_of_the_clip(run):
     found = results.read(run / "results_boxes.json")["boxes"]
     assert (found["n"], found["unmatched"], found["empty"]) == (16, 32, 0)
     assert found["whole_image"]["mean"] == pytest.approx(0.5)
+    assert found["absent"] == 0
     with pytest.raises(UserError, match="by another field than name=class"):
         suites.main("boxes", str(run), [*words, "name=class"])
+
+
+def test_an_annotated_clip_without_pictures_is_counted(run, batches):
+    for batch in batches:
+        batch.meta[0]["stored_size"] = [0, 0]  # as of a clip without video
+        film = batch.views["frames"]
+        for name in ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P"):
+            setattr(film, name, getattr(film, name)[1:])
+        film.present_BL[0] = False
+    drawn = [{"file": f"film-clip-{n}", "bbox": [[0, 0, 0.5, 1]]} for n in range(48)]
+    (run / "vggss.json").write_text(json.dumps(drawn))
+    words = [f"annotations={run / 'vggss.json'}", "resamples=0", "random=false", "report=false"]
+    with np.errstate(all="raise"):
+        suites.main("boxes", str(run), words)
+    found = results.read(run / "results_boxes.json")["boxes"]
+    assert [found[key] for key in ("n", "absent", "unmatched", "empty")] == [43, 5, 0, 0]
 
 
 class Bright(torch.nn.Module):
