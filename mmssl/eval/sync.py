@@ -330,7 +330,7 @@ def _numbers(session: Session, found: Collected, name: str) -> Metrics:
 
 
 def offset_numbers(scores_NC: Floats, right_N: NDArray[np.int64]) -> Metrics:
-    """Top-1 and +-1-class accuracy, ties against the model, and chance."""
+    """Top-1 and +-1-class accuracy, chance, and the mean error (s); ties against the model."""
     classes = np.arange(scores_NC.shape[1])
     result: Metrics = {"n": len(right_N)}
     for name, slack in (("accuracy", 0), ("within_one", 1)):
@@ -339,8 +339,10 @@ def offset_numbers(scores_NC: Floats, right_N: NDArray[np.int64]) -> Metrics:
         other = np.where(near_NC, -np.inf, scores_NC).max(axis=1)
         result[name] = float((best > other).mean())
         result[f"chance_{name}"] = float(near_NC.mean())
-    error_s = 0.2 * np.abs(scores_NC.argmax(axis=1) - right_N)
-    return result | {"mean_error_s": float(error_s.mean())}
+    # the farthest of the highest; also of scores that are no numbers
+    below_NC = scores_NC < scores_NC.max(axis=1, keepdims=True)
+    error_N = np.where(below_NC, 0, np.abs(classes[None] - right_N[:, None])).max(axis=1)
+    return result | {"mean_error_s": float(0.2 * error_N.mean())}
 
 
 def _plots(kinds: Mapping[str, Metrics], decoder: Metrics) -> list[Results]:

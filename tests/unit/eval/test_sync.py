@@ -211,6 +211,11 @@ def test_offsets_by_hand():
     assert found["within_one"] == pytest.approx(2 / 3)
     assert found["chance_accuracy"] == pytest.approx(1 / 5)
     assert found["mean_error_s"] == pytest.approx(0.2)
+    same = sync.offset_numbers(np.zeros((2, 5)), np.array([0, 1]))  # ties against the model
+    assert (same["accuracy"], same["within_one"]) == (0, 0)
+    assert same["mean_error_s"] == pytest.approx(0.2 * (4 + 3) / 2)
+    unknown = sync.offset_numbers(np.full((1, 5), np.nan), np.array([1]))
+    assert unknown["mean_error_s"] == pytest.approx(0.6)
 
 
 def test_the_clapper_measures_what_is_late(monkeypatch):
