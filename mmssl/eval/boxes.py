@@ -2,7 +2,9 @@
 
 The protocols of VGG-SS and Flickr-SoundNet: three rules, the curve, pointing, answers without a
 model or without the right sound, and whether a silent or off-screen sound is told from a visible
-one. Without annotations the boxes are those of the clips' meta.
+one. Without annotations the boxes are those of the clips' meta. Whole clips are read, each view's
+own crop is taken around the annotated moment. Left out of the protocols: IIoU, the interactive
+score of pictures with two sources, where both must be found.
 
 Letters in shapes: N clips with boxes, T time bins, S cells, H rows, W columns.
 """

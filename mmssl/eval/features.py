@@ -1,5 +1,7 @@
 """Frozen features of clips: a layer of a tower, pooled over its valid tokens or frame by frame.
 
+Left out: the learned weighted sum of all layers (as in SUPERB); `layer=all` sets them side by side.
+
 Letters in shapes: N clips, P items of a view, T time steps, D width, L layers.
 """
 

@@ -2,6 +2,7 @@
 
 In sync against shifted by 1 to 4 s (accuracy, AUC), and which of 21 offsets from -2 to +2 s a pair
 of windows has. The decoder's own error is measured first: without it the container is measured.
+Left out: SyncNet's search over +-15 frames at 25 fps, and its distances LSE-D and LSE-C.
 
 Letters in shapes: B rows of a batch, P items of a view, N clips.
 """
