@@ -19,6 +19,7 @@ from mmssl.types import UserError
 Floats = NDArray[np.float64]
 
 _FLICKR_SIDE = 256  # pixels of the square frames that were annotated
+_NEEDED = "a box needs four numbers x0, y0, x1, y1 with x0 < x1 and y0 < y1"
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,16 @@ def _flickr(folder: Path) -> Annotations:
 def _boxes(path: Path, name: str, corners: Any) -> Floats:
     """Checked corners; what lies beyond the picture is cut off."""
     try:
-        boxes_K4 = np.asarray(corners, dtype=np.float64).reshape(-1, 4)
+        boxes_K4 = np.asarray(corners, dtype=np.float64)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {name}: a box needs four numbers x0, y0, x1, y1") from error
-    if boxes_K4.size and not (np.abs(boxes_K4) <= 2).all():
+        raise UserError(f"{path}: {name}: {_NEEDED}") from error
+    if boxes_K4.shape == (0,):
+        return np.zeros((0, 4))
+    if boxes_K4.ndim != 2 or boxes_K4.shape[1] != 4:
+        raise UserError(f"{path}: {name}: {_NEEDED}")
+    if not (boxes_K4[:, :2] < boxes_K4[:, 2:]).all():
+        raise UserError(f"{path}: {name}: corners in another order or missing; {_NEEDED}")
+    if not (np.abs(boxes_K4) <= 2).all():
         raise UserError(
             f"{path}: {name}: boxes far beyond the picture; VGG-SS gives shares of its sides, "
             f"Flickr-SoundNet pixels of a frame of {_FLICKR_SIDE} x {_FLICKR_SIDE}"

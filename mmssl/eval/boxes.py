@@ -2,13 +2,16 @@
 
 The protocols of VGG-SS and Flickr-SoundNet: three rules, the curve, pointing, answers without a
 model or without the right sound, and whether a silent or off-screen sound is told from a visible
-one. Without annotations the boxes are those of the clips' meta.
+one. Without annotations the boxes are those of the clips' meta. Whole clips are read, each view's
+own crop is taken around the annotated moment. Left out of the protocols: IIoU, the interactive
+score of pictures with two sources, where both must be found.
 
 Letters in shapes: N clips with boxes, T time bins, S cells, H rows, W columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +26,12 @@ from mmssl.eval import ciou, decide, localize, scenes
 from mmssl.eval.annotations import Annotations, read_annotations
 from mmssl.eval.bootstrap import interval
 from mmssl.eval.embed import DenseRows, Encoder, Rows, dense_rows, first_view, frozen, join_dense
+from mmssl.eval.features import cut, whole_views
 from mmssl.eval.items import Metrics
 from mmssl.eval.results import Results, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec, progress
-from mmssl.types import Batch, UserError
+from mmssl.specs import ViewSpec
+from mmssl.types import Batch, UserError, ViewBatch
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -54,6 +59,7 @@ class Scenes:
     saliency: list[Floats] = field(default_factory=list)
     dense: dict[str, DenseRows] = field(default_factory=dict)
     silent: dict[str, DenseRows] = field(default_factory=dict)
+    absent: int = 0  # clips without sound or pictures; the others are counted among the rest
     unmatched: int = 0
     empty: int = 0
 
@@ -70,7 +76,7 @@ def evaluate(session: Session) -> Results:
 
     Raises:
         UserError: no clip with boxes, annotations that cannot be read, a method without local
-            scores.
+            scores, or a map that is of another time than the boxes.
     """
     options = cast("Options", session.options)
     session.view_of("audio"), session.view_of("video")
@@ -80,7 +86,8 @@ def evaluate(session: Session) -> Results:
     result = session.facts("boxes", metas)
     maps = maps_of(session, found_in, at_N, TRAINED)
     table, values = measured(maps, found_in)
-    facts = {"n": len(found_in.truths), "unmatched": found_in.unmatched, "empty": found_in.empty}
+    facts = {"n": len(found_in.truths), "absent": found_in.absent}
+    facts |= {"unmatched": found_in.unmatched, "empty": found_in.empty}
     facts["n_wrong_audio"] = int((strangers(found_in.rows, options.seed) >= 0).sum())
     result["boxes"] = {**table, **facts, "decision": decision(session, maps, values, found_in)}
     if session.options.resamples:
@@ -106,6 +113,30 @@ def moment(meta: Mapping[str, Any], at_s: float) -> float:
 # --- reading
 
 
+def around(batch: Batch, views: Mapping[str, ViewSpec], at_B: Floats) -> Batch:
+    """Whole clips -> each view of a fixed length cut to its own around these times (s).
+
+    Cuts stay inside the clip; of two equally near frames the earlier one is taken.
+    """
+    found = {
+        name: _around(view, views[name], at_B) if views[name].crop_s else view
+        for name, view in batch.views.items()
+        if view.modality != "text"
+    }
+    return replace(batch, views=batch.views | found)
+
+
+def _around(view: ViewBatch, spec: ViewSpec, at_B: Floats) -> ViewBatch:
+    length = max(1, round(spec.crop_s * view.rate))
+    rows_P, own_P = view.rows_P.numpy(), view.start_s_P.double().numpy()
+    first_P = np.ceil((at_B[rows_P] - own_P) * view.rate - length / 2)
+    room_P = np.maximum(view.lengths_P.numpy() - length, 0)
+    start_B = np.zeros(len(at_B))
+    start_B[rows_P] = own_P + np.clip(first_P, 0, room_P) / view.rate
+    found = cut(view, spec, start_B)
+    return replace(found, lengths_P=found.lengths_P.minimum(view.lengths_P))
+
+
 def collect(
     session: Session, options: Options, drawn: Annotations | None
 ) -> tuple[Scenes, list[dict[str, Any]]]:
@@ -115,27 +146,32 @@ def collect(
     dense: dict[str, list[DenseRows]] = {name: [] for name in session.models}
     silent: dict[str, list[DenseRows]] = {name: [] for name in session.models}
     with frozen(session.models.values()):
-        for batch in session.batches():
-            truths = [_truth(meta, options, drawn, side) for meta in batch.meta]
+        for whole in session.batches(whole_views(session.spec.views)):
+            at_B = np.asarray([moment(meta, options.at_s) for meta in whole.meta])
+            batch = around(whole, session.spec.views, at_B)
             metas += batch.meta
-            found.unmatched += sum(truth is None for truth in truths)
-            found.empty += sum(truth is not None and not truth.any() for truth in truths)
-            shown = [i for i, truth in enumerate(truths) if truth is not None and truth.any()]
-            there = [i for i in shown if _both(batch, i)]
+            both = [i for i in range(batch.size) if _both(batch, i)]
+            truths = {i: _truth(batch.meta[i], options, drawn, side) for i in both}
+            there = [i for i, truth in truths.items() if truth is not None and truth.any()]
+            unmatched = sum(truth is None for truth in truths.values())
+            found.absent += batch.size - len(both)
+            found.unmatched += unmatched
+            found.empty += len(both) - unmatched - len(there)
             if not there:
                 continue
             for name, model in session.models.items():
                 device = next(iter(model.parameters())).device
-                dense[name].append(_dense(model, batch.to(device), there, len(found.truths)))
+                dense[name].append(_dense(model, batch.to(device), there, at_B))
                 quiet = _silenced(batch).to(device)
-                silent[name].append(_dense(model, quiet, there, len(found.truths)))
+                silent[name].append(_dense(model, quiet, there, at_B))
             found.rows.add_some(batch, there)
             found.truths += [cast("Floats", truths[i]) for i in there]
-            found.saliency += [_saliency(batch, i, options.at_s) for i in there]
+            found.saliency += [_saliency(batch, i, at_B[i]) for i in there]
     if not found.truths:
         raise UserError(
-            f"{session.folder}: no clip with sound, pictures and boxes ({found.unmatched} without "
-            f"boxes, {found.empty} outside the picture the model sees); "
+            f"{session.folder}: no clip with sound, pictures and boxes ({found.absent} lack "
+            f"sound or pictures, {found.unmatched} boxes, {found.empty} have theirs "
+            "outside the picture the model sees); "
             + (
                 f"the annotations name clips by another field than name={options.name}"
                 if drawn
@@ -169,8 +205,8 @@ def _both(batch: Batch, row: int) -> bool:
     return all(view is not None and bool(view.present_B[row]) for view in views)
 
 
-def _dense(model: Encoder, batch: Batch, rows: list[int], first: int) -> DenseRows:
-    found = dense_rows(model, batch, rows, first)
+def _dense(model: Encoder, batch: Batch, rows: list[int], at_B: Floats) -> DenseRows:
+    found = dense_rows(model, batch, rows, 0)
     if found is None:
         raise UserError(
             "boxes: the run's method has no map score (a `pairs` entry with score `map`), so it "
@@ -178,6 +214,17 @@ def _dense(model: Encoder, batch: Batch, rows: list[int], first: int) -> DenseRo
         )
     if len(found.rows_P) != len(rows):
         raise ValueError("boxes: a clip with sound and pictures has no local features")
+    film = first_view(batch, "video")
+    assert film is not None  # `_both` has found it
+    half_s = film.data.shape[1] / film.rate / found.grid[0] / 2
+    away_P = np.abs(found.times_PT - at_B[rows][:, None]).min(axis=1)
+    worst = int(away_P.argmax())
+    if away_P[worst] > half_s + 1e-3:  # times are single precision
+        raise UserError(
+            f"boxes: {batch.keys[rows[worst]]}: the boxes are of {at_B[rows[worst]]:g} s, but the "
+            f"nearest time bin of the map is {away_P[worst]:g} s away, more than half a bin "
+            f"({half_s:g} s); give at_s= inside the pictures, or leave the clip out"
+        )
     return found
 
 
@@ -190,10 +237,11 @@ def _silenced(batch: Batch) -> Batch:
 
 
 def _saliency(batch: Batch, row: int, at_s: float) -> Floats:
+    """Of the frame nearest to a time (s)."""
     view = first_view(batch, "video")
     assert view is not None  # `_both` has found it
     item = int((view.rows_P == row).nonzero()[0, 0])
-    frame = round((moment(batch.meta[row], at_s) - float(view.start_s_P[item])) * view.rate)
+    frame = math.ceil((at_s - float(view.start_s_P[item])) * view.rate - 0.5)
     frame = min(max(frame, 0), int(view.lengths_P[item]) - 1)
     return ciou.spectral_residual(view.data[item, frame].cpu().numpy())
 

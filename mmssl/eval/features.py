@@ -1,11 +1,13 @@
 """Frozen features of clips: a layer of a tower, pooled over its valid tokens or frame by frame.
 
+Left out: the learned weighted sum of all layers (as in SUPERB); `layer=all` sets them side by side.
+
 Letters in shapes: N clips, P items of a view, T time steps, D width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,6 +21,7 @@ from mmssl.eval.session import Session, SuiteSpec
 from mmssl.specs import Modality, ViewSpec
 from mmssl.towers import AnyTower, Tower, time_steps
 from mmssl.types import Batch, UserError, ViewBatch
+from mmssl.views import wave
 
 if TYPE_CHECKING:
     from mmssl.model import Model
@@ -43,6 +46,40 @@ def whole_view(view: ViewSpec, whole: bool = True) -> ViewSpec:
     """A view as evaluation reads it: one caption, nothing mixed or augmented, clips uncut."""
     plain: dict[str, Any] = {"augment": [], "mix": None, "candidates": 1, "window": "clip"}
     return view.model_copy(update=plain | ({"crop_s": 0.0} if whole else {}))
+
+
+def whole_views(views: Mapping[str, ViewSpec]) -> dict[str, ViewSpec]:
+    """Views to be cut by `cut`: whole sounds and pictures, text as it is."""
+    return {
+        name: view if view.modality == "text" else whole_view(view) for name, view in views.items()
+    }
+
+
+def cut(view: ViewBatch, spec: ViewSpec, start_B: NDArray[np.float64]) -> ViewBatch:
+    """A view of whole clips cut to `crop_s` seconds from these times on, by batch row.
+
+    Outside the clip it is silent or black; `normalize` holds for the crop.
+    """
+    length = max(1, round(spec.crop_s * view.rate))
+    data = view.data.new_zeros((len(view.data), length, *view.data.shape[2:]))
+    start_P = torch.from_numpy(start_B)[view.rows_P.cpu()]
+    for item, (start, own) in enumerate(
+        zip(start_P.tolist(), view.start_s_P.tolist(), strict=True)
+    ):
+        first = round((start - own) * view.rate)
+        low, high = max(first, 0), min(first + length, int(view.lengths_P[item]))
+        if high > low:
+            part = view.data[item, low:high]
+            data[item, low - first : high - first] = (
+                wave.normalize(part) if spec.normalize else part
+            )
+    return replace(
+        view,
+        data=data,
+        lengths_P=torch.full_like(view.lengths_P, length),
+        start_s_P=start_P.to(view.start_s_P),
+        labels={},
+    )
 
 
 def layer_outputs(tower: AnyTower, view: ViewBatch, layer: str) -> tuple[list[Tensor], Tensor]:

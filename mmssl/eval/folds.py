@@ -86,7 +86,8 @@ def read_folds(metas: Sequence[Mapping[str, Any]], field: str) -> list[Fold]:
     others, as HEAR does. The values train, val (valid, validation, dev) and test make one fold.
 
     Raises:
-        UserError: a clip without the field, fewer than three folds, or numbered folds with a gap.
+        UserError: a clip without the field, fewer than three folds, numbered folds with a gap, or
+            names of splits beside others.
     """
     values = [str(meta[field]) for meta in metas if meta.get(field) is not None]
     if not values:
@@ -98,8 +99,14 @@ def read_folds(metas: Sequence[Mapping[str, Any]], field: str) -> list[Fold]:
         )
     column = np.asarray(values)
     names = _ordered(sorted(set(values)), field)
-    parts = {_SPLITS.get(name) for name in names}
-    if None not in parts:
+    unknown = [name for name in names if name not in _SPLITS]
+    known = [name for name in names if name in _SPLITS]
+    if known and unknown:
+        raise UserError(
+            f"fold={field}: {', '.join(unknown)} beside {', '.join(known)}; "
+            f"name splits {', '.join(_SPLITS)}, or number all folds"
+        )
+    if not unknown:
         by = [np.flatnonzero([_SPLITS[v] == p for v in values]) for p in ("train", "dev", "test")]
         _check_filled(field, dict(zip(("train", "val", "test"), by, strict=True)))
         return [Fold("test", *by)]

@@ -2,6 +2,7 @@
 
 In sync against shifted by 1 to 4 s (accuracy, AUC), and which of 21 offsets from -2 to +2 s a pair
 of windows has. The decoder's own error is measured first: without it the container is measured.
+Left out: SyncNet's search over +-15 frames at 25 fps, and its distances LSE-D and LSE-C.
 
 Letters in shapes: B rows of a batch, P items of a view, N clips.
 """
@@ -22,12 +23,13 @@ from mmssl.eval import decide
 from mmssl.eval.bootstrap import interval
 from mmssl.eval.clapper import alignment_error
 from mmssl.eval.embed import Encoder, Rows, encoded_once, first_view, frozen, present
-from mmssl.eval.features import SIGNAL, whole_view
+from mmssl.eval.features import SIGNAL, cut, whole_views
 from mmssl.eval.items import Metrics
 from mmssl.eval.results import Results, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec
 from mmssl.rng import seed_of
-from mmssl.types import Batch, UserError, ViewBatch
+from mmssl.specs import ViewSpec
+from mmssl.types import Batch, UserError
 
 Floats = NDArray[np.float64]
 Scores = dict[str, Floats]
@@ -38,7 +40,7 @@ OFFSETS_S = np.round(np.arange(-10, 11) * 0.2, 1)
 class Options(SuiteSpec):
     """What can be set behind `mmssl eval sync RUN`."""
 
-    window_s: float = Field(0.0, ge=0)  # length of what is compared; 0 = the views' shortest crop
+    window_s: float = Field(0.0, ge=0)  # length of what is compared; 0 = each view's own crop
     min_shift_s: float = Field(1.0, gt=0)
     max_shift_s: float = Field(4.0, gt=0)
     offsets: bool = True  # also the 21 offsets, for clips at least 4 s longer than a window
@@ -79,7 +81,7 @@ def evaluate(session: Session) -> Results:
     """
     options = cast("Options", session.options)
     decoder = alignment_error(session.spec.data.decoder)
-    found, metas = collect(session, options, window_of(session, options))
+    found, metas = collect(session, options, cuts_of(session, options))
     result = session.facts("sync", metas)
     kinds = {name: _numbers(session, found, name) for name in found.yes}
     by_model: dict[str, Metrics] = {}
@@ -96,49 +98,56 @@ def evaluate(session: Session) -> Results:
     return result
 
 
-def window_of(session: Session, options: Options) -> float:
-    """Length of the windows (s).
+def cuts_of(session: Session, options: Options) -> dict[str, ViewSpec]:
+    """Views of sound and pictures with the length of their windows as `crop_s`.
+
+    Without `window_s` each keeps its own; a view of whole clips takes the longest of the others.
 
     Raises:
-        UserError: the run's views take whole clips and no length is given, or lack a modality.
+        UserError: all views take whole clips and no length is given, or a modality is lacking.
     """
-    crops = [session.view_of(modality)[1].crop_s for modality in ("audio", "video")]
-    window_s = options.window_s or min((crop for crop in crops if crop > 0), default=0.0)
-    if window_s == 0:
+    names = [session.view_of(modality)[0] for modality in ("audio", "video")]
+    views = {n: v for n, v in session.spec.views.items() if v.modality in ("audio", "video")}
+    longest = options.window_s or max(views[name].crop_s for name in names)
+    if longest == 0:
         raise UserError("sync: the run's views take whole clips; give window_s=SECONDS")
     if options.min_shift_s > options.max_shift_s:
         raise UserError("sync: min_shift_s is above max_shift_s")
-    return window_s
+    lengths = {name: options.window_s or view.crop_s or longest for name, view in views.items()}
+    return {n: view.model_copy(update={"crop_s": lengths[n]}) for n, view in views.items()}
 
 
 # --- windows
 
 
 def collect(
-    session: Session, options: Options, window_s: float
+    session: Session, options: Options, cuts: Mapping[str, ViewSpec]
 ) -> tuple[Collected, list[dict[str, Any]]]:
     """Scores of all clips that are long enough, and the meta of all."""
     found, metas = Collected(), []
-    views = {
-        name: view if view.modality == "text" else whole_view(view)
-        for name, view in session.spec.views.items()
-    }
-    fps = session.view_of("video")[1].fps
-    longest = 0.0
+    film = cuts[session.view_of("video")[0]]
+    window_s, longest = _longest(cuts), 0.0
+    lead_s = (window_s - film.crop_s) / 2
     with frozen(session.models.values()):
-        for batch in session.batches(views):
+        for batch in session.batches(whole_views(session.spec.views)):
             metas += batch.meta
             there = (present(batch, "audio") & present(batch, "video")).tolist()
             longest = max([longest, *(float(meta["duration_s"]) for meta in batch.meta)])
             draws = [
-                draw(meta["duration_s"] - window_s, fps, options, seed_of(options.seed, key))
+                draw(
+                    meta["duration_s"] - window_s,
+                    film.fps,
+                    options,
+                    seed_of(options.seed, key),
+                    lead_s,
+                )
                 if both
                 else None
                 for meta, key, both in zip(batch.meta, batch.keys, there, strict=True)
             ]
             found.short += sum(both and one is None for both, one in zip(there, draws, strict=True))
             if any(draws):
-                _score(session, found, batch, draws, window_s)
+                _score(session, found, batch, draws, cuts)
     if not found.draws:
         raise UserError(
             f"{session.folder}: no clip with sound and pictures holds a window of {window_s:g} s "
@@ -148,10 +157,13 @@ def collect(
     return found, metas
 
 
-def draw(room_s: float, fps: float, options: Options, seed: int) -> Draw | None:
+def draw(
+    room_s: float, fps: float, options: Options, seed: int, lead_s: float = 0.0
+) -> Draw | None:
     """Windows of a clip that is `room_s` longer than one; None if no shift fits.
 
-    The shift is uniform in size and sign, then the place; pictures begin with a frame.
+    The shift is uniform in size and sign, then the place; pictures, which begin `lead_s` inside
+    their window, begin with a frame.
     """
     rng = np.random.default_rng(seed % 2**63)
     most = min(options.max_shift_s, room_s)
@@ -160,52 +172,48 @@ def draw(room_s: float, fps: float, options: Options, seed: int) -> Draw | None:
     shift = float(rng.uniform(options.min_shift_s, max(most, options.min_shift_s)))
     shift *= float(rng.choice([-1, 1]))
     low, high = max(0.0, -shift), room_s - max(0.0, shift)
-    film_s = min(round(float(rng.uniform(low, high)) * fps) / fps, room_s)
+    film_s = min(_snap(float(rng.uniform(low, high)), fps, lead_s), room_s)
     right = int(rng.integers(len(OFFSETS_S)))
     reach = float(OFFSETS_S[-1])
     center = None
     if options.offsets and room_s >= 2 * reach:
         start = float(rng.uniform(reach, room_s - reach)) + OFFSETS_S[right]
-        center = float(round(start * fps) / fps - OFFSETS_S[right])
+        center = float(_snap(start, fps, lead_s) - OFFSETS_S[right])
     return Draw(film_s, film_s + shift, center, right)
 
 
-def windows(batch: Batch, film_B: Floats, sound_B: Floats, window_s: float) -> Batch:
-    """The batch with pictures and sound from these times (s) on; silence or black outside."""
-    starts = {"video": film_B, "audio": sound_B}
+def _snap(start_s: float, fps: float, lead_s: float) -> float:
+    """The nearest start of a window whose pictures begin with a frame."""
+    return round((start_s + lead_s) * fps) / fps - lead_s
+
+
+def _longest(cuts: Mapping[str, ViewSpec]) -> float:
+    return max(view.crop_s for view in cuts.values())
+
+
+def windows(batch: Batch, film_B: Floats, sound_B: Floats, cuts: Mapping[str, ViewSpec]) -> Batch:
+    """The batch with pictures and sound from these times (s) on; silence or black outside.
+
+    The times are those of the longest window; shorter ones are around its middle.
+    """
+    starts, window_s = {"video": film_B, "audio": sound_B}, _longest(cuts)
     views = {
-        name: cut(view, starts[view.modality], window_s) if view.modality in starts else view
+        name: cut(view, cuts[name], starts[view.modality] + (window_s - cuts[name].crop_s) / 2)
         for name, view in batch.views.items()
+        if name in cuts
     }
-    return replace(batch, views=views)
-
-
-def cut(view: ViewBatch, start_B: Floats, window_s: float) -> ViewBatch:
-    """A view of whole clips cut to windows that start at these times, by batch row."""
-    length = max(1, round(window_s * view.rate))
-    data = view.data.new_zeros((len(view.data), length, *view.data.shape[2:]))
-    start_P = torch.from_numpy(start_B)[view.rows_P.cpu()]
-    for item, (start, own) in enumerate(
-        zip(start_P.tolist(), view.start_s_P.tolist(), strict=True)
-    ):
-        first = round((start - own) * view.rate)
-        low, high = max(first, 0), min(first + length, int(view.lengths_P[item]))
-        if high > low:
-            data[item, low - first : high - first] = view.data[item, low:high]
-    return replace(
-        view,
-        data=data,
-        lengths_P=torch.full_like(view.lengths_P, length),
-        start_s_P=start_P.to(view.start_s_P),
-        labels={},
-    )
+    return replace(batch, views=batch.views | views)
 
 
 # --- scores
 
 
 def _score(
-    session: Session, found: Collected, batch: Batch, draws: list[Draw | None], window_s: float
+    session: Session,
+    found: Collected,
+    batch: Batch,
+    draws: list[Draw | None],
+    cuts: Mapping[str, ViewSpec],
 ) -> None:
     kept = np.flatnonzero([one is not None for one in draws])
     chosen = [one or Draw(0.0, 0.0, None, 0) for one in draws]
@@ -214,7 +222,7 @@ def _score(
         (found.yes, film_B),
         (found.no, np.asarray([one.shifted_s for one in chosen])),
     ):
-        for name, scores in _all_scores(session, windows(batch, film_B, sound_B, window_s)).items():
+        for name, scores in _all_scores(session, windows(batch, film_B, sound_B, cuts)).items():
             target.setdefault(name, []).append(scores[kept])
     found.rows.add_some(batch, kept.tolist())
     found.draws += [chosen[i] for i in kept]
@@ -225,7 +233,7 @@ def _score(
     film_B = center_B + OFFSETS_S[[one.right for one in chosen]]
     columns: dict[str, list[Floats]] = {}
     for offset in OFFSETS_S:
-        part = windows(batch, film_B, center_B + offset, window_s)
+        part = windows(batch, film_B, center_B + offset, cuts)
         for name, scores in _all_scores(session, part).items():
             columns.setdefault(name, []).append(scores[long])
     for name, parts in columns.items():
@@ -265,21 +273,31 @@ def scores_of(model: Encoder, batch: Batch) -> Scores:
 
 
 def correlation(batch: Batch) -> Floats:
-    """(B,) of what moves between frames with how loud the sound is meanwhile; 0 if constant."""
+    """(B,) of what moves between frames with how loud the sound is meanwhile; 0 if constant.
+
+    Of windows of two lengths the middle of the longer one counts.
+    """
     film, sound = first_view(batch, "video"), first_view(batch, "audio")
     out_B = np.zeros(batch.size)
     if film is None or sound is None or not sound.data.is_floating_point():
         return out_B
     item = {int(row): p for p, row in enumerate(sound.rows_P)}
+    seconds = min(view.data.shape[1] / view.rate for view in (film, sound))
+    frames_PT, waves_PS = (_middle(x.data, round(seconds * x.rate)) for x in (film, sound))
     for p, row in enumerate(film.rows_P.tolist()):
-        if row not in item or film.data.shape[1] < 3:
+        if row not in item or frames_PT.shape[1] < 3:
             continue
-        motion_T = film.data[p].float().diff(dim=0).abs().mean((1, 2, 3)).numpy()
-        parts = np.array_split(sound.data[item[row]].double().numpy(), film.data.shape[1])
+        motion_T = frames_PT[p].float().diff(dim=0).abs().mean((1, 2, 3)).numpy()
+        parts = np.array_split(waves_PS[item[row]].double().numpy(), frames_PT.shape[1])
         loud_T = np.asarray([np.sqrt(np.mean(part**2)) for part in parts])[1:]
         if motion_T.std() > 0 and loud_T.std() > 0:
             out_B[row] = np.corrcoef(motion_T, loud_T)[0, 1]
     return out_B
+
+
+def _middle(data: Tensor, count: int) -> Tensor:
+    skip = (data.shape[1] - count) // 2
+    return data[:, skip : skip + count]
 
 
 # --- numbers
@@ -313,7 +331,7 @@ def _numbers(session: Session, found: Collected, name: str) -> Metrics:
 
 
 def offset_numbers(scores_NC: Floats, right_N: NDArray[np.int64]) -> Metrics:
-    """Top-1 and +-1-class accuracy, ties against the model, and chance."""
+    """Top-1 and +-1-class accuracy, chance, and the mean error (s); ties against the model."""
     classes = np.arange(scores_NC.shape[1])
     result: Metrics = {"n": len(right_N)}
     for name, slack in (("accuracy", 0), ("within_one", 1)):
@@ -322,8 +340,10 @@ def offset_numbers(scores_NC: Floats, right_N: NDArray[np.int64]) -> Metrics:
         other = np.where(near_NC, -np.inf, scores_NC).max(axis=1)
         result[name] = float((best > other).mean())
         result[f"chance_{name}"] = float(near_NC.mean())
-    error_s = 0.2 * np.abs(scores_NC.argmax(axis=1) - right_N)
-    return result | {"mean_error_s": float(error_s.mean())}
+    # the farthest of the highest; also of scores that are no numbers
+    below_NC = scores_NC < scores_NC.max(axis=1, keepdims=True)
+    error_N = np.where(below_NC, 0, np.abs(classes[None] - right_N[:, None])).max(axis=1)
+    return result | {"mean_error_s": float(0.2 * error_N.mean())}
 
 
 def _plots(kinds: Mapping[str, Metrics], decoder: Metrics) -> list[Results]:

@@ -10,8 +10,9 @@ import mmssl.data.ordered
 import mmssl.eval.load
 from mmssl.eval import boxes, ciou, results, suites
 from mmssl.eval.annotations import read_annotations
-from mmssl.specs import DataSpec
-from mmssl.types import UserError
+from mmssl.heads.dense import Dense
+from mmssl.specs import DataSpec, ViewSpec
+from mmssl.types import Batch, UserError, ViewBatch
 
 
 def test_vggss(tmp_path):
@@ -45,12 +46,23 @@ def test_flickr_needs_two_of_three(tmp_path):
     assert {place: weights[place] for place in places} == places
 
 
+def _vggss(bbox):
+    return json.dumps([{"file": "x", "bbox": bbox}])
+
+
 def test_annotations_that_cannot_be_read(tmp_path):
     for name, text, message in (
         ("a.json", "{}}", "not a file of VGG-SS"),
         ("b.json", '[{"file": "x"}]', "not a file of VGG-SS"),
         ("c.json", '[{"file": "x", "bbox": [[1, 2, 3]]}]', "x: a box needs four numbers"),
         ("d.json", '[{"file": "x", "bbox": [[1, 2, 300, 4]]}]', "x: boxes far beyond the picture"),
+        ("e.json", _vggss([[0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]), "x: a box needs four"),
+        ("f.json", _vggss([[0, 0, 1, 1, 0, 0, 1, 1]]), "f.json: x: a box needs four numbers"),
+        ("g.json", _vggss([0, 0, 1, 1]), "x: a box needs four numbers"),
+        ("h.json", _vggss(None), "x: a box needs four numbers"),
+        ("i.json", _vggss([["a", 0, 1, 1]]), "x: a box needs four numbers"),
+        ("j.json", _vggss([[0, 0, 1, 1], [0.5, 0, 0.2, 1]]), "x: corners in another order"),
+        ("k.json", _vggss([[0, 0.5, 1, 0.5]]), "x: corners in another order"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
@@ -59,6 +71,9 @@ def test_annotations_that_cannot_be_read(tmp_path):
         read_annotations(tmp_path / "none.json")
     (tmp_path / "xml").mkdir()
     with pytest.raises(UserError, match="holds no XML file"):
+        read_annotations(tmp_path / "xml")
+    (tmp_path / "xml" / "1.xml").write_text("<a><bbox/></a>")
+    with pytest.raises(UserError, match=r"1\.xml: 1: a box needs four numbers"):
         read_annotations(tmp_path / "xml")
     (tmp_path / "xml" / "1.xml").write_text("<a><bbox><x>left</x></bbox></a>")
     with pytest.raises(UserError, match=r"1\.xml: not an annotation of Flickr-SoundNet"):
@@ -139,8 +154,119 @@ def test_annotations_by_the_name_of_the_clip(run):
     found = results.read(run / "results_boxes.json")["boxes"]
     assert (found["n"], found["unmatched"], found["empty"]) == (16, 32, 0)
     assert found["whole_image"]["mean"] == pytest.approx(0.5)
+    assert found["absent"] == 0
     with pytest.raises(UserError, match="by another field than name=class"):
         suites.main("boxes", str(run), [*words, "name=class"])
+
+
+def test_an_annotated_clip_without_pictures_is_counted(run, batches):
+    for batch in batches:
+        batch.meta[0]["stored_size"] = [0, 0]  # as of a clip without video
+        film = batch.views["frames"]
+        for name in ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P"):
+            setattr(film, name, getattr(film, name)[1:])
+        film.present_BL[0] = False
+    drawn = [{"file": f"film-clip-{n}", "bbox": [[0, 0, 0.5, 1]]} for n in range(48)]
+    (run / "vggss.json").write_text(json.dumps(drawn))
+    words = [f"annotations={run / 'vggss.json'}", "resamples=0", "random=false", "report=false"]
+    with np.errstate(all="raise"):
+        suites.main("boxes", str(run), words)
+    found = results.read(run / "results_boxes.json")["boxes"]
+    assert [found[key] for key in ("n", "absent", "unmatched", "empty")] == [43, 5, 0, 0]
+
+
+class Bright(torch.nn.Module):
+    """Its map of a frame is the frame; of a sound that is not of the same middle nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.seen = set()
+
+    def dense(self, batch):
+        film, sound = batch.views["frames"], batch.views["sound"]
+        count, times = film.data.shape[:2]
+        middles = [v.start_s_P + v.data.shape[1] / v.rate / 2 for v in (film, sound)]
+        self.seen.add((times, sound.data.shape[1], float(middles[1][0])))
+        return Dense(
+            video=film.data[..., 0].float().reshape(count, times, -1, 1),
+            audio=((middles[0] - middles[1]).abs() < 0.03).float()[:, None, None],
+            audio_valid=torch.ones(count, 1, dtype=torch.bool),
+            present=torch.ones(count, dtype=torch.bool),
+            grid=(times, 8, 8),
+            times_s=film.start_s_P[:, None] + torch.arange(times) / film.rate,
+        )
+
+    def score_maps(self, video, audio, valid):
+        return video[..., 0] * audio[:, :, 0]
+
+
+def _moving(views):
+    """Clips of 4 s whose bright quarter is at another place each second, as the loader reads."""
+    places = torch.arange(100) // 25
+    film = torch.zeros(100, 8, 8, 3, dtype=torch.uint8)
+    for k, place in enumerate(places.tolist()):
+        x, y = place % 2 * 4, place // 2 * 4
+        film[k, y : y + 4, x : x + 4] = 255
+    crops = {name: view.crop_s or 4.0 for name, view in views.items()}
+    count = 4
+    frames = _view("video", film[None, : round(crops["frames"] * 25)].repeat(count, 1, 1, 1, 1), 25)
+    sound = _view("audio", torch.ones(count, round(crops["sound"] * 100)), 100)
+    boxes = [[p % 2 * 4, p // 2 * 4, p % 2 * 4 + 4, p // 2 * 4 + 4] for p in places.tolist()]
+    row = {"boxes": {"fps": 25, "sounding": boxes}, "stored_size": [8, 8], "duration_s": 4.0}
+    rows = torch.arange(count)
+    metas = [{**row, "class": str(k)} for k in range(count)]
+    keys = [f"clip-{k}" for k in range(count)]
+    yield Batch({"frames": frames, "sound": sound}, keys, rows, rows, rows, metas)
+
+
+def _view(modality, data, rate):
+    rows, zeros = torch.arange(len(data)), torch.zeros(len(data), dtype=torch.long)
+    there = torch.ones(len(data), 1, dtype=torch.bool)
+    lengths = torch.full_like(rows, data.shape[1])
+    return ViewBatch(modality, data, lengths, rows, zeros, zeros, zeros.float(), there, float(rate))
+
+
+@pytest.fixture
+def short_crops(tmp_path, monkeypatch):
+    """One frame and 1 s of sound of clips of 4 s."""
+    (tmp_path / "manifest.json").write_text('{"shards": []}')
+    spec, model = _spec(tmp_path), Bright()
+    lengths = {"frames": {"crop_s": 0.04, "fps": 25.0}, "sound": {"crop_s": 1.0}}
+    views = {name: spec.views[name].model_copy(update=new) for name, new in lengths.items()}
+    new = {"views": views, "data": DataSpec(test=str(tmp_path)), "tasks": {}}
+    spec = spec.model_copy(update=new)
+    monkeypatch.setattr(mmssl.eval.load, "load_model", lambda *_, **__: (model, spec, None))
+    monkeypatch.setattr(mmssl.data.ordered, "eval_batches", lambda f, d, views, *_: _moving(views))
+    return tmp_path, model, ["random=false", "resamples=0", "report=false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "middle_s"), [([], 2.0), (["at_s=1.5"], 1.5), (["at_s=0"], 0.5), (["at_s=3.96"], 3.5)]
+)
+def test_short_crops_are_of_the_annotated_moment(short_crops, words, middle_s):
+    folder, model, rest = short_crops
+    suites.main("boxes", str(folder), words + rest)
+    found = results.read(folder / "results_boxes.json")["boxes"]
+    assert model.seen == {(1, 100, middle_s)}  # one frame and a second of sound, inside the clip
+    if 0.5 < middle_s < 3.5:
+        assert found["model"]["pointing"] == 1.0
+        assert found["model"]["adaptive"]["mean"] > 0.9
+    assert found["n"] == 4
+
+
+def test_a_map_of_another_time_is_refused(short_crops):
+    folder, _, words = short_crops
+    with pytest.raises(UserError, match=r"clip-0: the boxes are of 5 s, .* 1\.04 s away"):
+        suites.main("boxes", str(folder), ["at_s=5", *words])
+
+
+def test_a_clip_shorter_than_the_crop_is_not_lengthened():
+    batch = next(_moving({name: ViewSpec(modality="audio") for name in ("frames", "sound")}))
+    long = dict.fromkeys(batch.views, ViewSpec(modality="audio", crop_s=6.0))
+    found = boxes.around(batch, long, np.full(4, 2.0)).views["sound"]
+    assert (found.data.shape[1], found.lengths_P.tolist()) == (600, [400] * 4)
+    assert (found.data[:, 400:].any(), found.start_s_P.tolist()) == (False, [0.0] * 4)
 
 
 def test_what_cannot_be_evaluated(run, monkeypatch, batches, knowing_model):

@@ -64,6 +64,7 @@ def test_numbered_folds_are_in_the_order_of_numbers_and_splits_make_one_fold():
         (["1", "2"], "only the folds 1, 2; three are needed"),
         (["1", "2", "4"], "fold 3 has no labelled clip"),
         (["train", "test"], "no clip of `val`"),
+        (["train", "valid", "eval"], "fold=f: eval beside train, valid; name splits train, val,"),
     ],
 )
 def test_folds_that_cannot_be_used(values, message):

@@ -11,7 +11,8 @@ from torch import nn
 import mmssl.data.ordered
 import mmssl.eval.load
 from mmssl.eval import clapper, results, suites, sync
-from mmssl.specs import DataSpec
+from mmssl.eval.features import cut
+from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Batch, UserError, ViewBatch
 
 FPS, HZ, SECONDS = 5.0, 100.0, 8.0
@@ -130,6 +131,28 @@ def test_a_model_that_reads_the_clock_and_one_that_is_deaf(run, capsys):
     assert len(items["sync.cosine.right"]) == 60
 
 
+def test_views_of_two_lengths_keep_theirs_around_one_instant(run, monkeypatch):
+    model, spec, _ = mmssl.eval.load.load_model(run)
+    lengths = {"frames": 0.2, "sound": 2.0}  # one frame, 4.5 frames into the window
+    views = {
+        name: view.model_copy(update={"crop_s": lengths[name]}) for name, view in spec.views.items()
+    }
+    spec = spec.model_copy(update={"views": views})
+    monkeypatch.setattr(mmssl.eval.load, "load_model", lambda *_, **__: (model, spec, None))
+    seen, embed = set(), model.embed
+    model.embed = lambda batch: (
+        seen.add(tuple(view.data.shape[1] for view in batch.views.values())) or embed(batch)
+    )
+    suites.main("sync", str(run), ["random=false", "resamples=0", "report=false"])
+    found = results.read(run / "results_sync.json")["sync"]
+    assert seen == {(1, 200)}
+    assert found["cosine"]["accuracy"] == found["cosine"]["offsets"]["accuracy"] == 1.0
+    assert [found[key] for key in ("n", "too_short", "n_offsets")] == [60, 2, 60]
+    draws = [sync.draw(6.0, FPS, sync.Options(), seed, 0.9) for seed in range(50)]
+    starts = np.asarray([one.film_s + 0.9 for one in draws if one.film_s < 6.0])
+    assert starts * FPS == pytest.approx(np.round(starts * FPS))
+
+
 def test_windows_are_inside_the_clip_and_shifts_as_asked():
     options = sync.Options()
     draws = [sync.draw(6.0, 4.0, options, seed) for seed in range(300)]
@@ -151,10 +174,14 @@ def test_windows_are_inside_the_clip_and_shifts_as_asked():
 
 def test_cuts_are_padded_outside():
     sound = view("audio", torch.arange(1.0, 11.0)[None], 10.0)
-    found = sync.cut(sound, np.array([-0.2]), 0.5)
+    half = ViewSpec(modality="audio", crop_s=0.5)
+    found = cut(sound, half, np.array([-0.2]))
     assert found.data.tolist() == [[0, 0, 1, 2, 3]]
-    assert sync.cut(sound, np.array([0.8]), 0.5).data.tolist() == [[9, 10, 0, 0, 0]]
+    assert cut(sound, half, np.array([0.8])).data.tolist() == [[9, 10, 0, 0, 0]]
     assert found.start_s_P.tolist() == [-0.2]
+    normal = half.model_copy(update={"normalize": True})
+    again = cut(sound, normal, np.array([0.1])).data[0]
+    assert (float(again.mean()), float(again.std(correction=0))) == pytest.approx((0, 1), abs=1e-5)
 
 
 def test_the_signal_knows_when_motion_and_loudness_agree():
@@ -167,7 +194,10 @@ def test_the_signal_knows_when_motion_and_loudness_agree():
     loud = np.repeat(np.concatenate([[0], steps]), 20) * rng.normal(size=800)
     batch.views["sound"].data = torch.from_numpy(loud)[None]
     assert sync.correlation(batch)[0] > 0.9
-    batch.views["sound"].data = batch.views["sound"].data.roll(100, 1)
+    longer = torch.nn.functional.pad(batch.views["sound"].data, (50, 50), value=9.0)
+    batch.views["sound"].data = longer
+    assert sync.correlation(batch)[0] > 0.9  # the film's stretch is the middle of the sound
+    batch.views["sound"].data = longer[:, 50:-50].roll(100, 1)
     assert sync.correlation(batch)[0] < 0.6
     batch.views["sound"].data = torch.zeros(1, 800)
     assert sync.correlation(batch)[0] == 0.0
@@ -181,6 +211,11 @@ def test_offsets_by_hand():
     assert found["within_one"] == pytest.approx(2 / 3)
     assert found["chance_accuracy"] == pytest.approx(1 / 5)
     assert found["mean_error_s"] == pytest.approx(0.2)
+    same = sync.offset_numbers(np.zeros((2, 5)), np.array([0, 1]))  # ties against the model
+    assert (same["accuracy"], same["within_one"]) == (0, 0)
+    assert same["mean_error_s"] == pytest.approx(0.2 * (4 + 3) / 2)
+    unknown = sync.offset_numbers(np.full((1, 5), np.nan), np.array([1]))
+    assert unknown["mean_error_s"] == pytest.approx(0.6)
 
 
 def test_the_clapper_measures_what_is_late(monkeypatch):
