@@ -55,7 +55,8 @@ def evaluate(session: Session) -> Results:
         UserError: no such field, no modality, or no class with two tokens beside another class.
     """
     options = cast("Options", session.options)
-    items, frames, metas, empty = collect(session, options)
+    unlabelled: list[str] = []
+    items, frames, metas, empty = collect(session, options, unlabelled)
     kept = drawn(items, options.max_items, options.seed)
     made: dict[str, Metrics] = {}
     for name, tokens in frames.items():
@@ -63,7 +64,7 @@ def evaluate(session: Session) -> Results:
         made[name] = abx([items[i] for i in kept], few, session, name)
     found = session.facts("abx", metas)
     facts = {"n": len(kept), "tokens": len(items), "without_frames": empty, "chance": 0.5}
-    found["abx"] = {**made[TRAINED], **facts}
+    found["abx"] = {**made[TRAINED], **facts, "unlabelled": len(unlabelled)}
     found["trivial"] = {"abx": {SIGNAL: made[SIGNAL]}}
     if RANDOM in made:
         found["random_encoder"] = {"abx": made[RANDOM]}
@@ -75,14 +76,17 @@ def evaluate(session: Session) -> Results:
 
 
 def collect(
-    session: Session, options: Options
+    session: Session, options: Options, unlabelled: list[str]
 ) -> tuple[list[Item], dict[str, list[Floats]], list[Mapping[str, Any]], int]:
-    """Tokens, their frames (T, D) by model, metas of their clips, tokens too short for a frame."""
+    """Tokens, their frames (T, D) by model, metas of their clips, tokens too short for a frame.
+
+    `unlabelled` gets the keys of the clips without class, context or speaker.
+    """
     items: list[Item] = []
     frames: dict[str, list[Floats]] = {}
     metas: list[Mapping[str, Any]] = []
     empty = 0
-    for clip, spans in labelled_clips(session, options):
+    for clip, spans in labelled_clips(session, options, unlabelled, ("context", "speaker")):
         metas.append(clip.meta)
         speaker = str(clip.meta.get(options.speaker, ""))
         for span in spans:

@@ -140,6 +140,33 @@ def test_abx_of_tones(run, words):
     assert len(found["abx"]["within"]["ci"]["error"]) == 2
 
 
+def test_clips_without_an_asked_field_are_left_out_and_counted(run, monkeypatch):
+    def clip_frames(session):
+        for i, clip in enumerate(plain(session)):
+            if i % 2:
+                clip.meta.pop("voice")
+            clip.meta["even"] = [1, None][i % 2]
+            clip.meta["odd"] = [None, 1][i % 2]
+            clip.meta["none"] = []
+            yield clip
+
+    plain = spans.clip_frames
+    monkeypatch.setattr(spans, "clip_frames", clip_frames)
+    options = abx.Options(label="tone", speaker="voice", random=False, resamples=0)
+    found = abx.evaluate(Session.open(run, options))
+    assert (found["abx"]["tokens"], found["abx"]["unlabelled"]) == (9, 9)
+    every = abx.evaluate(Session.open(run, options.model_copy(update={"speaker": ""})))
+    assert (every["abx"]["tokens"], every["abx"]["unlabelled"]) == (18, 0)
+    options = unit_suite.Options(label="tone", context="voice", clusters=3, random=False)
+    found = unit_suite.evaluate(Session.open(run, options))["units"]
+    assert (found["clips"], found["unlabelled"]) == (9, 9)
+    for words in ({"label": "even", "context": "odd"}, {"segments": "none"}):
+        session = Session.open(run, abx.Options(**words))
+        together = ", ".join(f"{option}={field}" for option, field in words.items())
+        with pytest.raises(UserError, match=f"has a value of all of {together}; name other"):
+            abx.evaluate(session)
+
+
 def test_units_of_tones(run):
     suites.main("units", str(run), ["label=tone", "clusters=3", "resamples=20"])
     found = results.read(run / "results_units.json")
@@ -155,7 +182,7 @@ def test_units_of_a_side_car(run, tmp_path):
     path = tmp_path / "units.safetensors"
     options = unit_suite.Options(label="tone", units=str(path), resamples=0)
     session = Session.open(run, options)
-    tones = {c.key: s[0].name for c, s in spans.labelled_clips(session, options)}
+    tones = {c.key: s[0].name for c, s in spans.labelled_clips(session, options, [])}
     rng = RNG(0)
     ids = {k: np.repeat(rng.integers(0, 5, 10), 5) + 5 * (n == "low") for k, n in tones.items()}
     with writing(path, LabelInfo(Source("x", 50.0), (10,), "s")) as writer:
@@ -203,6 +230,9 @@ def test_frames_belong_to_the_stretch_around_their_centre():
     ("suite", "words", "message"),
     [
         ("abx", ["label=no"], "label=no: no clip of this data has that field"),
+        ("abx", ["label=tone", "speaker=no"], "speaker=no: no clip of this data has that field"),
+        ("abx", ["segments=parts", "context=no"], "context=no: no clip of this data has"),
+        ("units", ["label=tone", "context=no"], "context=no: no clip of this data has that field"),
         ("abx", ["segments=no"], "segments=no: no clip of this data has that field"),
         ("abx", ["segments=tone"], "is not .start s, end s, class."),
         ("abx", ["label=tone", "layer=all"], "layer=all: this suite compares frames of one layer"),
