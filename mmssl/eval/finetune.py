@@ -123,10 +123,14 @@ def labelled(session: Session, options: Options) -> tuple[Rows, int]:
 
 
 def subset(labels: Labels, rows: Ints, share: float, seed: int) -> Ints:
-    """A share of the rows, of every class at least one; a larger share holds the smaller ones."""
+    """A share of the rows, of every class at least one; a larger share holds the smaller ones.
+
+    Rows without any label are drawn as a class of their own.
+    """
     order = np.random.default_rng(seed).permutation(rows)
     kept: set[int] = set()
-    for own in labels.table_NK[order].T:
+    table_NK = labels.table_NK[order]
+    for own in [*table_NK.T, ~table_NK.any(axis=1)]:
         members = order[own]
         kept |= set(members[: math.ceil(share * len(members) - 1e-9)].tolist())
     return np.asarray(sorted(kept), dtype=np.int64)

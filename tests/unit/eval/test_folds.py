@@ -215,3 +215,14 @@ def test_subsets_of_labels_are_stratified_and_nested():
     assert whole.tolist() == rows.tolist()
     assert set(small) < set(middle)
     assert not np.array_equal(subset(labels, rows, 0.1, 8), middle)
+
+
+def test_clips_without_a_label_are_drawn_as_a_class():
+    table = np.zeros((100, 2), bool)
+    table[:40, 0] = table[20:60, 1] = True
+    labels, rows = folds.Labels(["a", "b"], table, True), np.arange(100)
+    assert subset(labels, rows, 1.0, 0).tolist() == rows.tolist()
+    small, half = subset(labels, rows, 0.1, 0), subset(labels, rows, 0.5, 0)
+    assert ((small >= 60).sum(), (half >= 60).sum()) == (4, 20)
+    assert set(small) < set(half)
+    assert len(subset(labels, rows[60:], 0.01, 0)) == 1
