@@ -11,6 +11,7 @@ from sklearn.metrics import homogeneity_score
 from mmssl.data.sidecars import LabelInfo, SideCar, Source, writing
 from mmssl.eval import abx, results, spans, suites, unit_suite
 from mmssl.eval.abx import Item
+from mmssl.eval.retrieval import normalize
 from mmssl.eval.session import Session
 from mmssl.types import UserError
 
@@ -46,7 +47,8 @@ def test_warping_matches_all_paths():
     shapes = [(1, 1), (1, 5), (4, 1), (3, 3), (4, 5), (6, 2), (5, 4)]
     a = [token(rng, t) for t, _ in shapes]
     b = [token(rng, u) for _, u in shapes]
-    assert np.allclose(abx.dtw(a, b), [best_path(x, y) for x, y in zip(a, b, strict=True)])
+    wanted = [best_path(x, y) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(abx.dtw(a, b), wanted, rtol=0, atol=5.01e-7)  # of 6 decimals
 
 
 def test_warping_laws():
@@ -111,6 +113,16 @@ def test_equal_tokens_are_at_chance_and_separate_ones_perfect():
     assert alone["across"] is None
     with pytest.raises(UserError, match="no context holds a class with two tokens"):
         abx.abx(items[:3], apart[:3])
+
+
+def test_a_collapsed_encoder_is_at_chance_exactly():
+    """Its frames are of one direction, up to the last bit of what is normalised."""
+    rng = RNG(0)
+    point = rng.normal(size=7)
+    items = [Item(name, "", speaker) for name in "ab" for speaker in "st" for _ in range(3)]
+    scales = [rng.uniform(0.1, 9.0, (int(rng.integers(1, 5)), 1)) for _ in items]
+    found = abx.abx(items, [normalize(scale * point) for scale in scales])
+    assert found["within"]["error"] == found["across"]["error"] == 0.5
 
 
 def test_large_groups_are_thinned():
