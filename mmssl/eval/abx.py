@@ -176,7 +176,7 @@ def _cells(
 
 
 class _Distances:
-    """Distances of tokens of one context, computed when first asked for."""
+    """Distances of the tokens of each context, all computed at once."""
 
     def __init__(self, items: Sequence[Item], frames: Sequence[Floats], title: str) -> None:
         contexts: dict[str, list[int]] = defaultdict(list)

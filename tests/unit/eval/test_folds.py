@@ -131,6 +131,14 @@ def test_majority_names_the_commonest_class_of_the_other_folds():
     ] == pytest.approx(2 / 3)
 
 
+def test_majority_among_the_other_clips_does_not_see_the_asked_one():
+    labels, _ = folds.read_labels([{"y": "ab"[i >= 10]} for i in range(15)], "y")
+    everyone = np.arange(15)
+    scores = folds.majority(labels, [folds.Fold("all", everyone, everyone[:0], everyone)])
+    assert np.allclose(scores[:10], [9 / 14, 5 / 14])
+    assert np.allclose(scores[10:], [10 / 14, 4 / 14])
+
+
 def test_a_training_part_of_one_class_is_refused():
     metas = [{"y": "ab"[f == "1"], "f": f} for f in "112233"]
     labels, _ = folds.read_labels(metas, "y")

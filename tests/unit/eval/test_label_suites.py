@@ -185,7 +185,7 @@ def test_looks_at_dev_leave_out_what_cannot_be_read(run, unreadable):
     unreadable[:] = np.flatnonzero(labels.ids_N == 0)[:5]
     assert finetune._value(clips, tuned, np.arange(18)) == pytest.approx(6 / 13)
     tuned.head.bias.data[1] = torch.nan
-    with pytest.raises(UserError, match="scores that are not finite; lower lr=0.0001"):
+    with pytest.raises(UserError, match=r"scores that are not finite; lower lr=0\.0001"):
         finetune._value(clips, tuned, np.arange(18))
 
 
