@@ -47,7 +47,7 @@ def refit(
         video: the network it was made of; likewise.
         batches: fp32 images (P, 3, H, W) as the front-end scales them, one step each.
         frames: of the repeated clip.
-        lr: peak learning rate.
+        lr: learning rate, the same in all steps.
 
     Returns:
         the mean absolute difference before every step.

@@ -55,7 +55,8 @@ def evaluate(session: Session) -> Results:
         UserError: no such field, no modality, or no class with two tokens beside another class.
     """
     options = cast("Options", session.options)
-    items, frames, metas, empty = collect(session, options)
+    unlabelled: list[str] = []
+    items, frames, metas, empty = collect(session, options, unlabelled)
     kept = drawn(items, options.max_items, options.seed)
     made: dict[str, Metrics] = {}
     for name, tokens in frames.items():
@@ -63,7 +64,7 @@ def evaluate(session: Session) -> Results:
         made[name] = abx([items[i] for i in kept], few, session, name)
     found = session.facts("abx", metas)
     facts = {"n": len(kept), "tokens": len(items), "without_frames": empty, "chance": 0.5}
-    found["abx"] = {**made[TRAINED], **facts}
+    found["abx"] = {**made[TRAINED], **facts, "unlabelled": len(unlabelled)}
     found["trivial"] = {"abx": {SIGNAL: made[SIGNAL]}}
     if RANDOM in made:
         found["random_encoder"] = {"abx": made[RANDOM]}
@@ -75,14 +76,17 @@ def evaluate(session: Session) -> Results:
 
 
 def collect(
-    session: Session, options: Options
+    session: Session, options: Options, unlabelled: list[str]
 ) -> tuple[list[Item], dict[str, list[Floats]], list[Mapping[str, Any]], int]:
-    """Tokens, their frames (T, D) by model, metas of their clips, tokens too short for a frame."""
+    """Tokens, their frames (T, D) by model, metas of their clips, tokens too short for a frame.
+
+    `unlabelled` gets the keys of the clips without class, context or speaker.
+    """
     items: list[Item] = []
     frames: dict[str, list[Floats]] = {}
     metas: list[Mapping[str, Any]] = []
     empty = 0
-    for clip, spans in labelled_clips(session, options):
+    for clip, spans in labelled_clips(session, options, unlabelled, ("context", "speaker")):
         metas.append(clip.meta)
         speaker = str(clip.meta.get(options.speaker, ""))
         for span in spans:
@@ -172,7 +176,7 @@ def _cells(
 
 
 class _Distances:
-    """Distances of tokens of one context, computed when first asked for."""
+    """Distances of the tokens of each context, all computed at once."""
 
     def __init__(self, items: Sequence[Item], frames: Sequence[Floats], title: str) -> None:
         contexts: dict[str, list[int]] = defaultdict(list)
@@ -214,7 +218,8 @@ def dtw(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
     """(P,) mean angular distance (0 to 1) along the best path of dynamic time warping.
 
     a, b: (T, D) and (U, D) unit rows of each pair. The path with the least sum counts, of equal
-    ones the more diagonal; its sum is divided by its length.
+    ones the more diagonal; its sum is divided by its length. The mean is rounded to 6 decimals:
+    near 0 arccos makes 1e-8 of the last bit of a cosine, and equal distances must be ties.
     """
     x, y = _padded(a), _padded(b)
     cost_PTU = np.arccos(np.clip(np.einsum("ptd,pud->ptu", x, y), -1, 1)) / np.pi
@@ -232,7 +237,7 @@ def dtw(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
         counts = np.stack([length[place] for place in before])
         length[i, j] = 1 + np.take_along_axis(counts, best, 0)[0]
     last = ([len(t) for t in a], [len(u) for u in b], np.arange(pairs))
-    return np.asarray(total[last] / length[last])
+    return np.round(total[last] / length[last], 6)
 
 
 def _padded(tokens: Sequence[Floats]) -> Floats:

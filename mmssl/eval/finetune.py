@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,10 +65,11 @@ class Options(SuiteSpec):
 
 
 def evaluate(session: Session) -> Results:
-    """Results of the suite.
+    """Results of the suite; test clips that cannot be read count as missing.
 
     Raises:
-        UserError: no such field, one class only, folds that cannot be used, no such modality.
+        UserError: no such field, one class only, folds that cannot be used or read, no such
+            modality.
     """
     options = cast("Options", session.options)
     rows, missing = labelled(session, options)
@@ -76,20 +77,23 @@ def evaluate(session: Session) -> Results:
     folds = folding.read_folds([rows.meta[i] for i in kept], options.fold)
     keys, sources = [rows.keys[i] for i in kept], np.asarray(rows.sources)[kept]
     clips = Clips(session, options, labels, keys)
-    tested = np.sort(np.concatenate([fold.test for fold in folds]))
+    tested = np.concatenate([fold.test for fold in folds])
     made: dict[str, dict[str, Metrics]] = {name: {} for name in session.models}
     for share in options.shares.split(","):
         for name in session.models:
             scores_NK, used = fine_tuned(clips, folds, name, float(share) / 100)
+            read = [replace(f, test=scored(scores_NK, f.test, f"fold {f.name}")) for f in folds]
             record = None
             if name == TRAINED:
-                record = session.items.recorder(f"finetune.{share}", rows, kept[tested])
-            found = folding.summary(scores_NK, labels, folds, sources, session.protocol, record)
+                there = np.sort(np.concatenate([fold.test for fold in read]))
+                record = session.items.recorder(f"finetune.{share}", rows, kept[there])
+            found = folding.summary(scores_NK, labels, read, sources, session.protocol, record)
             made[name][share] = found | {"labels": used}
     guess = folding.majority(labels, folds)
-    majority = folding.summary(guess, labels, folds, sources, session.protocol)
+    majority = folding.summary(guess, labels, read, sources, session.protocol)
+    unread = len(tested) - majority["n"]
     result = session.facts("finetune", rows.meta)
-    result["finetune"] = {**made[TRAINED], "n": len(kept), "n_missing": missing}
+    result["finetune"] = made[TRAINED] | {"n": len(kept) - unread, "n_missing": missing + unread}
     result["finetune"]["shared_sources"] = folding.shared_sources(folds, sources)
     result["trivial"] = {"finetune": {"majority": majority}}
     if RANDOM in made:
@@ -119,10 +123,14 @@ def labelled(session: Session, options: Options) -> tuple[Rows, int]:
 
 
 def subset(labels: Labels, rows: Ints, share: float, seed: int) -> Ints:
-    """A share of the rows, of every class at least one; a larger share holds the smaller ones."""
+    """A share of the rows, of every class at least one; a larger share holds the smaller ones.
+
+    Rows without any label are drawn as a class of their own.
+    """
     order = np.random.default_rng(seed).permutation(rows)
     kept: set[int] = set()
-    for own in labels.table_NK[order].T:
+    table_NK = labels.table_NK[order]
+    for own in [*table_NK.T, ~table_NK.any(axis=1)]:
         members = order[own]
         kept |= set(members[: math.ceil(share * len(members) - 1e-9)].tolist())
     return np.asarray(sorted(kept), dtype=np.int64)
@@ -194,8 +202,11 @@ class Tuned(nn.Module):
 def fine_tuned(
     clips: Clips, folds: Sequence[Fold], name: str, share: float
 ) -> tuple[Floats, dict[str, int]]:
-    """(N, K) scores of every test clip by a tower trained for its fold; labels used by fold."""
-    scores_NK = np.zeros(clips.labels.table_NK.shape)
+    """(N, K) scores of every test clip by a tower trained for its fold; labels used by fold.
+
+    Scores are NaN where a clip could not be read.
+    """
+    scores_NK = np.full(clips.labels.table_NK.shape, np.nan)
     used = {}
     for fold in progress(folds, f"fine-tuning, {name}, {share:.0%}", len(folds)):
         seed = seed_of(clips.options.seed, "finetune", fold.name)
@@ -256,17 +267,41 @@ def _loss(logits_PK: Tensor, truth_PK: Tensor, multi: bool) -> Tensor:
 
 
 def _value(clips: Clips, tuned: Tuned, rows: Ints) -> float:
-    scores_NK = np.zeros(clips.labels.table_NK.shape)
+    scores_NK = np.full(clips.labels.table_NK.shape, np.nan)
     predict(clips, tuned, rows, scores_NK)
-    value: float = folding.score(scores_NK, clips.labels, rows)[folding.headline(clips.labels)]
+    found = folding.score(scores_NK, clips.labels, scored(scores_NK, rows, "the `dev` part"))
+    value: float = found[folding.headline(clips.labels)]
     return value
 
 
+def scored(scores_NK: Floats, rows: Ints, part: str) -> Ints:
+    """Those of the rows that have scores.
+
+    Raises:
+        UserError: none has; names the part of the clips.
+    """
+    kept = rows[~np.isnan(scores_NK[rows, 0])]
+    if len(kept) == 0:
+        raise UserError(
+            f"finetune: none of the {len(rows)} clips of {part} could be read; repair their media"
+        )
+    return kept
+
+
 def predict(clips: Clips, tuned: Tuned, rows: Ints, scores_NK: Floats) -> None:
-    """Fill in the logits of some rows."""
+    """Fill in the logits of those of the rows that can be read.
+
+    Raises:
+        UserError: the training has diverged.
+    """
     device = tuned.head.weight.device
     with frozen([cast("Any", tuned)]):
         for batch, numbers in clips.read(rows, clips.options.micro_batch):
             view = batch.to(device).views[clips.name]
             logits = tuned(view).double().cpu().numpy()
+            if not np.isfinite(logits).all():
+                raise UserError(
+                    f"finetune: the tuned tower makes scores that are not finite; lower "
+                    f"lr={clips.options.lr}"
+                )
             scores_NK[numbers[view.rows_P.cpu().numpy()]] = logits

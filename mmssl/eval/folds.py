@@ -1,6 +1,6 @@
 """Labels and predefined folds of clips, scores by fold, and what needs no model.
 
-Letters in shapes: N clips, K classes.
+Letters in shapes: N clips, K classes, P test clips of a fold.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def summary(
     """Mean and standard deviation over folds of scores that were made fold by fold.
 
     `mean` and `std` (over folds, n - 1) are those of the headline metric. Single labels also get a
-    95 % interval over sources, and `record` the hit of every clip (rows outside all tests: none).
+    95 % interval over sources, and `record` the hit of every clip (rows outside all tests: none);
+    macro means of several labels are no means over clips, so that nothing is recorded.
     """
     name = headline(labels)
     parts = {fold.name: score(scores_NK, labels, fold.test) for fold in folds}
@@ -225,8 +226,13 @@ def summary(
 
 
 def majority(labels: Labels, folds: Sequence[Fold]) -> Floats:
-    """(N, K) scores that know nothing of a clip: the share of each class outside its fold."""
+    """(N, K) scores that know nothing of a clip: the share of each class outside its fold.
+
+    Where the test part lies among the rest (neighbours without folds): among the other clips.
+    """
     scores_NK = np.full(labels.table_NK.shape, np.nan)
     for fold in folds:
-        scores_NK[fold.test] = labels.table_NK[fold.rest].mean(axis=0)
+        own_P1 = np.isin(fold.test, fold.rest)[:, None]
+        count_PK = labels.table_NK[fold.rest].sum(axis=0) - own_P1 * labels.table_NK[fold.test]
+        scores_NK[fold.test] = count_PK / (len(fold.rest) - own_P1)
     return scores_NK

@@ -21,6 +21,9 @@ Metrics = dict[str, Any]
 class ItemTable:
     """Values of single clips, so that runs can be pooled over folds and compared in pairs.
 
+    It stays empty where a number is no mean over clips: `abx`, `units`, and `probe`, `knn` and
+    `finetune` of several labels per clip.
+
     values: metric -> clip key -> value; sources: clip key -> source recording; parts: the same by
     part of the test set, where it was split.
     """

@@ -133,7 +133,7 @@ def linear(
     one against the rest.
 
     Raises:
-        UserError: the training part of a fold holds one class only.
+        UserError: the training clips of a fold all have the same labels.
     """
     x = np.asarray(x_ND, dtype=np.float64)
     scores_NK = np.full(labels.table_NK.shape, np.nan)
@@ -154,11 +154,17 @@ def linear(
 
 
 def _check_classes(labels: Labels, rows: NDArray[np.int64], fold: Fold) -> None:
-    if labels.table_NK[rows].any(axis=0).sum() < 2:
+    if not _varying(labels, rows).any():
         raise UserError(
-            f"fold {fold.name}: its {len(rows)} training clips are of one class; folds must mix "
-            "the classes"
+            f"fold {fold.name}: its {len(rows)} training clips do not differ in their labels; "
+            "folds must mix the classes"
         )
+
+
+def _varying(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(K,) classes that some of the rows have and some have not."""
+    table_NK = labels.table_NK[rows]
+    return np.asarray(table_NK.any(axis=0) & ~table_NK.all(axis=0))
 
 
 def _fit(
@@ -177,10 +183,11 @@ def _fit(
         # weak penalties of separable classes never settle, their predictions do
         warnings.simplefilter("ignore", ConvergenceWarning)
         if labels.multi:
-            there = labels.table_NK[train].any(axis=0) & ~labels.table_NK[train].all(axis=0)
+            there = _varying(labels, train)
             model = make_pipeline(StandardScaler(), OneVsRestClassifier(regression))
             model.fit(x_ND[train], labels.table_NK[train][:, there].astype(int))
-            scores_NK[:, there] = model.predict_proba(x_ND[test]).reshape(len(test), -1)
+            # of a single class there are two columns, without and with it
+            scores_NK[:, there] = model.predict_proba(x_ND[test])[:, -there.sum() :]
             scores_NK[:, labels.table_NK[train].all(axis=0)] = 1.0
             return scores_NK
         model = make_pipeline(StandardScaler(), regression)

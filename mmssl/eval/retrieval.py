@@ -95,8 +95,9 @@ def ranks(
         query_groups_Q: with `base_groups_N`: each query meets the items of its own group only.
         base_groups_N: groups of the database.
         chunk: queries per block of similarities.
-        dual_softmax: scale of a re-weighting that needs all queries at once (Cheng et al. 2021,
-            CAMoE): each score times its softmax over the queries; 0 = none.
+        dual_softmax: scale of a re-weighting that needs all queries at once (after Cheng et al.
+            2021, CAMoE): softmax over the items times softmax over the queries, both of the
+            scaled scores, which what is added to all scores does not change; 0 = none.
 
     Raises:
         ValueError: a query has no relevant item, or embeddings or scores are not finite.
@@ -144,13 +145,14 @@ def _chunks(
         for rows in blocks:
             yield rows, scores(rows).astype(np.float32)
         return
-    # cosines are at most 1, so that the sum needs no other protection from overflow
-    most_N = query.max(axis=0).astype(np.float64) if base is None else 1.0
-    total_N = sum(np.exp(dual_softmax * (scores(rows) - most_N)).sum(axis=0) for rows in blocks)
+    totals = [np.logaddexp.reduce(dual_softmax * scores(rows), axis=0) for rows in blocks]
+    total_N = np.logaddexp.reduce(totals, axis=0)
     for rows in blocks:
-        scores_CN = scores(rows)
-        share_CN = np.exp(dual_softmax * (scores_CN - most_N)) / total_N
-        yield rows, np.asarray(scores_CN * share_CN, dtype=np.float32)
+        # the sum of both logarithms, less what is the same for all items of a query
+        weight_CN = 2 * dual_softmax * scores(rows) - total_N
+        # 1 below zero, near which float32 would tell apart what float64 has rounded differently
+        below_CN = weight_CN - weight_CN.max(axis=1, keepdims=True) - 1
+        yield rows, below_CN.astype(np.float32)
 
 
 def _rank_chunk(

@@ -6,7 +6,7 @@ Letters in shapes: T frames, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,19 +67,32 @@ def spans_of(meta: Mapping[str, Any], options: SpanSpec) -> list[Span]:
     return found
 
 
-def labelled_clips(session: Session, options: SpanSpec) -> Iterator[tuple[ClipFrames, list[Span]]]:
-    """Frames of the clips that have labelled stretches.
+def labelled_clips(
+    session: Session, options: SpanSpec, left_out: list[str], also: Sequence[str] = ("context",)
+) -> Iterator[tuple[ClipFrames, list[Span]]]:
+    """Frames of the clips that have labelled stretches, and the fields of `also` where given.
+
+    also: names of options. `left_out` gets the keys of the other clips.
 
     Raises:
-        UserError: no clip has any, or as `clip_frames`.
+        UserError: no clip has one of the fields, or none has all, or as `clip_frames`.
     """
-    option = "segments" if options.segments else "label"
+    label = "segments" if options.segments else "label"
+    fields = {label: getattr(options, label)}
+    fields |= {option: field for option in also if (field := getattr(options, option))}
     metas, any_span = [], False
     for clip in clip_frames(session):
-        spans = spans_of(clip.meta, options)
         metas.append(clip.meta)
-        if spans:
+        known = all(clip.meta.get(field) is not None for field in fields.values())
+        if known and (spans := spans_of(clip.meta, options)):
             any_span = True
             yield clip, spans
-    if not any_span:
-        raise no_field(option, getattr(options, option), metas)
+        else:
+            left_out.append(clip.key)
+    if any_span:
+        return
+    for option, field in fields.items():
+        if not any(meta.get(field) is not None for meta in metas):
+            raise no_field(option, field, metas)
+    together = ", ".join(f"{option}={field}" for option, field in fields.items())
+    raise UserError(f"no clip of this data has a value of all of {together}; name other fields")

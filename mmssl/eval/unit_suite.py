@@ -56,7 +56,8 @@ def evaluate(session: Session) -> Results:
     options = cast("Options", session.options)
     if options.units:
         session.models.pop(RANDOM, None)  # units of a file have no random twin
-    clips = list(labelled_clips(session, options))
+    unlabelled: list[str] = []
+    clips = list(labelled_clips(session, options, unlabelled))
     spans = [found for _, found in clips]
     names = sorted({span.name for found in spans for span in found})
     if options.units:
@@ -75,6 +76,7 @@ def evaluate(session: Session) -> Results:
     found = session.facts("units", [c.meta for c, _ in clips])
     share = made[TRAINED].pop("majority")
     found["units"] = {**made[TRAINED], "classes": len(names), "clips": len(clips)}
+    found["units"]["unlabelled"] = len(unlabelled)
     found["trivial"] = {"units": {"majority": share} | _named(SIGNAL, made)}
     found |= {"random_encoder": {"units": made[RANDOM]}} if RANDOM in made else {}
     x = ["pnmi", "phone_purity", "cluster_purity"]

@@ -132,10 +132,18 @@ def test_majority_names_the_commonest_class_of_the_other_folds():
     ] == pytest.approx(2 / 3)
 
 
+def test_majority_among_the_other_clips_does_not_see_the_asked_one():
+    labels, _ = folds.read_labels([{"y": "ab"[i >= 10]} for i in range(15)], "y")
+    everyone = np.arange(15)
+    scores = folds.majority(labels, [folds.Fold("all", everyone, everyone[:0], everyone)])
+    assert np.allclose(scores[:10], [9 / 14, 5 / 14])
+    assert np.allclose(scores[10:], [10 / 14, 4 / 14])
+
+
 def test_a_training_part_of_one_class_is_refused():
     metas = [{"y": "ab"[f == "1"], "f": f} for f in "112233"]
     labels, _ = folds.read_labels(metas, "y")
-    with pytest.raises(UserError, match="fold 1: its 2 training clips are of one class"):
+    with pytest.raises(UserError, match="fold 1: its 2 training clips do not differ"):
         linear(np.zeros((6, 2)), labels, folds.read_folds(metas, "f"))
 
 
@@ -171,6 +179,24 @@ def test_classes_that_say_nothing_are_left_out():
     assert (found["map"], found["auc"], found["classes"]) == (1.0, 1.0, 1)
     with pytest.raises(UserError, match="no class that only some"):
         folds.score(np.zeros((3, 2)), labels, np.array([1]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_label_of_all_training_clips_leaves_a_regression_of_the_other():
+    x, labels, parts = several()
+    table = labels.table_NK[:, :2].copy()
+    table[:, 0] = True
+    held = folds.Labels(["a", "b"], table, True)
+    scores, _ = linear(x, held, parts, grid=(1.0,))
+    for fold in parts:
+        scale = StandardScaler().fit(x[fold.rest])
+        model = LogisticRegression(max_iter=500)
+        model.fit(scale.transform(x[fold.rest]), table[fold.rest, 1])
+        wanted = model.predict_proba(scale.transform(x[fold.test]))[:, 1]
+        assert np.allclose(scores[fold.test], np.stack([np.ones(30), wanted], axis=1))
+    table[:, 1] = False
+    with pytest.raises(UserError, match="fold 0: its 30 training clips do not differ"):
+        linear(x, held, parts)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -216,3 +242,14 @@ def test_subsets_of_labels_are_stratified_and_nested():
     assert whole.tolist() == rows.tolist()
     assert set(small) < set(middle)
     assert not np.array_equal(subset(labels, rows, 0.1, 8), middle)
+
+
+def test_clips_without_a_label_are_drawn_as_a_class():
+    table = np.zeros((100, 2), bool)
+    table[:40, 0] = table[20:60, 1] = True
+    labels, rows = folds.Labels(["a", "b"], table, True), np.arange(100)
+    assert subset(labels, rows, 1.0, 0).tolist() == rows.tolist()
+    small, half = subset(labels, rows, 0.1, 0), subset(labels, rows, 0.5, 0)
+    assert ((small >= 60).sum(), (half >= 60).sum()) == (4, 20)
+    assert set(small) < set(half)
+    assert len(subset(labels, rows[60:], 0.01, 0)) == 1

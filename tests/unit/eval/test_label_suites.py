@@ -145,6 +145,50 @@ def test_fine_tuning_moves_a_copy_of_the_tower(run):
     assert any(name.startswith("tower.stem") for name in changed)
 
 
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Numbers of clips that `Clips.read` leaves out."""
+    gone, plain = [], finetune.Clips.read
+    monkeypatch.setattr(
+        finetune.Clips, "read", lambda self, rows, n: plain(self, rows[~np.isin(rows, gone)], n)
+    )
+    return gone
+
+
+def test_test_clips_that_cannot_be_read_are_missing(run, unreadable):
+    unreadable[:] = [2, 4]  # of the classes 0 and 2
+    options = finetune.Options(label="tone", fold="fold", shares="100", steps=2, batch=4)
+    session = Session.open(run, options.model_copy(update={"random": False, "resamples": 5}))
+    result = finetune.evaluate(session)
+    found, majority = result["finetune"], result["trivial"]["finetune"]["majority"]
+    assert (found["n"], found["n_missing"], found["100"]["n"], majority["n"]) == (16, 2, 16, 16)
+    assert [part["n"] for part in found["100"]["folds"].values()] == [5, 5, 6]
+    hits = session.items.values["finetune.100.hit"]
+    assert len(hits) == 16
+    assert np.mean([*hits.values()]) == pytest.approx(
+        sum(part["n"] * part["accuracy"] for part in found["100"]["folds"].values()) / 16
+    )
+    unreadable[:] = range(3, 6)
+    unreadable += range(12, 15)
+    with pytest.raises(UserError, match="none of the 6 clips of the `dev` part could be read"):
+        finetune.evaluate(session)
+
+
+def test_looks_at_dev_leave_out_what_cannot_be_read(run, unreadable):
+    options = finetune.Options(label="tone", fold="fold", random=False)
+    session = Session.open(run, options)
+    rows, _ = finetune.labelled(session, options)
+    labels, _ = read_labels(rows.meta, "tone")
+    clips = finetune.Clips(session, options, labels, rows.keys)
+    tuned = finetune.Tuned(session.models["trained"], clips.name, 3)
+    tuned.head.bias.data[1] = 1.0  # always the second class
+    unreadable[:] = np.flatnonzero(labels.ids_N == 0)[:5]
+    assert finetune._value(clips, tuned, np.arange(18)) == pytest.approx(6 / 13)
+    tuned.head.bias.data[1] = torch.nan
+    with pytest.raises(UserError, match=r"scores that are not finite; lower lr=0\.0001"):
+        finetune._value(clips, tuned, np.arange(18))
+
+
 @pytest.mark.parametrize("shares", ["0", "1,101", "a,b", ""])
 def test_shares_are_per_cent(run, shares):
     with pytest.raises(UserError, match="numbers above 0, at most 100"):

@@ -274,10 +274,10 @@ def test_equal_text_reports_both_rates():
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_dual_softmax_is_the_product_with_the_share_over_queries(chunk):
+def test_dual_softmax_is_the_product_of_the_shares_over_items_and_queries(chunk):
     a, b = pair(50, 6, noise=1.5)
     cosines = torch.from_numpy(normalize(a) @ normalize(b).T)
-    scores = (cosines * torch.softmax(20 * cosines, dim=0)).numpy()
+    scores = (torch.softmax(20 * cosines, dim=1) * torch.softmax(20 * cosines, dim=0)).numpy()
     own = np.diagonal(scores)[:, None]
     found = ranks(a, b, np.arange(50), np.arange(50), chunk=chunk, dual_softmax=20.0)
     assert np.array_equal(found.pessimistic_Q, (scores >= own).sum(axis=1))
@@ -285,3 +285,23 @@ def test_dual_softmax_is_the_product_with_the_share_over_queries(chunk):
     assert table["dual_softmax"]["mean_rank"] == found.pessimistic_Q.mean()
     assert table["mean_rank"] == direction(a, b, items(50), resamples=0)["mean_rank"]
     assert "dual_softmax" not in direction(a, b, items(50), resamples=0)
+
+
+def test_dual_softmax_does_not_change_with_the_zero_of_the_scores():
+    a, b = pair(50, 6, noise=0.8)
+    cosines = normalize(a) @ normalize(b).T
+    want = ranks(cosines, None, range(50), range(50), dual_softmax=20.0)
+    assert 0.5 < want.hits(1).mean() < 1
+    for shift in (-3.0, -1.0, 0.3, 50.0):
+        found = ranks(cosines + shift, None, range(50), range(50), dual_softmax=20.0)
+        assert np.array_equal(found.pessimistic_Q, want.pessimistic_Q)
+
+
+@pytest.mark.parametrize("scale", [20.0, 5000.0])
+def test_dual_softmax_leaves_ties_and_opposite_vectors(scale):
+    a, b = pair(20, 6, noise=0.0)
+    twice = np.concatenate([b, 3 * b])  # equal up to the last bit
+    found = ranks(a, twice, range(20), range(40), dual_softmax=scale)
+    assert found.pessimistic_Q.tolist() == [2] * 20
+    away = ranks(a[:1], -b[:1], [0], [0], dual_softmax=scale)
+    assert away.pessimistic_Q.tolist() == [1]
