@@ -25,8 +25,10 @@ def is_address(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-def open_storage(address: str) -> tuple[Any, str]:
+def open_storage(address: str, key: str = "") -> tuple[Any, str]:
     """The file system of an address, to be used in this process only, and the path in it.
+
+    key: the setting that names it, for the message.
 
     Raises:
         UserError: fsspec does not know the address, or lacks a package for it.
@@ -36,7 +38,8 @@ def open_storage(address: str) -> tuple[Any, str]:
     try:
         files, root = fsspec.core.url_to_fs(address.rstrip("/"))
     except (ImportError, ValueError) as error:
-        raise UserError(f"{address}: cannot be opened: {error}") from error
+        place = f"{key}={address}" if key else address
+        raise UserError(f"{place}: cannot be opened: {error}") from error
     return files, str(root)
 
 

@@ -19,6 +19,8 @@ from mmssl.storage import open_storage, persistently
 from mmssl.train.commit import MANIFEST, TEMPORARY, problem, read_manifest
 from mmssl.types import UserError
 
+_KEY = "train.copy_to"
+
 
 class Copies:
     """Copies committed folders one after the other, while the training goes on.
@@ -34,7 +36,7 @@ class Copies:
             UserError: fsspec does not know the address, or lacks a package for it.
         """
         self.url, self._tell = url.rstrip("/"), tell
-        self._files, self._root = open_storage(self.url)
+        self._files, self._root = open_storage(self.url, _KEY)
         self._queue: SimpleQueue[Path | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._newest: Path | None = None
@@ -89,12 +91,14 @@ def fetch(url: str, checkpoints: Path, digest: str) -> Path | None:
             `digest`.
         StorageError: see `storage.persistently`.
     """
-    files, root = open_storage(url)
+    files, root = open_storage(url, _KEY)
     for name in persistently(lambda: _steps(files, root), url):
         temporary = checkpoints / f"{name}{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _get_all(files, f"{root}/{name}", temporary, digest, f"train.copy_to={url}: {name}")
+            _get_all(files, f"{root}/{name}", temporary, digest, f"{_KEY}={url}: {name}")
+        except UserError:
+            raise
         except (FileNotFoundError, ValueError):
             continue  # not complete there: its manifest comes last
         finally:
