@@ -280,7 +280,7 @@ def scored(scores_NK: Floats, rows: Ints, part: str) -> Ints:
     Raises:
         UserError: none has; names the part of the clips.
     """
-    kept = rows[~np.isnan(scores_NK[rows, 0])]
+    kept: Ints = rows[~np.isnan(scores_NK[rows, 0])]
     if len(kept) == 0:
         raise UserError(
             f"finetune: none of the {len(rows)} clips of {part} could be read; repair their media"
