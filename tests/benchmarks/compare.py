@@ -128,8 +128,7 @@ def _items(run: Path) -> dict[str, Any]:
     all_, retrieval = (
         json.loads((run / name).read_text()) for name in ("items.json", "items_retrieval.json")
     )
-    all_["values"] = retrieval["values"] | all_["values"]
-    return all_
+    return {name: retrieval[name] | all_[name] for name in ("values", "sources")}
 
 
 def _mean(values: Sequence[Any]) -> float | None:
