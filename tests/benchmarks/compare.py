@@ -108,9 +108,10 @@ def row(jobs: Sequence[Job]) -> dict[str, Any]:
     metrics = {path: pooled(path, tables, [t["values"] for t in tables]) for path, _ in COLUMNS}
     for rule, _ in CIOU:
         for what in ("model", "center"):
+            path = f"localization.ciou.{what}.{rule}"
+            found = [results.lookup(f, path) or {} for f in files]
             for name in ("at_0.5", "auc"):
-                path = f"localization.ciou.{what}.{rule}.{name}"
-                metrics[path] = {"mean": _mean([results.lookup(f, path) for f in files])}
+                metrics[f"{path}.{name}"] = {"mean": _mean([one.get(name) for one in found])}
     return {
         "folds": [j.fold for j in jobs],
         "seed": jobs[0].seed,
