@@ -7,7 +7,7 @@ where several processes help. The same command again adds what is new; killed, i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,14 @@ from tqdm import tqdm
 from mmssl.eval.options import parse
 from mmssl.index import ann, vectors
 from mmssl.index.ann import Singles
-from mmssl.index.store import RECORD, Index, Key, Record, table_name
-from mmssl.index.vectors import EmbedSpec, Facts
+from mmssl.index.store import RECORD, Index, Key, Record, copies, table_name
+from mmssl.index.vectors import EmbedSpec, Facts, Row
 from mmssl.types import UserError
 
 _AUTO_ROWS = 100_000  # exact search takes about a tenth of a second up to here
 _VECTORS = "vectors"  # folder below the index for vectors that are made here
 _QUERIES = 200  # rows of each modality with which recall is measured
-_IN_LIST = 1000  # keys in one condition
+_IN_LIST = 1000  # names in one condition
 _SHARED = "share `mmssl embed DATA model=RUN out=VECTORS` among several, then index VECTORS in one"
 _GROWN = 2.0  # an index is trained anew once the table has so many times its rows
 
@@ -110,23 +110,21 @@ def _opened(out: Path, parts: dict[Path, Facts]) -> Index:
 def _add(index: Index, path: Path, folder: str, units: set[str]) -> None:
     """Rows of a file to their tables; a row that is there is replaced, never doubled.
 
-    units: those that no newer file holds. What the tables had of the same keys before goes.
+    units: those that no newer file holds. What the tables had of the same shards, files and keys
+    before goes.
     """
-    table = vectors.parquet().read_table(path)
-    rows = [r for r in table.to_pylist() if (r["shard"] or r["key"]) in units]
+    table, part = vectors.parquet().read_table(path), path.name
+    rows = [r | {"part": part} for r in table.to_pylist() if (r["shard"] or r["key"]) in units]
     for key in dict.fromkeys((r["space"], r["modality"]) for r in rows):
-        found = {r["id"]: r for r in rows if (r["space"], r["modality"]) == key}
-        target = index.table(key, _schema(rows, key, table.schema))
-        _merge(target, list(found.values()), path.name)
+        some = [r for r in rows if (r["space"], r["modality"]) == key]
+        _merge(index, key, some, _schema(rows, key, table.schema))
         held = index.record.spaces.setdefault(key[0], [])
         held += [key[1]] if key[1] not in held else []
-    keys = sorted({r["key"] for r in rows} | units)
-    for first in range(0, len(keys), _IN_LIST):
-        some = ", ".join(map(_quoted, keys[first : first + _IN_LIST]))
-        old = f"folder = {_quoted(folder)} AND key IN ({some}) AND part <> {_quoted(path.name)}"
+    for names in _lists(sorted({r["key"] for r in rows} | units)):
+        old = f"folder = {_quoted(folder)} AND (key IN {names} OR shard IN {names})"
         for key in index.keys:
-            index.table(key).delete(old)
-    index.record.parts.append(path.name)
+            _delete(index, key, f"{old} AND part <> {_quoted(part)}")
+    index.record.parts.append(part)
     index.save()
 
 
@@ -134,6 +132,7 @@ def _settle(index: Index) -> None:
     """After rows were added: few large files, all rows in the approximate index, new moments."""
     for key in index.keys:
         index.table(key).optimize()
+        index.table(copies(key), index.table(key).schema).optimize()
     index.save_moments()
 
 
@@ -147,12 +146,49 @@ def _schema(rows: list[dict[str, Any]], key: Key, schema: Any) -> Any:
     return schema.append(pa.field("part", pa.string()))
 
 
-def _merge(table: Any, rows: list[dict[str, Any]], part: str) -> None:
+def _merge(index: Index, key: Key, rows: list[Row], schema: Any) -> None:
+    """Rows into their table, which holds one of each content; those of other items beside it."""
+    table, spare = index.table(key, schema), index.table(copies(key), schema)
+    last = {r["id"]: r for r in rows}
+    others = [r for r in [*_with(table, last), *rows] if _item(r) != _item(last[r["id"]])]
+    _upsert(spare, others, ("folder", "key", "id"))
+    _upsert(table, rows, ("id",))
+
+
+def _delete(index: Index, key: Key, old: str) -> None:
+    """Rows go; where another item has the same content, its row comes forward first."""
+    table, spare = index.table(key), index.table(copies(key))
+    spare.delete(old)
+    gone = table.search().where(old).select(["id"]).to_arrow()["id"].to_pylist()
+    _upsert(table, _with(spare, gone), ("id",))
+    table.delete(old)
+
+
+def _with(table: Any, ids: Iterable[str]) -> list[Row]:
+    """The rows of some ids."""
+    lists = (f"id IN {names}" for names in _lists(list(ids)))
+    return [row for where in lists for row in table.search().where(where).to_arrow().to_pylist()]
+
+
+def _item(row: Row) -> tuple[str, str]:
+    return row["folder"], row["key"]
+
+
+def _upsert(table: Any, rows: list[Row], on: tuple[str, ...]) -> None:
+    """Insert rows or replace those that have the same columns `on`; of equal ones the last."""
     import pyarrow as pa
 
-    data = pa.Table.from_pylist([row | {"part": part} for row in rows], table.schema)
-    merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-    merge.execute(data)
+    if rows:
+        distinct = {tuple(row[name] for name in on): row for row in rows}
+        data = pa.Table.from_pylist(list(distinct.values()), table.schema)
+        merge = table.merge_insert(on).when_matched_update_all().when_not_matched_insert_all()
+        merge.execute(data)
+
+
+def _lists(names: Sequence[str]) -> Iterator[str]:
+    """Names as lists of SQL, some at a time."""
+    for first in range(0, len(names), _IN_LIST):
+        yield f"({', '.join(map(_quoted, names[first : first + _IN_LIST]))})"
 
 
 def _quoted(text: str) -> str:

@@ -79,6 +79,11 @@ def table_name(space: str, modality: str) -> str:
     return f"{space}.{modality}"
 
 
+def copies(key: Key) -> Key:
+    """The table of rows whose content the table `key` holds of another item; never searched."""
+    return key[0], f"{key[1]}.copies"
+
+
 class Index:
     """An index folder."""
 

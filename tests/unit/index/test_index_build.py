@@ -15,6 +15,7 @@ from launching import TEST_LIMIT_S, settings_of
 from media_files import moving_frames, tone, write_media
 from PIL import Image
 
+from data_tools.make_shards import make_shards
 from mmssl.index import build, store, vectors
 from mmssl.index.store import Index
 from mmssl.types import UserError
@@ -176,6 +177,42 @@ def test_files_are_added_changed_and_never_doubled(place, made, tmp_path):
     (media / "b.txt").unlink()
     fourth = made(media, out)
     assert all(r["modality"] != "text" for r in fourth.values())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_others_share_outlives_a_change(place, made, tmp_path, at_once):
+    """One row stands for equal contents until the last of them is gone."""
+    media, out = tmp_path / "media", tmp_path / "library"
+    media.mkdir()
+
+    def texts():
+        rows = made(media, out).values()
+        assert len([r for r in rows if r["modality"] == "video"]) == 2  # one picture, two spaces
+        return {(r["key"], r["caption"]) for r in rows if r["modality"] == "text"}
+
+    for name, words in (("a", "a dog"), ("b", "a dog"), ("c", "a bird")):
+        (media / f"{name}.png").write_bytes(_png())
+        (media / f"{name}.txt").write_text(words)
+        found = {} if at_once else texts()
+    found = found or texts()
+    assert found == {("b.png", "a dog"), ("c.png", "a bird")}
+    (media / "b.txt").write_text("a horse")
+    assert texts() == {("a.png", "a dog"), ("b.png", "a horse"), ("c.png", "a bird")}
+    (media / "a.txt").write_text("a horse")  # nobody has the dog any more
+    assert {words for _, words in texts()} == {"a horse", "a bird"}
+
+
+def test_keys_that_vanish_from_a_shard_are_deleted(place, made, tmp_path):
+    lines = (place.folder / "media" / "manifest.jsonl").read_text().splitlines(keepends=True)
+    some = place.folder / "media" / "some.jsonl"
+    kept = []
+    for first in (0, 1):
+        some.write_text("".join(lines[first:3]))
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+        make_shards(some, tmp_path / "shards", shard_samples=4, workers=1)
+        rows = made(tmp_path / "shards", tmp_path / "library").values()
+        kept.append(sorted({tuple(r["meta"]) for r in rows}))
+    assert kept == [[(f"number={k}",) for k in range(first, 3)] for first in (0, 1)]
 
 
 def test_shards_and_files_share_an_index(place, made, tmp_path):
