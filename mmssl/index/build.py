@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mmssl.eval.options import parse
 from mmssl.index import ann, vectors
 from mmssl.index.ann import Singles
-from mmssl.index.store import RECORD, Index, Key, Record, copies, table_name
+from mmssl.index.store import MOMENTS, RECORD, UNFINISHED, Index, Key, Record, copies, table_name
 from mmssl.index.vectors import EmbedSpec, Facts, Row
 from mmssl.types import UserError
 
@@ -65,7 +65,14 @@ def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
 def build(data: str, out: Path, options: BuildSpec) -> None:
     """See `main`."""
     source = Path(data)
-    if not vectors.read_facts(source):
+    if vectors.read_facts(source):
+        unread = options.model_fields_set & (set(EmbedSpec.model_fields) - {"out"})
+        if unread:
+            raise UserError(
+                f"index build: {', '.join(sorted(unread))} cannot be chosen for {data}, whose "
+                "vectors are made; leave it out, or name the shards or media files as DATA"
+            )
+    else:
         if not options.model:
             raise UserError("index build: model=RUN is needed, but for a folder of `mmssl embed`")
         source = out / _VECTORS
@@ -73,14 +80,17 @@ def build(data: str, out: Path, options: BuildSpec) -> None:
     parts = vectors.read_facts(source)
     index = _opened(out, parts)
     newest = {(f.folder, u.name): path for path, f in _by_age(parts) for u in f.units}
-    new = [path for path in parts if path.name not in index.record.parts]
+    new = [p for p, facts in parts.items() if index.record.parts.get(p.name, 0) < facts.made]
+    if new:  # said before any table changes: of which model they are, and that they are unfinished
+        index.record.calibrated = UNFINISHED
+        index.save()
     for path in tqdm(new, desc="index", unit="file", disable=None):
         facts = parts[path]
         units = {u.name for u in facts.units if newest[facts.folder, u.name] == path}
-        _add(index, path, facts.folder, units)
+        _add(index, path, facts, units)
     if not index.keys:
         raise UserError(f"{data}: nothing was embedded, there is nothing to index")
-    if index.record.calibrated != len(index.record.parts):
+    if index.record.calibrated == UNFINISHED or not (out / MOMENTS).is_file():
         _settle(index)
     _approximate(index, options)
     print(report(index))
@@ -107,13 +117,13 @@ def _opened(out: Path, parts: dict[Path, Facts]) -> Index:
     return index
 
 
-def _add(index: Index, path: Path, folder: str, units: set[str]) -> None:
+def _add(index: Index, path: Path, facts: Facts, units: set[str]) -> None:
     """Rows of a file to their tables; a row that is there is replaced, never doubled.
 
     units: those that no newer file holds. What the tables had of the same shards, files and keys
     before goes.
     """
-    table, part = vectors.parquet().read_table(path), path.name
+    table, part = vectors.parquet().read_table(path), f"{path.name} {facts.made}"
     rows = [r | {"part": part} for r in table.to_pylist() if (r["shard"] or r["key"]) in units]
     for key in dict.fromkeys((r["space"], r["modality"]) for r in rows):
         some = [r for r in rows if (r["space"], r["modality"]) == key]
@@ -121,10 +131,10 @@ def _add(index: Index, path: Path, folder: str, units: set[str]) -> None:
         held = index.record.spaces.setdefault(key[0], [])
         held += [key[1]] if key[1] not in held else []
     for names in _lists(sorted({r["key"] for r in rows} | units)):
-        old = f"folder = {_quoted(folder)} AND (key IN {names} OR shard IN {names})"
+        old = f"folder = {_quoted(facts.folder)} AND (key IN {names} OR shard IN {names})"
         for key in index.keys:
             _delete(index, key, f"{old} AND part <> {_quoted(part)}")
-    index.record.parts.append(part)
+    index.record.parts[path.name] = facts.made
     index.save()
 
 

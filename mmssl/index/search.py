@@ -135,8 +135,10 @@ def search(
     queries: taken together as one.
 
     Raises:
-        UserError: nothing in the index can be compared with the query, or a wrong condition.
+        UserError: nothing in the index can be compared with the query, a wrong condition, or an
+        index that is not finished.
     """
+    index.check_finished()
     keys = _keys(index, model, queries, options)
     where = options.where.strip() or None
     if where is not None:

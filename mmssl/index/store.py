@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,8 @@ Doubles = NDArray[np.float64]
 Key = tuple[str, str]  # space, modality
 
 RECORD, MOMENTS = "index.json", "moments.npz"
-VERSION = 1
+VERSION = 2
+UNFINISHED = -1
 _SAMPLE = 100_000  # rows of which mean and covariance are taken
 _LEAST_STD = 1e-4  # of cosines: equal rows differ by the noise of single precision
 
@@ -45,9 +47,9 @@ class Record:
     """What an index says about itself.
 
     model, run: hash and folder of the model. spaces: space -> modalities. parts: files of vectors
-    that are in; calibrated: how many were when the moments were taken. built: by table, the sizes
-    of its approximate index, the rows it was trained on, how it is asked and its recall by modality
-    of the query.
+    that are in, and when they were made (ns); calibrated: how many they are, UNFINISHED from when
+    rows are added until the moments are taken. built: by table, the sizes of its approximate index,
+    the rows it was trained on, how it is asked and its recall by modality of the query.
     """
 
     model: str
@@ -55,7 +57,7 @@ class Record:
     which: str
     version: int = VERSION
     spaces: dict[str, list[str]] = field(default_factory=dict)
-    parts: list[str] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
     calibrated: int = 0
     built: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -169,10 +171,28 @@ class Index:
 
     # ------------------------------------------------------------ scores
 
+    def check_finished(self) -> None:
+        """Refuse an index whose moments are not those of its rows.
+
+        Raises:
+            UserError: it is being built, or that was interrupted.
+        """
+        if self.record.calibrated != len(self.record.parts):
+            raise UserError(
+                f"{self.folder}: unfinished; wait for the process that builds it, or run the same "
+                "mmssl index build again"
+            )
+
     @cached_property
     def _moments(self) -> dict[str, Doubles]:
-        with np.load(self.folder / MOMENTS) as file:
-            return dict(file)
+        try:
+            with np.load(self.folder / MOMENTS) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise UserError(
+                f"{self.folder / MOMENTS}: missing or damaged ({error}); remove it and run the "
+                "same mmssl index build again"
+            ) from error
 
     def save_moments(self) -> None:
         """Mean and covariance of every table, of all rows or of a hundred thousand."""

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -216,7 +216,7 @@ class _Maker:
         )
         table = pyarrow.Table.from_pylist(rows, _schema(pyarrow))
         table = table.replace_schema_metadata({_FACTS: json.dumps(asdict(facts))})
-        with whole_file(out / _file_name(self._corpus.name, units)) as partial:
+        with whole_file(out / _file_name(units, self._corpus.name, self._settings)) as partial:
             parquet().write_table(table, partial)
 
     def _rows(self, entries: list[Entry], skipped: list[tuple[str, str]]) -> list[Row]:
@@ -312,10 +312,9 @@ def _digest(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _file_name(folder: str, units: Iterable[Unit]) -> str:
-    units = list(units)
+def _file_name(units: Sequence[Unit], folder: str, settings: Mapping[str, Any]) -> str:
     stem = Path(units[0].name).stem
-    return f"{stem}-{_digest(folder, units)[:16]}.parquet"
+    return f"{stem}-{_digest(units, folder, settings)[:16]}.parquet"
 
 
 def _schema(pa: Any) -> Any:

@@ -1,6 +1,7 @@
 """mmssl embed and mmssl index build: the same rows whoever makes them and however often."""
 
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from media_files import moving_frames, tone, write_media
 from PIL import Image
 
 from data_tools.make_shards import make_shards
-from mmssl.index import build, store, vectors
+from mmssl.index import build, search, store, vectors
 from mmssl.index.store import Index
 from mmssl.types import UserError
 
@@ -95,7 +96,7 @@ class Killed(BaseException):
     [
         (vectors._Maker, "write", 1),  # one file of three is there
         (build, "_merge", 7),  # within the rows of the second file
-        (Index, "save", 1),  # the rows of the second file are in, but nobody knows
+        (Index, "save", 2),  # the rows of the second file are in, but nobody knows
         (store, "moments", 0),
     ],
 )
@@ -113,6 +114,8 @@ def test_what_was_killed_is_completed(place, monkeypatch, tmp_path, where, name,
     with pytest.raises(Killed):
         build.main("build", str(place.folder / "shards"), words)
     monkeypatch.undo()
+    with pytest.raises(UserError, match=r"unfinished; .* same mmssl index build|no index"):
+        search.main(f"{tmp_path}/library", ["a dog"])
     build.main("build", str(place.folder / "shards"), words)
     assert rows_of(tmp_path / "library") == rows_of(place.library)
     old, new = (np.load(f / store.MOMENTS) for f in (place.library, tmp_path / "library"))
@@ -215,6 +218,43 @@ def test_keys_that_vanish_from_a_shard_are_deleted(place, made, tmp_path):
     assert kept == [[(f"number={k}",) for k in range(first, 3)] for first in (0, 1)]
 
 
+def test_vectors_that_were_made_again_replace_the_old(place, made, tmp_path):
+    shutil.copytree(place.library / "vectors", tmp_path / "vectors")
+    first = made(tmp_path / "vectors", tmp_path / "library", model="")
+    path = sorted((tmp_path / "vectors").glob("*.parquet"))[0]
+    table = vectors.parquet().read_table(path)
+    facts = json.loads(table.schema.metadata[b"mmssl"])
+    again = table.slice(1).replace_schema_metadata(
+        {b"mmssl": json.dumps(facts | {"made": facts["made"] + 1})}
+    )
+    vectors.parquet().write_table(again, path)
+    lost = table["id"][0].as_py()
+    rows = made(tmp_path / "vectors", tmp_path / "library", model="")
+    assert rows == {i: row for i, row in first.items() if i != lost}
+    moments = np.load(tmp_path / "library" / store.MOMENTS)
+    for key in {(r["space"], r["modality"]) for r in rows.values()}:
+        of = [r["vector"] for r in rows.values() if (r["space"], r["modality"]) == key]
+        np.testing.assert_allclose(moments[f"{'.'.join(key)}/mean"], np.mean(of, 0), atol=1e-7)
+
+
+def test_vectors_of_other_settings_have_other_names(place, tmp_path):
+    names = {}
+    for space in ("av", "avt"):
+        words = [f"model={place.folder}/run", f"out={tmp_path}/{space}", f"spaces={space}"]
+        vectors.main(str(place.folder / "shards"), words)
+        names[space] = {path.name for path in (tmp_path / space).glob("*.parquet")}
+        build.main("build", f"{tmp_path}/{space}", [f"out={tmp_path}/library"])
+        assert {r["space"] for r in rows_of(tmp_path / "library").values()} == {space}
+    assert not names["av"] & names["avt"]
+
+
+@pytest.mark.parametrize("word", ["model=run", "spaces=av", "window_s=0.5", "device=cpu"])
+def test_what_made_vectors_cannot_heed_is_refused(place, tmp_path, word):
+    key = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key} cannot be chosen for .*, whose vectors are made"):
+        build.main("build", f"{place.library}/vectors", [f"out={tmp_path}/out", word])
+
+
 def test_shards_and_files_share_an_index(place, made, tmp_path):
     shutil.copytree(place.library, tmp_path / "library")
     (tmp_path / "media").mkdir()
@@ -237,7 +277,7 @@ def _png():
 # ---------------------------------------------------------------- what is refused
 
 
-def test_models_are_never_mixed(place, tmp_path):
+def test_models_are_never_mixed(place, monkeypatch, tmp_path):
     run_folder(tmp_path / "other", "avt/mmv_fac")
     shards, library = str(place.folder / "shards"), place.library
     with pytest.raises(UserError, match=r"vectors of another model .* never mixed"):
@@ -245,6 +285,17 @@ def test_models_are_never_mixed(place, tmp_path):
     vectors.main(shards, [f"model={tmp_path}/other", f"out={tmp_path}/vectors"])
     with pytest.raises(UserError, match="never mixed: name another out="):
         build.main("build", str(tmp_path / "vectors"), [f"out={library}"])
+    with monkeypatch.context() as patched:  # nor when the first of them left but a table
+        merge = build._merge
+        patched.setattr(build, "_merge", lambda *args: (merge(*args), _die()))
+        with pytest.raises(Killed):
+            build.main("build", str(library / "vectors"), [f"out={tmp_path}/killed"])
+    with pytest.raises(UserError, match="never mixed: name another out="):
+        build.main("build", str(tmp_path / "vectors"), [f"out={tmp_path}/killed"])
+
+
+def _die():
+    raise Killed
 
 
 def test_other_settings_are_refused(place):
@@ -312,6 +363,13 @@ def test_damaged_files_are_named(place, tmp_path):
     (tmp_path / "library" / store.RECORD).write_text('{"version": 99}')
     with pytest.raises(UserError, match="written in version 99"):
         Index.open(tmp_path / "library")
+    shutil.copy(place.library / store.RECORD, tmp_path / "library")
+    (tmp_path / "library" / store.MOMENTS).write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"moments.npz: missing or damaged .* remove it and run"):
+        search.main(f"{tmp_path}/library", ["a dog"])
+    (tmp_path / "library" / store.MOMENTS).unlink()
+    build.main("build", str(place.library / "vectors"), [f"out={tmp_path}/library"])
+    assert (tmp_path / "library" / store.MOMENTS).is_file()
     file = next((tmp_path / "library" / "vectors").glob("*.parquet"))
     file.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"damaged one .* remove it"):
