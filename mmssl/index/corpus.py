@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmssl.data import energon, media, samples
 from mmssl.data.folders import MANIFEST, read_manifest
@@ -19,7 +20,7 @@ from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.reader import ERROR, REASON, STORAGE
 from mmssl.data.samples import AUDIO_FIELDS, VIDEO_FIELDS
 from mmssl.embed.media import LIMITS
-from mmssl.files import sha256
+from mmssl.files import is_file, sha256
 from mmssl.storage import StorageError, is_address
 from mmssl.types import UserError
 
@@ -161,6 +162,7 @@ class Files:
     def blocks(self) -> list[list[Unit]]:
         """Some files each, in the order of their names."""
         units = [Unit(p.relative_to(self._root).as_posix(), _state(p)) for p in self.paths]
+        units = [Unit(_utf8(name), state) for name, state in units]
         return [units[k : k + _FILES] for k in range(0, len(units), _FILES)]
 
     def entries(self, units: Iterable[Unit]) -> Iterator[Entry | Damage]:
@@ -168,6 +170,8 @@ class Files:
         for name, _ in units:
             path = self._root / name
             try:
+                if not path.exists():
+                    raise UserError(f"{name}: a link to nothing, or its name is not UTF-8")
                 found, content = media_of(path), sha256(path)
                 caption = path.with_suffix(".txt")
                 words = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
@@ -194,18 +198,31 @@ def media_of(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix[1:].lower() in IMAGES:
-            with Image.open(path) as image:
-                return {"video": (np.array(image.convert("RGB"))[None], 1.0)}
+            return {"video": (_picture(path), 1.0)}
         header = media.probe(path.read_bytes(), LIMITS)
-    except (DamagedSampleError, OSError, UnidentifiedImageError) as error:
+    except (DamagedSampleError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as sound, video or picture ({error})") from error
     streams = {"audio": header.audio_streams, "video": header.video_streams}
     return {modality: path for modality, count in streams.items() if count}
 
 
+def _picture(path: Path) -> Any:
+    """(1, H, W, 3) bytes."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))[None]
+    except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and many more
+        raise ValueError(error) from error
+
+
+def _utf8(name: str) -> str:
+    """A name that can be written; of one that is not UTF-8 it is that of no file."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _state(path: Path) -> str:
-    """Size and time of a file and of its caption."""
-    files = [path, *(c for c in [path.with_suffix(".txt")] if c.is_file())]
+    """Size and time of a file and of its caption; of what is not there, a dangling link, none."""
+    files = [f for f in (path, path.with_suffix(".txt")) if is_file(f)]
     return " ".join(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)
 
 

@@ -39,6 +39,7 @@ Row = dict[str, Any]
 _FACTS = b"mmssl"  # key of a file's metadata
 _VERSION = 1
 _CHUNK = 64  # entries that are read together, and one by one where one of them cannot be
+_STEM = 100  # bytes of a file's name that are of its first unit; 255 are allowed in all
 _THUMB = 128, 80  # longest side in pixels, quality
 
 
@@ -313,7 +314,7 @@ def _digest(*facts: Any) -> str:
 
 
 def _file_name(units: Sequence[Unit], folder: str, settings: Mapping[str, Any]) -> str:
-    stem = Path(units[0].name).stem
+    stem = Path(units[0].name).stem.encode()[:_STEM].decode(errors="ignore")
     return f"{stem}-{_digest(units, folder, settings)[:16]}.parquet"
 
 

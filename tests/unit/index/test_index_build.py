@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -320,6 +321,41 @@ def test_what_cannot_be_read_is_counted(place, made, tmp_path, capsys):
     assert "3 items could not be read" in capsys.readouterr().out
     facts = next(iter(vectors.read_facts(tmp_path / "library" / "vectors").values()))
     assert [key for key, _ in facts.skipped] == ["bad.mp4", "bad.png", "half.mp4"]
+
+
+def test_odd_files_are_counted_and_stop_nothing(place, made, tmp_path, capsys):
+    media = tmp_path / "media"
+    media.mkdir()
+    whole = _png()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"IDAT") + 1] ^= 0x20  # an unknown kind of chunk
+    length = bytearray(whole)
+    length[8] ^= 0x40  # of the first chunk, 13 bytes
+    for name, data in (("flipped", flipped), ("length", length)):
+        (media / f"{name}.png").write_bytes(data)
+    Image.new("1", (20000, 20000)).save(media / "huge.png")
+    (media / "dangling.png").symlink_to("nowhere.png")
+    (media / os.fsdecode(b"caf\xe9.png")).write_bytes(whole)
+    long = "a" * 228 + ".png"
+    (media / long).write_bytes(whole)
+    for _ in range(2):  # the second time nothing is left to be done
+        rows = made(media, tmp_path / "library")
+    assert {r["key"] for r in rows.values()} == {long}
+    told = capsys.readouterr().out
+    assert "5 items could not be read" in told
+    assert "0 new rows, 0 items" in told
+    facts = next(iter(vectors.read_facts(tmp_path / "library" / "vectors").values()))
+    reasons = dict(facts.skipped)
+    assert reasons.keys() == {
+        "caf\\xe9.png",
+        "dangling.png",
+        "flipped.png",
+        "huge.png",
+        "length.png",
+    }
+    assert "decompression bomb" in reasons["huge.png"]
+    assert "not UTF-8" in reasons["caf\\xe9.png"]
+    assert "link to nothing" in reasons["dangling.png"]
 
 
 def test_an_index_is_built_by_one_process(place, monkeypatch):
