@@ -148,7 +148,10 @@ def share(env: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return f"cuda:{local % torch.cuda.device_count()}"  # a task of srun may see its own alone
 
 
 class _Maker:

@@ -365,6 +365,25 @@ def test_an_index_is_built_by_one_process(place, monkeypatch):
         build.main("build", str(place.folder / "shards"), [f"out={place.library}"])
 
 
+@pytest.mark.parametrize(
+    ("env", "device"),
+    [
+        ({}, "cuda:0"),
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "1"}, "cuda:3"),
+        ({"SLURM_LOCALID": "2"}, "cuda:2"),
+        ({"SLURM_LOCALID": "5"}, "cuda:1"),
+    ],
+)
+def test_every_process_of_a_node_has_its_device(monkeypatch, env, device):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(vectors.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vectors.torch.cuda, "device_count", lambda: 4)
+    assert vectors._device() == device
+
+
 def test_a_second_builder_is_told_to_wait(place):
     with (
         build.FileLock(place.library / ".lock"),
