@@ -13,8 +13,8 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; the file moves to `path` when the block ends without error.
 
-    Processes that write the same file do not disturb each other; the last one's stays. What a
-    killed one has left has a name of its own, too. Missing folders are made. For what must survive a power failure see `mmssl.train.commit`.
+    Processes that write the same file do not disturb each other; the last one's stays. Missing
+    folders are made. For what must survive a power failure see `mmssl.train.commit`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,6 +1,10 @@
 """Reads back what `mmssl embed` and `mmssl index` have written."""
 
+import io
+
 import pyarrow.parquet as pq
+from media_files import moving_frames
+from PIL import Image
 
 from mmssl.index.store import Index
 
@@ -20,3 +24,10 @@ def rows_of(folder):
 def embedded(folder):
     """The rows that `mmssl embed` wrote."""
     return [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+
+
+def png():
+    """A small picture, always the same."""
+    out = io.BytesIO()
+    Image.fromarray(moving_frames(1, seed=9)[0]).save(out, "PNG")
+    return out.getvalue()
