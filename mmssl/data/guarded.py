@@ -12,6 +12,7 @@ from mmssl.data.encode import BadSampleGuard, SampleEncoder
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.isolate import DecodeChild
 from mmssl.data.reader import ERROR, NOTE, REASON, STORAGE
+from mmssl.storage import StorageError
 from mmssl.types import Sample, UserError
 
 Encode = Callable[[Sample], Item]
@@ -30,6 +31,20 @@ def to_sample(crude: Mapping[str, Any]) -> Sample:
     """Energon's dict as our record."""
     fields = {name: data for name, data in crude.items() if not name.startswith("__")}
     return Sample(crude["__key__"], tuple(crude["__restore_key__"]), fields)
+
+
+def intact(crude: Mapping[str, Any]) -> Sample:
+    """A sample of the reader, for those that read no further than its record.
+
+    Raises:
+        StorageError: the storage failed; the sample may be a good one.
+        DamagedSampleError: it cannot be read.
+    """
+    if crude.get(REASON) == STORAGE:
+        raise StorageError(crude[ERROR])
+    if ERROR in crude:
+        raise DamagedSampleError(crude[REASON], crude[ERROR])
+    return to_sample(crude)
 
 
 def guarded(encoder: SampleEncoder) -> Encode:

@@ -15,13 +15,12 @@ from PIL import Image
 
 from mmssl.data import energon, media, samples
 from mmssl.data.folders import MANIFEST, read_manifest
-from mmssl.data.guarded import to_sample
+from mmssl.data.guarded import intact
 from mmssl.data.integrity import DamagedSampleError
-from mmssl.data.reader import ERROR, REASON, STORAGE
 from mmssl.data.samples import AUDIO_FIELDS, VIDEO_FIELDS
 from mmssl.embed.media import LIMITS
 from mmssl.files import is_file, sha256
-from mmssl.storage import StorageError, is_address
+from mmssl.storage import is_address
 from mmssl.types import UserError
 
 IMAGES = ("png", "jpg", "jpeg", "bmp")
@@ -124,12 +123,8 @@ class Shards:
 
     def _entry(self, crude: Mapping[str, Any], shard: str, number: int) -> Entry | Damage:
         key = str(crude["__key__"])
-        if crude.get(REASON) == STORAGE:
-            raise StorageError(crude[ERROR])
-        if ERROR in crude:
-            return Damage(key, crude[ERROR])
         try:
-            record = samples.read(to_sample(crude))
+            record = samples.read(intact(crude))
         except DamagedSampleError as error:
             return Damage(key, str(error))
         streams = {"audio": record.sound or record.video, "video": record.video}

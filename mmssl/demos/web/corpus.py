@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmssl.data import energon
-from mmssl.data.guarded import to_sample
-from mmssl.data.reader import ERROR
+from mmssl.data.guarded import intact
+from mmssl.data.integrity import DamagedSampleError
 from mmssl.data.samples import Record, read
 from mmssl.data.sidecars import shards_digest
 from mmssl.embed.model import EmbeddingModel
@@ -160,13 +160,15 @@ class ShardCorpus:
 
     def _rows(self, clips: int) -> Iterator[tuple[int, Record]]:
         for number in range(min(clips, self.total)):
-            crude = self._reader[number]
-            if ERROR not in crude:
-                yield number, read(to_sample(crude))
+            try:
+                record = read(intact(self._reader[number]))
+            except DamagedSampleError:
+                continue
+            yield number, record
 
     def record(self, key: str) -> Record:
         """A clip with its media."""
-        return read(to_sample(self._reader[self._numbers[key]]))
+        return read(intact(self._reader[self._numbers[key]]))
 
     def search(self, queries: Sequence[Query], k: int, modalities: Sequence[str]) -> list[Hit]:
         """The k best clips for all queries together, each with its best window.

@@ -11,6 +11,7 @@ from faults.folders import read_all, write_folder
 from mmssl import storage
 from mmssl.data import energon
 from mmssl.data.folders import read_manifest
+from mmssl.data.guarded import intact
 from mmssl.data.reader import ERROR, REASON, STORAGE
 from mmssl.data.remote import RemoteTar, remote_folder
 from mmssl.storage import StorageError, open_storage, persistently
@@ -119,6 +120,8 @@ def test_expired_credentials_are_no_damage(tmp_path: Path, monkeypatch: pytest.M
     crude = shards.reader()[0]
     assert crude[REASON] == STORAGE
     assert "ExpiredToken; check the credentials" in crude[ERROR]
+    with pytest.raises(StorageError, match="ExpiredToken"):
+        intact(crude)
 
 
 def test_open_storage_names_the_path() -> None:

@@ -186,8 +186,7 @@ def test_hard_negatives_need_vectors():
 
 
 def test_a_joint_score_takes_the_most_similar_rows_of_a_space(drawn):
-    alone = match_spec("joint", hard=1.0, similar="").model_dump()["tasks"]["match"]
-    alone["target"]["similar"] = "align.avt"
+    alone = match_spec("joint", hard=1.0, similar="align.avt").model_dump()["tasks"]["match"]
     spec = tiny_spec(tasks={"align": TREE["tasks"]["align"], "match": alone})
     model, batch = tiny_model(spec), tiny_batch(missing=False)
     found = drawn(model, batch)
