@@ -4,10 +4,12 @@
         [--folds 1 2] [--names flagship avol_net ...]
 
 DIR and the folds are those of `sprites.py`, whose shards with pulsing drawings are made here once
-for all. Of every entry a few steps are timed, alone on the machine, which tells how many steps fit
-into --seconds; then it is trained with that many and evaluated (`bouncing`, `retrieval`) on the
-test fold. Entries are computed fold by fold; all is kept under --work, so that an interrupted
-benchmark goes on and its table grows. The text of `compare.notes.md` beside the table ends it.
+for all. First a few steps of every entry are timed, on one thread and with nothing else on the
+machine, which tells how many steps fit into --seconds of one core; that number holds for all its
+folds. Then each is trained with that many and evaluated (`bouncing`, `retrieval`) on the test fold,
+fold by fold. All is kept under --work, so that an interrupted benchmark goes on and its table
+grows; once timing is done, processes with other --folds may work beside each other. The text of
+`compare.notes.md` beside the table ends it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from sprites import Job, make_shards, once, pooled, shards_of
 
 from mmssl.eval import results
 
-TIMED = 12  # steps; the first ones are slower and count all the same
+TIMED = 16  # steps; the first ones are slower and count all the same
+FOLDS = (1, 2, 3, 4, 5)
+ALONE = ("train.threads=1", "data.workers=0", "validate.every=0", "train.save_every=0")
+COUNTS = (1500, 100, 5)  # clips of training and validation, crops per test sound
 SUITES = ("bouncing", "retrieval")
 # name: (configuration, overrides)
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -82,23 +87,27 @@ CIOU = (
 )
 
 
-def compute(job: Job, seconds: float) -> None:
-    """Time, train and evaluate one entry on one fold, each once."""
-    train = [
-        "mmssl.cli",
-        "train",
-        job.config,
-        *shards_of(job),
-        *job.overrides,
-        "validate.every=0",
-    ]
-    timing = job.folder / "timing"
-    once(job, "timed", [*train, f"out={timing}", f"train.steps={TIMED}", "train.save_every=0"])
-    summary = json.loads((timing / "summary.json").read_text())
-    steps = max(TIMED, round(seconds * TIMED / (60 * summary["minutes"])))
-    once(job, "trained", [*train, f"out={job.run}", f"train.steps={steps}"])
+def seconds_per_step(job: Job) -> float:
+    """Of one core, reading and decoding included; measured once for all folds."""
+    once(job, "timed", [*_train(job), f"train.steps={TIMED}"])
+    return 60 * float(_summary(job)["minutes"]) / TIMED
+
+
+def compute(job: Job, steps: int) -> None:
+    """Train and evaluate one entry on one fold, each once."""
+    once(job, "trained", [*_train(job), f"train.steps={steps}"])
     suites = (["mmssl.cli", "eval", suite, job.run, "report=false"] for suite in SUITES)
     once(job, "evaluated", *suites)
+
+
+def _train(job: Job) -> list[str]:
+    data = [f"out={job.run}", *shards_of(job)]
+    return ["mmssl.cli", "train", job.config, *data, *job.overrides, *ALONE]
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((job.run / "summary.json").read_text())
+    return found
 
 
 def row(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -117,7 +126,6 @@ def row(jobs: Sequence[Job]) -> dict[str, Any]:
         "seed": jobs[0].seed,
         "metrics": {path: metric for path, metric in metrics.items() if metric},
         "steps": [results.lookup(f, "train.steps") for f in files],
-        "minutes": [results.lookup(f, "train.minutes") for f in files],
         "config": [results.lookup(f, "run.config") for f in files],
         "machine": files[0]["machine"],
         "versions": files[0]["versions"],
@@ -143,7 +151,7 @@ def _mean(values: Sequence[Any]) -> float | None:
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The table for people."""
     titles = ["", *(title for _, title in COLUMNS)]
-    titles += [f"{title} (AUC)" for _, title in CIOU] + ["steps", "minutes", "folds"]
+    titles += [f"{title} (AUC)" for _, title in CIOU] + ["steps", "folds"]
     lines = [
         "# Methods side by side",
         "",
@@ -177,7 +185,7 @@ def _line(name: str, entry: dict[str, Any]) -> str:
         low, high = cell["ci"] if cell else (0.0, 0.0)
         cells.append(f"{cell['mean']:.3f} [{low:.2f}, {high:.2f}]" if cell else "-")
     cells += _rules(entry, "model")
-    cells += [_range(entry["steps"], 0), _range(entry["minutes"], 1)]
+    cells.append(_range(entry["steps"]))
     return f"| {' | '.join([*cells, ', '.join(map(str, entry['folds']))])} |"
 
 
@@ -197,20 +205,42 @@ def _ciou(entry: dict[str, Any], what: str) -> str:
     return ", ".join(f"{title} {value}" for (_, title), value in values)
 
 
-def _range(values: Sequence[float], digits: int) -> str:
-    low, high = (results.number(f(values), digits) for f in (min, max))
+def _range(values: Sequence[float]) -> str:
+    low, high = (results.number(f(values), 0) for f in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
-def save(entries: dict[str, list[Job]], out: Path) -> None:
-    """Write `compare.json` and `compare.md` of what is finished."""
-    done = {n: [j for j in jobs if j.mark("evaluated").exists()] for n, jobs in entries.items()}
-    found = {name: row(jobs) for name, jobs in done.items() if jobs}
+def save(work: Path, seed: int, out: Path) -> None:
+    """Write `compare.json` and `compare.md` of what is finished under `work`."""
+    found = {}
+    for name in ENTRIES:
+        jobs = [_job(name, fold, work, seed) for fold in FOLDS]
+        done = [job for job in jobs if job.mark("evaluated").exists()]
+        if done:
+            found[name] = row(done)
     results.write(found, out / "compare.json")
     notes = out / "compare.notes.md"
     text = notes.read_text(encoding="utf-8") if notes.exists() else ""
     (out / "compare.md").write_text(markdown(found) + text, encoding="utf-8")
     print(out / "compare.md", f"({len(found)} entries)", flush=True)
+
+
+def _job(name: str, fold: int, work: Path, seed: int, step: str = "") -> Job:
+    """Of one entry; `step`: the folder in place of the fold's."""
+    config, overrides = ENTRIES[name]
+    folder = name.replace(",", "").replace(" ", "_").replace("%", "percent")
+    return Job(
+        variant="pulsing",
+        fold=fold,
+        data=Path(),
+        folder=work / (step or f"fold{fold}") / folder,
+        counts=COUNTS,
+        config=config,
+        overrides=overrides,
+        seed=seed,
+        workers=2,
+        shards=work / f"fold{fold}" / "shards",
+    )
 
 
 def main() -> None:
@@ -222,33 +252,26 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder with esc10 and sprites")
     add("--work", type=Path, default=Path("runs/compare"))
     add("--out", type=Path, default=Path(__file__).parent / "results")
-    add("--folds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    add("--folds", type=int, nargs="+", choices=FOLDS, default=FOLDS)
     add("--names", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), metavar="NAME")
-    add("--seconds", type=float, default=300.0, help="of training, by entry and fold")
+    add("--seconds", type=float, default=300.0, help="of one core for the training of a fold")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    entries: dict[str, list[Job]] = {name: [] for name in args.names}
+    _shards(args, FOLDS[0])
+    steps = {}
+    for name in args.names:
+        timing = _job(name, FOLDS[0], args.work, args.seed, step="timing")
+        steps[name] = max(TIMED, round(args.seconds / seconds_per_step(timing)))
     for fold in args.folds:
-        shards = Job(
-            variant="pulsing",
-            fold=fold,
-            data=args.data,
-            folder=args.work / f"fold{fold}",
-            counts=(1500, 100, 5),
-            config="",
-            overrides=(),
-            seed=args.seed,
-            workers=2,
-        )
-        make_shards(shards)
+        _shards(args, fold)
         for name in args.names:
-            config, overrides = ENTRIES[name]
-            folder = shards.folder / name.replace(",", "").replace(" ", "_").replace("%", "percent")
-            job = replace(shards, folder=folder, config=config, overrides=overrides)
-            job = replace(job, shards=shards.folder / "shards")
-            compute(job, args.seconds)
-            entries[name].append(job)
-            save(entries, args.out)
+            compute(_job(name, fold, args.work, args.seed), steps[name])
+            save(args.work, args.seed, args.out)
+
+
+def _shards(args: argparse.Namespace, fold: int) -> None:
+    job = _job(args.names[0], fold, args.work, args.seed)
+    make_shards(replace(job, data=args.data, folder=args.work / f"fold{fold}", shards=None))
 
 
 if __name__ == "__main__":
