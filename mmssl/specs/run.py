@@ -54,7 +54,8 @@ class OptimSpec(Spec):
     decay: Literal["cosine", "quarter_cosine", "linear", "exponential", "constant"] = "cosine"
     final_lr: float = Field(0.0, ge=0)  # share of the peak at the last step
     clip: float = Field(1.0, ge=0)  # gradient norm; 0 = off
-    ema: Number = 0.0  # decay of the averaged weights used by evaluation; 0 = none
+    # decay of the averaged weights used by evaluation, smaller in the first steps; 0 = none
+    ema: Number = 0.0
 
     @model_validator(mode="after")
     def _can_decay(self) -> OptimSpec:

@@ -15,6 +15,7 @@ from mmssl.train.meters import Meters
 from mmssl.train.randomness import untouched_random_state
 from mmssl.train.schedule import learning_rate
 from mmssl.train.validate import Validator
+from mmssl.train.weights import averaging_decay
 from mmssl.types import UserError
 
 
@@ -102,7 +103,8 @@ def _step(spec: RunSpec, job: Job, meters: Meters) -> str:
         return trouble or "the gradient"
     model.after_step(step, total)
     if job.average is not None:
-        job.average.update(engine.model, resolve(spec.optim.ema, step / total))
+        decay = resolve(spec.optim.ema, step / total)
+        job.average.update(engine.model, averaging_decay(decay, step))
     meters.step(step + 1, lr, norm, model.last_embeddings, job.loader.skipped)
     return ""
 

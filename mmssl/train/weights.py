@@ -73,6 +73,15 @@ class Average:
             self.pieces[name].copy_(cut(value, whole[name]))
 
 
+def averaging_decay(decay: float, step: int) -> float:
+    """`decay`, but at most (1 + step) / (10 + step), steps counted from 0.
+
+    Without the bound, which tf.train.ExponentialMovingAverage calls `num_updates`, a run of a few
+    times 1 / (1 - decay) steps keeps its random initial weights in the average.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Trained parameters and running statistics by name."""
     for name, parameter in model.named_parameters():

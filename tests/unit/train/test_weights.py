@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from mmssl import dist
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.partition import assemble, cut, piece
-from mmssl.train.weights import Average, shapes, whole_state
+from mmssl.train.weights import Average, averaging_decay, shapes, whole_state
 
 
 def model() -> nn.Module:
@@ -87,6 +89,15 @@ def test_average_follows_its_recursion_and_leaves_frozen_weights_alone() -> None
     state = whole_state(net, average.pieces)
     torch.testing.assert_close(state["0.weight"], expected)
     assert torch.equal(state["2.bias"], net[2].bias)
+
+
+def test_initial_weights_leave_the_average_of_a_short_run() -> None:
+    """After T steps they weigh prod (1 + t) / (10 + t) = 9! T! / (T + 9)! of it; 0.99^T without."""
+    left = math.prod(averaging_decay(0.99, step) for step in range(20))
+    assert left == pytest.approx(math.factorial(9) * math.factorial(20) / math.factorial(29))
+    assert left < 1e-6 < 0.99**200
+    assert averaging_decay(0.99, 890) == 0.99 > averaging_decay(0.99, 880)
+    assert averaging_decay(0.0, 500) == 0.0
 
 
 def test_average_loads_what_whole_state_saved() -> None:
