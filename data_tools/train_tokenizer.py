@@ -1,21 +1,29 @@
-"""Captions to a SentencePiece model: unigram with byte fallback, ready for `data.tokenizer`.
+"""Captions to a SentencePiece model: unigram or BPE with byte fallback, for `data.tokenizer`.
 
     python -m data_tools.train_tokenizer SHARDS_OR_MANIFEST... OUT.model [--vocab 8000]
 
 Train it on the captions of the training split only. Ids: 0 padding, 1 unknown, 2 begin, 3 end, 4
-<mask>. The same captions and options give the same bytes.
+<mask>. Captions are streamed; of more than --max-captions a uniform random sample is kept, chosen
+by a hash of the seed and of each caption's clip, so that it does not depend on their order. The
+same captions and options give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import heapq
 import io
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from data_tools.manifest import read_rows
 from mmssl.data.folders import MANIFEST, read_manifest
@@ -24,22 +32,50 @@ from mmssl.data.text import MASK, Tokenizer
 from mmssl.files import whole_file
 from mmssl.types import UserError
 
-_MAX_SENTENCES = 1_000_000
+MODEL_TYPES = ("unigram", "bpe")
 _TOO_LARGE = re.compile(r"value <= (\d+)")
 
 
 @dataclass(frozen=True)
+class Options:
+    """How to train; vocab: largest vocabulary, reduced to what the captions support.
+
+    coverage: share of all characters that get pieces of their own; the others are spelt in bytes.
+    max_captions: how many are held in memory, and trained on.
+    """
+
+    vocab: int = 8000
+    model_type: str = "unigram"
+    coverage: float = 0.9995
+    max_captions: int = 1_000_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Trained:
-    """A written model; asked is the vocabulary size that was asked for."""
+    """A written model; asked: the vocabulary size that was asked for; used: captions trained on.
+
+    languages: captions by language, "" where a clip names none.
+    """
 
     path: Path
     vocab_size: int
     asked: int
     captions: int
+    used: int
+    languages: dict[str, int]
 
 
-def captions_of(path: Path) -> Iterator[str]:
-    """Every caption of a shard folder, a manifest, or a folder of media.
+class Caption(NamedTuple):
+    """One caption; clip: what tells its clip from others, wherever and in what order it is read."""
+
+    text: str
+    language: str
+    clip: str
+
+
+def captions_of(path: Path) -> Iterator[Caption]:
+    """Every caption of a shard folder, a manifest, or a folder of media, in their order.
 
     Raises:
         UserError: no such input, or a damaged shard.
@@ -49,10 +85,11 @@ def captions_of(path: Path) -> Iterator[str]:
             yield from _shard_captions(path / shard.name)
         return
     for row in read_rows(path):
-        yield from row.captions
+        for text in row.captions:
+            yield Caption(text, row.language, f"{row.source} {row.index}")
 
 
-def _shard_captions(path: Path) -> Iterator[str]:
+def _shard_captions(path: Path) -> Iterator[Caption]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -61,15 +98,38 @@ def _shard_captions(path: Path) -> Iterator[str]:
                     continue
                 file = tar.extractfile(member)
                 record = read_record(key, {"json": b"" if file is None else file.read()})
-                yield from record["captions"]
+                for text in record["captions"]:
+                    yield Caption(text, record.get("language", ""), key)
     except (tarfile.TarError, DamagedSampleError) as error:
         raise UserError(
             f"{path}: damaged ({error}); run python -m data_tools.check_shards"
         ) from error
 
 
+def sample(captions: Iterable[Caption], most: int, seed: int) -> list[str]:
+    """All texts in their order, or if there are more than `most` a sample of that size.
+
+    A sample has the captions with the smallest hashes of (seed, clip, text), sorted by them: the
+    same for any order of reading. Never more than `most` texts are held.
+    """
+    kept: list[tuple[int, str]] = []
+    full = False
+    for caption in captions:
+        identity = f"{seed}\n{caption.clip}\n{caption.text}".encode()
+        # negative: the heap's first, which goes next, is the largest hash
+        rank = -int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest())
+        if len(kept) < most:
+            kept.append((rank, " ".join(caption.text.split())))
+            continue
+        if not full:
+            heapq.heapify(kept)
+            full = True
+        heapq.heappushpop(kept, (rank, " ".join(caption.text.split())))
+    return [text for _, text in (sorted(kept) if full else kept)]
+
+
 def train_tokenizer(
-    inputs: str | Path | Sequence[str | Path], out: str | Path, vocab: int = 8000
+    inputs: str | Path | Sequence[str | Path], out: str | Path, vocab: int = 8000, **options: Any
 ) -> Trained:
     """Train and write a model.
 
@@ -77,36 +137,68 @@ def train_tokenizer(
         inputs: shard folders or manifests; captions are read in their order.
         out: the `.model` file to write.
         vocab: largest vocabulary; reduced to what the captions support.
+        options: other fields of `Options`.
 
     Raises:
-        UserError: no captions, or a vocabulary too small to hold all bytes.
+        UserError: no captions, a vocabulary too small to hold all bytes, or another impossible
+            option.
     """
+    chosen = Options(vocab=vocab, **options)
+    check_options(chosen)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    captions = [" ".join(c.split()) for p in paths for c in captions_of(Path(p))]
+    languages: Counter[str] = Counter()
+
+    def read() -> Iterator[Caption]:
+        every = (c for p in paths for c in captions_of(Path(p)))
+        for caption in tqdm(every, desc="read", unit="caption", disable=None):
+            languages[caption.language] += 1
+            yield caption
+
+    captions = sample(read(), chosen.max_captions, chosen.seed)
     if not captions:
         raise UserError(f"{', '.join(map(str, paths))}: no captions to train a tokenizer on")
-    if vocab < 300:
-        raise UserError(f"--vocab {vocab}: byte fallback needs at least 300 pieces")
-    model = _train(captions, vocab)
+    model = train_model(captions, chosen)
     out = Path(out)
     with whole_file(out) as partial:
         partial.write_bytes(model)
-    return Trained(out, Tokenizer(model, str(out)).vocab_size, vocab, len(captions))
+    size = Tokenizer(model, str(out)).vocab_size
+    found = dict(languages.most_common())
+    return Trained(out, size, vocab, languages.total(), len(captions), found)
 
 
-def _train(captions: Sequence[str], vocab: int) -> bytes:
-    """Train; if the captions do not support the size, SentencePiece says which size they do."""
+def check_options(options: Options) -> None:
+    """Refuse what nobody can mean.
+
+    Raises:
+        UserError: names the option.
+    """
+    if options.vocab < 300:
+        raise UserError(f"--vocab {options.vocab}: byte fallback needs at least 300 pieces")
+    if options.model_type not in MODEL_TYPES:
+        raise UserError(f"--model-type {options.model_type}: is one of {', '.join(MODEL_TYPES)}")
+    if not 0.98 <= options.coverage <= 1:
+        raise UserError(f"--coverage {options.coverage:g}: must lie within 0.98 and 1")
+    if options.max_captions < 1:
+        raise UserError(f"--max-captions {options.max_captions}: must be 1 or more")
+
+
+def train_model(captions: Sequence[str], options: Options) -> bytes:
+    """Bytes of a model; if the captions do not support its size, of the largest that they do.
+
+    Raises:
+        UserError: SentencePiece's own objection.
+    """
     import sentencepiece
 
     sink = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions[:_MAX_SENTENCES]),
+            sentence_iterator=iter(captions),
             model_writer=sink,
-            model_type="unigram",
-            vocab_size=vocab,
+            model_type=options.model_type,
+            vocab_size=options.vocab,
             byte_fallback=True,
-            character_coverage=0.9995,
+            character_coverage=options.coverage,
             pad_id=0,
             unk_id=1,
             bos_id=2,
@@ -118,9 +210,9 @@ def _train(captions: Sequence[str], vocab: int) -> bytes:
         )
     except RuntimeError as error:
         found = _TOO_LARGE.search(str(error))
-        if found is None or int(found[1]) >= vocab:
+        if found is None or int(found[1]) >= options.vocab:
             raise UserError(f"SentencePiece cannot train on these captions: {error}") from error
-        return _train(captions, int(found[1]))
+        return train_model(captions, replace(options, vocab=int(found[1])))
     return sink.getvalue()
 
 
@@ -132,16 +224,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("inputs", nargs="+", type=Path, metavar="SHARDS_OR_MANIFEST")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vocab", type=int, default=8000)
-    args = parser.parse_args(argv)
+    parser.add_argument("--vocab", type=int, default=Options.vocab)
+    parser.add_argument("--model-type", choices=MODEL_TYPES, default=Options.model_type)
+    parser.add_argument(
+        "--coverage", type=float, default=Options.coverage, help="of characters by own pieces"
+    )
+    parser.add_argument("--max-captions", type=int, default=Options.max_captions)
+    parser.add_argument("--seed", type=int, default=Options.seed, help="of the sample")
+    args = vars(parser.parse_args(argv))
     try:
-        trained = train_tokenizer(args.inputs, args.out, args.vocab)
+        trained = train_tokenizer(args.pop("inputs"), args.pop("out"), **args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{trained.path}: {trained.vocab_size} pieces from {trained.captions} captions")
     if trained.vocab_size < trained.asked:
         print(f"  the captions support no more; {trained.asked} were asked for")
+    if trained.used < trained.captions:
+        print(f"  trained on a sample of {trained.used} captions")
+    if set(trained.languages) != {""}:
+        for language, count in trained.languages.items():
+            print(f"  {language or 'no language'}: {count / trained.captions:.1%}")
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 from small_methods import small
 from tiny_run import recipe, tiny_spec
 
-from data_tools.train_tokenizer import _train
+from data_tools.train_tokenizer import Options, train_model
 from mmssl.build import build_model
 from mmssl.data.text import Tokenizer
 from mmssl.embed.model import EmbeddingModel
@@ -22,7 +22,7 @@ WORDS = ["a dog barks at the door", "a cat sleeps", "rain falls on a tin roof", 
 @cache
 def tokenizer() -> Tokenizer:
     """A model of a few words and all bytes."""
-    return Tokenizer(_train(WORDS, 320))
+    return Tokenizer(train_model(WORDS, Options(vocab=320)))
 
 
 def spec_of(name: str) -> RunSpec:
