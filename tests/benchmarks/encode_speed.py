@@ -30,12 +30,11 @@ import torch
 from data_tools.synth_media import RATE, write_clip
 from mmssl import config
 from mmssl.build import build_model
-from mmssl.data.collate import Item, collate
 from mmssl.embed import sources
-from mmssl.embed.ahead import cores
+from mmssl.embed.ahead import cores, in_order
 from mmssl.embed.model import EmbeddingModel
 from mmssl.embed.sources import Row
-from mmssl.embed.windows import Cutter, Piece
+from mmssl.embed.windows import Cutter, Piece, batched, collated
 from mmssl.eval import results
 from mmssl.eval.embed import frozen
 from mmssl.types import Batch
@@ -70,19 +69,22 @@ def prepared(model: EmbeddingModel, pieces: Sequence[Piece]) -> list[tuple[str, 
     """The batches that `encode` makes of pieces."""
     device = next(model.model.parameters()).device
     views = {name: [p for p in pieces if p.view == name] for name in {p.view for p in pieces}}
-    out = []
-    for name, held in sorted(views.items()):
-        for first in range(0, len(held), BATCH):
-            some = held[first : first + BATCH]
-            items = [Item(str(k), "", 0, [], {name: [p.data]}) for k, p in enumerate(some)]
-            spec = model.spec.views[name].model_copy(update={"crop_s": held[0].padded_s})
-            out.append((name, collate(items, {name: spec}).to(device)))
-    return out
+    return [
+        (name, collated(some, model.spec.views[name]).to(device))
+        for name, held in sorted(views.items())
+        for some in batched(held, BATCH)
+    ]
 
 
 def decoded(cutter: Cutter, rows: Sequence[Row]) -> list[Piece]:
-    """Every window of every row, in this thread."""
-    return [piece for k, row in enumerate(rows) for piece in cutter.pieces(k, row)]
+    """Every window of every row, in one thread."""
+    jobs = (partial(cutter.pieces, k, row) for k, row in enumerate(rows))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other at the processor's cost
+    try:
+        return list(in_order(jobs, threads=0, jobs_ahead=0, depth=0))
+    finally:
+        torch.set_num_threads(usual)
 
 
 def timed(name: str, work: Callable[[], Any]) -> dict[str, float]:
