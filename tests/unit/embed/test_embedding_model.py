@@ -115,7 +115,7 @@ def test_batches_encoded_at_the_same_time_do_not_mix():
     @contextmanager
     def met(*args):
         with encoded_once(*args):
-            together.wait(timeout=60)  # both batches have left their encodings
+            together.wait(timeout=20)  # both batches have left their encodings
             yield
 
     clips = [items(model, 0.4, seed=k)[0] for k in range(8)]
