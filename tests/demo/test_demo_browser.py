@@ -8,7 +8,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from demo_corpus import demo_shards
+from demo_corpus import demo_index, demo_shards
 from embed_runs import WORDS, run_folder
 from media_files import moving_frames, tone, write_media
 from PIL import Image
@@ -276,6 +276,29 @@ def test_the_page_reaches_nothing_else(page, url):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{url}gradio_api/file=http://127.0.0.1:9/x", timeout=30)
     assert error.value.code == 404
+
+
+def test_media_files_of_an_index_that_is_there(chromium, film, tmp_path):
+    """They are played from where they lie; a picture is shown."""
+    from mmssl.demos.web import serve
+
+    media = tmp_path / "media"
+    media.mkdir()
+    film.rename(media / "film.mp4")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(media / "still.png")
+    (tmp_path / "files").mkdir()
+    options = serve.DemoSpec(db=str(demo_index(media, tmp_path)), port=0)
+    served = serve.start(options, tmp_path / "files")
+    page = chromium.new_page()
+    page.goto(served.local_url)
+    page.fill("#query-text input, #query-text textarea", WORDS[2])
+    page.click("#search-go")
+    page.locator(".mmssl-card").nth(1).wait_for()
+    assert page.locator(".mmssl-card").count() == 2
+    assert played(page.locator(".mmssl-card video"))[1] == 64
+    page.wait_for_function("document.querySelector('.mmssl-card img').naturalWidth === 40")
+    page.close()
+    served.close()
 
 
 def test_explore(page):

@@ -236,7 +236,8 @@ class Desk:
         Raises:
             UserError: no point is left.
         """
-        chosen = [m for m in self.index.record.spaces[space] if m in modalities]
+        inside = self.index.record.spaces[space]
+        chosen = [m for m in MODALITIES if m in inside and m in modalities]
         columns = Point._fields
         rows = [r for m in chosen for r in self.index.sample((space, m), columns, _POINTS)]
         points = [Point(**row) for row in rows]
