@@ -1,39 +1,29 @@
 """The demo in a real Chromium: search, play, localize, swap the sound, explore."""
 
 import io
-import os
 import re
-import shutil
 import urllib.request
 
 import numpy as np
 import pytest
+from chromium import launched
 from demo_corpus import demo_index, demo_shards
 from embed_runs import WORDS, run_folder
 from media_files import moving_frames, tone, write_media
 from PIL import Image
 
 CLIPS, SECONDS = 4, 2.5
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 TITLE = "mmssl · tiny"
 
 
 @pytest.fixture(scope="module")
 def chromium():
     pytest.importorskip("gradio", reason="gradio is missing: pip install 'mmssl[demo]'")
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is missing: pip install playwright"
-    )
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is missing: apt-get install chromium")
-    # a container's /dev/shm can be tiny; root may not use the sandbox
-    flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if ROOT else [])]
-    flags += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # beeps
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=flags)
-        yield browser
-        browser.close()
+    try:
+        with launched() as browser:
+            yield browser
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

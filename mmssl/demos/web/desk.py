@@ -24,7 +24,7 @@ from mmssl.types import MODALITIES, UserError
 
 Told = Callable[[float, str], object]  # the share that is done, and what is being done
 
-_KEPT = 200  # files that pages may show at a time
+_KEPT, _KEPT_BYTES = 200, 2**31  # files that pages may show at a time
 _POINTS = 1000  # of a modality on the map
 
 
@@ -33,19 +33,18 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._names: OrderedDict[str, None] = OrderedDict()
+        self._names: OrderedDict[str, int] = OrderedDict()  # bytes
 
-    def put(self, found: media.Playable, original: Path | None = None) -> Source:
-        """Keep a file, of an original that holds the same a link; where the browser finds it."""
+    def put(self, found: media.Playable) -> Source:
+        """Keep a file; returns where the browser finds it."""
         name = hashlib.sha256(found.data).hexdigest()[:24] + found.ending
         if name not in self._names:
-            if original is None:
-                (self.folder / name).write_bytes(found.data)
-            else:
-                (self.folder / name).symlink_to(original.resolve())
-        self._names[name] = None
+            (self.folder / name).write_bytes(found.data)
+        self._names[name] = len(found.data)
         self._names.move_to_end(name)
-        while len(self._names) > _KEPT:
+        while len(self._names) > 1 and (
+            len(self._names) > _KEPT or sum(self._names.values()) > _KEPT_BYTES
+        ):
             (self.folder / self._names.popitem(last=False)[0]).unlink()
         return Source(f"gradio_api/file={self.folder / name}", found.kind)
 
@@ -61,10 +60,14 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Desk:
-    """A model, its index and a shelf; max_seconds: of an upload. Clips go by ids of their rows."""
+    """A model, its index and a shelf. Clips go by ids of their rows.
+
+    name: of the corpus, for the page. max_seconds: of an upload.
+    """
 
     model: EmbeddingModel
     index: Index
+    name: str
     shelf: Shelf
     max_seconds: float
 
@@ -133,15 +136,12 @@ class Desk:
     def _player(self, row: Mapping[str, Any]) -> str:
         """The clip of a row at its time; of one that cannot be played its picture and why."""
         try:
-            record = self._record(row)
-            found = media.playable(record)
+            found = media.playable(self._record(row))
         except UserError as error:
             return fragments.missing(row["thumbnail"], str(error))
         if found is None:
             return ""
-        as_it_is = not row["shard"] and found.data in (record.video, record.sound)
-        original = Path(row["folder"], row["key"]) if as_it_is else None
-        return fragments.player(self.shelf.put(found, original), row["start_s"], row["end_s"])
+        return fragments.player(self.shelf.put(found), row["start_s"], row["end_s"])
 
     # ------------------------------------------------------------ localize
 

@@ -45,7 +45,7 @@ def build(desk: Desk) -> gr.Blocks:
     page: gr.Blocks
     with gr.Blocks(title="mmssl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         held = ", ".join(f"{count} {modality}" for modality, count in desk.held.items())
-        gr.Markdown(f"## mmssl · {desk.model.spec.name}\n{held} windows in `{desk.index.folder}`")
+        gr.Markdown(f"## mmssl · {desk.model.spec.name}\n{held} windows of `{desk.name}`")
         with gr.Tab("Search", id="search"):
             _search(desk)
         with gr.Tab("Localize", id="localize"):

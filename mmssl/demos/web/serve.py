@@ -98,13 +98,13 @@ def desk_of(options: DemoSpec, folder: Path) -> Desk:
     Raises:
         UserError: no such run, data or index, or an index of another model.
     """
-    index, model = _given(options) if options.db else _made(options)
+    index, model, name = _given(options) if options.db else _made(options)
     shelf = folder / "shelf"
     shelf.mkdir()
-    return Desk(model, index, Shelf(shelf), options.max_seconds)
+    return Desk(model, index, name, Shelf(shelf), options.max_seconds)
 
 
-def _given(options: DemoSpec) -> tuple[Index, EmbeddingModel]:
+def _given(options: DemoSpec) -> tuple[Index, EmbeddingModel, str]:
     unread = sorted(options.model_fields_set & {"data", "which"})
     if unread:
         raise UserError(
@@ -113,10 +113,10 @@ def _given(options: DemoSpec) -> tuple[Index, EmbeddingModel]:
         )
     index = Index.open(options.db)
     index.check_finished()
-    return index, search.load_model(index, options.run, option="run")
+    return index, search.load_model(index, options.run, option="run"), options.db
 
 
-def _made(options: DemoSpec) -> tuple[Index, EmbeddingModel]:
+def _made(options: DemoSpec) -> tuple[Index, EmbeddingModel, str]:
     run = Path(options.run or _RUN)
     if not run.is_dir():
         raise UserError(
@@ -134,7 +134,7 @@ def _made(options: DemoSpec) -> tuple[Index, EmbeddingModel]:
     # weights change as a run goes on, and models are never mixed
     out = run / "demo" / f"{model.hash[:16]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     build.build(data, build.BuildSpec(model=str(run), which=options.which, out=str(out)))
-    return Index.open(out), model
+    return Index.open(out), model, data
 
 
 def _free_port(host: str, port: int) -> int:

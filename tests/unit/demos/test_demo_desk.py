@@ -33,7 +33,7 @@ def desk(tmp_path_factory):
 
 def desk_over(library, folder):
     (folder / "shelf").mkdir()
-    return Desk(embedding("tiny"), Index.open(library), Shelf(folder / "shelf"), 5.0)
+    return Desk(embedding("tiny"), Index.open(library), "clips", Shelf(folder / "shelf"), 5.0)
 
 
 @pytest.fixture
@@ -156,6 +156,12 @@ def test_the_shelf_keeps_the_newest(tmp_path, monkeypatch):
     sources = [shelf.put(found) for found in (made[0], made[1], made[0], made[2])]
     assert sources[0] == sources[2]
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"\0", b"\2"}
+    monkeypatch.setattr("mmssl.demos.web.desk._KEPT_BYTES", 3)
+    for data in (b"ab", b"c", b"d", b"too long"):
+        shelf.put(media.Playable(data, ".mp4", "video"))
+        left = {path.read_bytes() for path in tmp_path.iterdir()}
+        assert data in left
+        assert len(left) == 1 or sum(map(len, left)) <= 3
 
 
 # ---------------------------------------------------------------- search and localize
@@ -182,7 +188,7 @@ def test_cards_are_of_different_clips_best_first(desk, files):
 
 
 def test_media_files_are_played_from_where_they_are(files, tmp_path):
-    """As links where a browser can; what has gone keeps its picture, and the page its others."""
+    """What has gone keeps its picture, and the page its others."""
     folder = tmp_path / "media"
     folder.mkdir()
     for name in ("film.mp4", "sound.mp4"):
@@ -198,8 +204,8 @@ def test_media_files_are_played_from_where_they_are(files, tmp_path):
     found = cards()
     tags = {"film.mp4": "video", "sound.mp4": "audio", "still.png": "img"}
     assert {key: html[1:].split()[0] for key, html in found.items()} == tags
-    linked = {path.resolve().name for path in desk.shelf.folder.iterdir()}
-    assert linked == set(tags)
+    shown = {path.read_bytes() for path in desk.shelf.folder.iterdir()}
+    assert shown == {(folder / key).read_bytes() for key in tags}
     (folder / "film.mp4").unlink()
     found = cards()
     assert found["film.mp4"].startswith('<img src="data:image/jpeg;base64,')

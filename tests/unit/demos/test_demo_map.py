@@ -26,7 +26,7 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def desk(index):
     model = SimpleNamespace(default_space="avt")
-    return desks.Desk(model, index, None, 5.0)
+    return desks.Desk(model, index, "clips", None, 5.0)
 
 
 @pytest.fixture(scope="module")
