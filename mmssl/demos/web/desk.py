@@ -113,7 +113,7 @@ class Desk:
 
     def _queries(self, given: Given, told: Told) -> Iterator[Query]:
         if given.text and given.text.strip():
-            yield {"text": given.text}
+            yield {"text": given.text.strip()}
         if given.sound:
             told(0.1, "listening")
             yield {"audio": media.checked(given.sound, ["audio"], self.max_seconds)}

@@ -19,6 +19,7 @@ def test_every_sample_of_a_shard(place):
     corpus = open_corpus(str(place.folder / "shards"), MAX)
     entries = {e.key: e for units in corpus.blocks() for e in corpus.entries(units)}
     assert rows.keys() == entries.keys()
+    assert sum(map(corpus.count, corpus.blocks())) == len(entries)  # what progress goes towards
     for key, row in rows.items():
         record = record_of(row, MAX)
         assert (record.key, record.video or record.sound) == (
@@ -54,6 +55,8 @@ def test_files_by_what_they_hold(tmp_path):
         key: record_of({"folder": str(tmp_path), "shard": "", "number": 0, "key": key}, MAX)
         for key in ("sub/film.mp4", "sound.mp4")
     }
+    corpus = open_corpus(str(tmp_path), MAX)
+    assert sum(map(corpus.count, corpus.blocks())) == 3
     assert found["sub/film.mp4"].has == {"audio", "video"}
     assert (found["sub/film.mp4"].video, found["sub/film.mp4"].sound) == (film, None)
     assert found["sound.mp4"].has == {"audio"}
