@@ -228,7 +228,7 @@ def test_nothing_and_nowhere_are_said(desk, files, tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     Image.new("1", (5000, 4000)).save(path)
     monkeypatch.setattr(Desk, "sees_stills", True)
-    with pytest.raises(UserError, match=r"large\.png: .* 5000 x 4000 pixels exceed"):
+    with pytest.raises(UserError, match=r"large\.png: .*5000 x 4000 pixels exceed"):
         desk.search(Given(None, None, None, str(path)), ["text"], 3, silent)
     with pytest.raises(UserError, match="give a video"):
         desk.localize(None, None, None, None, silent)
