@@ -224,6 +224,8 @@ def record_of(place: Mapping[str, Any], max_bytes: int) -> Record:
             both = (data, None) if "video" in has else (None, data)
             return Record(key, key, 0, has, (), {}, *both)
         record = samples.read(intact(_opened_shards(folder, max_bytes).reader[number]))
+    except FileNotFoundError as error:
+        raise UserError(f"{key}: is not in {folder} any more") from error
     except (DamagedSampleError, OSError, IndexError) as error:
         raise UserError(f"{key}: cannot be read from {folder} ({error})") from error
     if record.key != key:

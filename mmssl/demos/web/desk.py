@@ -266,6 +266,8 @@ class Desk:
 def _pictures(record: Record) -> bytes:
     if record.video is None:
         raise UserError(f"{record.key}: has no pictures; choose a clip with a video")
+    if media.is_still(record.video):
+        raise UserError(f"{record.key}: is a picture; choose a clip with a video")
     return record.video
 
 

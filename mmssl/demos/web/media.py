@@ -105,6 +105,11 @@ def has_sound(data: bytes) -> bool:
     return media.probe(data, LIMITS).audio_streams > 0
 
 
+def is_still(data: bytes) -> bool:
+    """Whether a readable file is a picture."""
+    return media.probe(data, LIMITS).format.endswith(_PIPE)
+
+
 def dubbed(video: bytes, sound: bytes | None) -> bytes:
     """An mp4 file of a video, small enough for a page, with its own or another file's sound.
 

@@ -209,11 +209,13 @@ def test_media_files_are_played_from_where_they_are(files, tmp_path):
     (folder / "film.mp4").unlink()
     found = cards()
     assert found["film.mp4"].startswith('<img src="data:image/jpeg;base64,')
-    assert "cannot be read from" in found["film.mp4"]
+    assert f"film.mp4: is not in {folder} any more" in found["film.mp4"]
     assert found["sound.mp4"].startswith("<audio")
     still = next(clip for text, clip in desk.choices("video") if "still.png" in text)
     with pytest.raises(UserError, match=r"still\.png: has no sound"):
         desk.localize(None, still, None, None, silent)
+    with pytest.raises(UserError, match=r"still\.png: is a picture; choose a clip"):
+        desk.localize(None, still, files["other.mp4"], None, silent)
     with pytest.raises(UserError, match="holds no row 'gone'"):
         desk.shown("gone")
 

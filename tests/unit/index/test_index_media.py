@@ -41,7 +41,7 @@ def test_shards_and_files_that_have_gone(place, tmp_path):
     with pytest.raises(UserError, match="no such shard folder"):
         record_of(row | {"folder": str(tmp_path / "none")}, MAX)
     file = {"folder": str(tmp_path), "shard": "", "number": 0}
-    with pytest.raises(UserError, match=r"a\.mp4: cannot be read from"):
+    with pytest.raises(UserError, match=r"a\.mp4: is not in .* any more"):
         record_of(file | {"key": "a.mp4"}, MAX)
 
 
