@@ -84,8 +84,7 @@ def main() -> None:
         args.folder = Path(folder)
         (args.folder / "served").mkdir()
         desk = serve.desk_of(serve.DemoSpec(run=args.run), args.folder)
-        options = serve.DemoSpec(run=args.run, db=str(desk.index.folder), port=0)
-        served = serve.start(options, args.folder / "served")
+        served = serve.start(serve.DemoSpec(run=args.run, port=0), args.folder / "served")
         for name, (shows, height) in TABS.items():
             page = browser.new_page(viewport={"width": 1080, "height": height})
             page.goto(served.local_url)
