@@ -1,0 +1,147 @@
+"""What the media of a row may be: a file, an object in a storage, or pictures with a sound."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import av
+
+from mmssl.data import media
+from mmssl.data.integrity import DamagedSampleError
+from mmssl.data.samples import AUDIO_FIELDS, VIDEO_FIELDS
+from mmssl.storage import is_address, open_storage, persistently
+
+SUFFIXES = {f".{name}": name for name in (*VIDEO_FIELDS, *AUDIO_FIELDS)} | {
+    ".m4v": "mp4",
+    ".oga": "ogg",
+}
+# Readable by FFmpeg, but only kept after re-encoding.
+FOREIGN_SUFFIXES = (".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".aac", ".wma")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_TICK = Fraction(1, 1000)  # Matroska's
+
+
+class Media(Protocol):
+    """A media file; its text names it."""
+
+    @property
+    def suffix(self) -> str:
+        """`.mp4` and the like."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            OSError: it cannot be read.
+            DamagedSampleError: its parts do not fit together.
+            StorageError: see `storage.persistently`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An object at an address that fsspec knows; a request that fails is repeated."""
+
+    address: str
+
+    @property
+    def suffix(self) -> str:
+        """`.mp4` and the like."""
+        return PurePosixPath(self.address).suffix
+
+    def read_bytes(self) -> bytes:
+        """The whole object; see `Media`."""
+        files, path = open_storage(self.address)
+        data: bytes = persistently(lambda: files.cat_file(path), self.address)
+        return data
+
+    def __str__(self) -> str:
+        return self.address
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Silent pictures (one video, or stills that are shown for equal times) with a sound.
+
+    Read as Matroska with the packets as they are: nothing is encoded.
+    """
+
+    pictures: tuple[Media, ...]
+    sound: Media
+
+    @property
+    def suffix(self) -> str:
+        """That of Matroska."""
+        return ".mkv"
+
+    def read_bytes(self) -> bytes:
+        """Join the files; see `Media`."""
+        sink = io.BytesIO()
+        with (
+            media.opened(self.sound.read_bytes()) as heard,
+            av.open(sink, "w", format="matroska", options={"fflags": "+bitexact"}) as out,
+        ):
+            media.check_limits(media.read_header(heard), media.DEFAULT_LIMITS)
+            tracks = media.read_tracks(heard, False, True, media.DEFAULT_LIMITS)
+            if "audio" not in tracks:
+                raise DamagedSampleError("missing", f"{self.sound}: has no sound")
+            sound = tracks["audio"]
+            stills = self.pictures[0].suffix.lower() in PICTURE_SUFFIXES
+            add = self._add_stills if stills else self._add_video
+            packets = add(out, sound.end_s - sound.start_s)
+            stream = out.add_stream_from_template(sound.stream)
+            for packet in sound.packets:
+                packet.stream = stream
+            packets += sound.packets
+            for packet in sorted(packets, key=lambda p: (p.dts or 0) * p.time_base):
+                out.mux(packet)
+        return sink.getvalue()
+
+    def _add_video(self, out: Any, _: float) -> list[Any]:
+        with media.opened(self.pictures[0].read_bytes()) as seen:
+            media.check_limits(media.read_header(seen), media.DEFAULT_LIMITS)
+            tracks = media.read_tracks(seen, True, False, media.DEFAULT_LIMITS)
+            if "video" not in tracks:
+                raise DamagedSampleError("missing", f"{self}: has no pictures")
+            stream = out.add_stream_from_template(tracks["video"].stream)
+            for packet in tracks["video"].packets:
+                packet.stream = stream
+            return tracks["video"].packets
+
+    def _add_stills(self, out: Any, length_s: float) -> list[Any]:
+        stream: Any = None
+        sizes, packets = set(), []
+        for k, picture in enumerate(self.pictures):
+            data = picture.read_bytes()
+            with media.opened(data) as container:
+                header = media.read_header(container)
+                media.check_limits(header, media.DEFAULT_LIMITS)
+                stream = stream or out.add_stream_from_template(container.streams.video[0])
+            sizes.add((header.width, header.height, header.video_codec))
+            if len(sizes) > 1:
+                raise DamagedSampleError("header", f"{picture}: of another size than the first")
+            first, end = (round(i * length_s / len(self.pictures) / _TICK) for i in (k, k + 1))
+            packet = av.Packet(data)
+            packet.pts = packet.dts = first
+            packet.duration, packet.time_base = end - first, _TICK
+            packet.stream, packet.is_keyframe = stream, True
+            packets.append(packet)
+        return packets
+
+    def __str__(self) -> str:
+        return f"{self.pictures[0]} with {self.sound}"
+
+
+def locate(base: str | Path, name: str) -> Path | Remote:
+    """A file that is named relative to a folder or address, or by a whole address."""
+    if is_address(name):
+        return Remote(name)
+    if is_address(base):
+        return Remote(f"{str(base).rstrip('/')}/{name}")
+    return Path(base) / name
