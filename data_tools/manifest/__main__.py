@@ -41,7 +41,7 @@ def write_manifest(layout: str, root: Path, out: Path) -> Coverage:
         if coverage.found == 0:
             told = f"; {coverage.table()}" if coverage.listed else ""
             raise UserError(f"{root}: no clip of the layout {layout} is there{told}")
-    coverage.unlisted = [path for path in corpus.media if path not in used]
+    coverage.unlisted = sorted(set(corpus.media) - used)
     listed = out.with_suffix(".missing.txt")
     listed.unlink(missing_ok=True)
     if coverage.missing:

@@ -64,7 +64,7 @@ class Coverage:
             f"{split or 'all'}: {n - gone[split]} of {n} listed clips ({1 - gone[split] / n:.1%})"
             for split, n in self.listed.items()
         ]
-        some = ", ".join(sorted(self.unlisted)[:3])
+        some = ", ".join(self.unlisted[:3])
         extra = f"{len(self.unlisted)} files that no list names are left out: {some}"
         return "\n".join([*lines, extra] if self.unlisted else lines)
 
@@ -144,7 +144,7 @@ class Corpus:
         Raises:
             UserError: the file is no JSON object.
         """
-        buffer, place = "", 0
+        buffer, place, name = "", 0, ""
         with (self.root / path).open(encoding="utf-8") as file:
             while chunk := file.read(_CHUNK):
                 buffer, place = buffer[place:] + chunk, 0
@@ -152,7 +152,7 @@ class Corpus:
                     name, value, place = entry
                     yield name, value
         if buffer[place:].split() not in (["}"], ["{", "}"], ["{}"]):
-            raise UserError(f"{self.root / path}: no JSON object, behind {buffer[:place][-40:]!r}")
+            raise UserError(f"{self.root / path}: no JSON object, behind the entry {name!r}")
 
 
 def _entry(text: str, place: int) -> tuple[str, Any, int] | None:

@@ -92,7 +92,8 @@ def _top(place: Place) -> list[str]:
         return sorted(str(p) for p in Path(place).iterdir() if p.is_file())
     files, root = open_storage(str(place))
     found = persistently(lambda: files.ls(root, detail=True), str(place))
-    return sorted(files.unstrip_protocol(f["name"]) for f in found if f["type"] == "file")
+    names = sorted(PurePosixPath(f["name"]).name for f in found if f["type"] == "file")
+    return [str(locate(place, name)) for name in names]
 
 
 @contextmanager

@@ -156,8 +156,10 @@ def _clotho(corpus: Corpus) -> Iterator[Clip]:
             told = known.get(name, {})
             tree: dict[str, Any] = {"captions": [row[f"caption_{k}"] for k in range(1, 6)]}
             tree |= {"source": told.get("sound_id") or PurePosixPath(name).stem, "split": split}
-            tree |= {"language": "en", "licence": told.get("license", "")}
-            tree["meta"] = {"keywords": told["keywords"].split(";")} if "keywords" in told else {}
+            tree |= {"language": "en", "meta": {}}
+            if told:
+                tree |= {"licence": told["license"]}
+                tree["meta"] = {"keywords": told["keywords"].split(";")}
             yield Clip(name, corpus.find(PurePosixPath(name).stem, within=split), tree)
 
 
@@ -177,9 +179,9 @@ def _librispeech(corpus: Corpus) -> Iterator[Clip]:
 
 @dataclass(frozen=True)
 class _Names:
-    """Groups of the pattern are fields of meta, but for `split`, `caption` and `part`.
+    """A pattern of the path without suffix; its groups are fields of meta, but for `split`.
 
-    source: of the groups; the default is the file's own path.
+    A `word` is the caption, too. source: made of the groups; the default is the path.
     """
 
     pattern: str
@@ -194,7 +196,7 @@ _NAMED = {
     "kinetics": _Names(
         r"(?P<split>train|val|test)[^/]*/(?P<label>[^/]+)/(?P<id>.{11})(_\d{6}_\d{6})?", "{id}"
     ),
-    "lrw": _Names(r"(?P<caption>[A-Z]+)/(?P<split>train|val|test)/(?P=caption)_\d+"),
+    "lrw": _Names(r"(?P<word>[A-Z]+)/(?P<split>train|val|test)/(?P=word)_\d+"),
     "voxceleb": _Names(
         r"(?P<speaker>id\d{5})/(?P<video>[^/]+)/(?P<utterance>\d+)", "{speaker}/{video}"
     ),
@@ -215,7 +217,7 @@ def _of_name(names: _Names, path: str) -> Clip | None:
     meta = match.groupdict()
     tree: dict[str, Any] = {"source": names.source.format(**meta) or stem}
     tree |= {"split": _split(meta.pop("split"))} if "split" in meta else {}
-    tree |= {"caption": meta["caption"], "language": "en"} if "caption" in meta else {}
+    tree |= {"caption": meta["word"], "language": "en"} if "word" in meta else {}
     return Clip(stem, (path,), tree | {"meta": meta})
 
 

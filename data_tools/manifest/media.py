@@ -94,7 +94,7 @@ class Joined:
             sound = tracks["audio"]
             stills = self.pictures[0].suffix.lower() in PICTURE_SUFFIXES
             add = self._add_stills if stills else self._add_video
-            packets = add(out, sound.end_s - sound.start_s)
+            packets = add(out, max(sound.end_s - sound.start_s, 0.001))
             stream = out.add_stream_from_template(sound.stream)
             for packet in sound.packets:
                 packet.stream = stream
@@ -110,6 +110,8 @@ class Joined:
             if "video" not in tracks:
                 raise DamagedSampleError("missing", f"{self}: has no pictures")
             stream = out.add_stream_from_template(tracks["video"].stream)
+            # else FFmpeg takes the clock of the codec for the rate
+            stream.codec_context.framerate = tracks["video"].stream.average_rate or 25
             for packet in tracks["video"].packets:
                 packet.stream = stream
             return tracks["video"].packets
@@ -117,19 +119,24 @@ class Joined:
     def _add_stills(self, out: Any, length_s: float) -> list[Any]:
         stream: Any = None
         sizes, packets = set(), []
-        for k, picture in enumerate(self.pictures):
+        # the distance of two frames tells how long the last one is shown
+        shown = self.pictures if len(self.pictures) > 1 else self.pictures * 2
+        for k, picture in enumerate(shown):
             data = picture.read_bytes()
             with media.opened(data) as container:
                 header = media.read_header(container)
                 media.check_limits(header, media.DEFAULT_LIMITS)
-                stream = stream or out.add_stream_from_template(container.streams.video[0])
+                if stream is None:
+                    stream = out.add_stream_from_template(container.streams.video[0])
+                    stream.codec_context.framerate = Fraction(
+                        len(shown) / length_s
+                    ).limit_denominator()
             sizes.add((header.width, header.height, header.video_codec))
             if len(sizes) > 1:
                 raise DamagedSampleError("header", f"{picture}: of another size than the first")
-            first, end = (round(i * length_s / len(self.pictures) / _TICK) for i in (k, k + 1))
             packet = av.Packet(data)
-            packet.pts = packet.dts = first
-            packet.duration, packet.time_base = end - first, _TICK
+            packet.pts = packet.dts = round(k * length_s / len(shown) / _TICK)
+            packet.time_base = _TICK
             packet.stream, packet.is_keyframe = stream, True
             packets.append(packet)
         return packets
