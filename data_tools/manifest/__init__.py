@@ -23,7 +23,16 @@ writes the manifest of a corpus as it is usually distributed, to be looked at an
 """
 
 from data_tools.manifest.files import find_manifests, read_rows
-from data_tools.manifest.media import FOREIGN_SUFFIXES, SUFFIXES
-from data_tools.manifest.row import Row
+from data_tools.manifest.media import FOREIGN_SUFFIXES, SUFFIXES, Media, stamps
+from data_tools.manifest.row import Row, as_tree
 
-__all__ = ["FOREIGN_SUFFIXES", "SUFFIXES", "Row", "find_manifests", "read_rows"]
+__all__ = [
+    "FOREIGN_SUFFIXES",
+    "SUFFIXES",
+    "Media",
+    "Row",
+    "as_tree",
+    "find_manifests",
+    "read_rows",
+    "stamps",
+]

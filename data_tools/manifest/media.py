@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -152,3 +153,37 @@ def locate(base: str | Path, name: str) -> Path | Remote:
     if is_address(base):
         return Remote(f"{str(base).rstrip('/')}/{name}")
     return Path(base) / name
+
+
+def named(media: Media | None, folder: Path) -> dict[str, Any]:
+    """`media` and `sound` of a row in a manifest in a folder; `locate` is the way back."""
+    if isinstance(media, Joined):
+        pictures = [_name(picture, folder) for picture in media.pictures]
+        media_name = pictures if len(pictures) > 1 else pictures[0]
+        return {"media": media_name, "sound": _name(media.sound, folder)}
+    return {} if media is None else {"media": _name(media, folder)}
+
+
+def _name(media: Media, folder: Path) -> str:
+    if isinstance(media, Remote):
+        return media.address
+    path, home = Path(os.path.abspath(str(media))), Path(os.path.abspath(folder))
+    return (path.relative_to(home) if path.is_relative_to(home) else path).as_posix()
+
+
+def stamps(media: Media | None) -> list[tuple[int, int] | None]:
+    """Size and time of change in ns of the local files of a row, None for one that is missing.
+
+    Objects in a storage are not asked: a corpus has too many.
+    """
+    parts = [*media.pictures, media.sound] if isinstance(media, Joined) else [media]
+    found: list[tuple[int, int] | None] = []
+    for path in parts:
+        if isinstance(path, Path):
+            try:
+                status = path.stat()
+            except OSError:
+                found.append(None)
+                continue
+            found.append((status.st_size, status.st_mtime_ns))
+    return found

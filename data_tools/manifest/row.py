@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.manifest.media import PICTURE_SUFFIXES, Joined, Media, locate
+from data_tools.manifest.media import PICTURE_SUFFIXES, Joined, Media, locate, named
 from mmssl.types import MODALITIES, Transcript, UserError, Word
 
 _KEYS = (
@@ -92,6 +92,25 @@ def parse(base: str | Path, where: str, index: int, tree: Mapping[str, Any]) -> 
         licence=_text(where, tree, "licence"),
         transcript=transcript,
     )
+
+
+def as_tree(row: Row, folder: Path) -> dict[str, Any]:
+    """The keys of a row in a manifest in a folder, without those that are empty; see `parse`."""
+    said = row.transcript
+    words = [list(word) for word in said.words] if said else []
+    tree = named(row.media, folder) | {
+        "captions": list(row.captions),
+        "transcript": {"text": said.text, "words": words} if said else None,
+        "source": row.source,
+        "split": row.split,
+        "start": row.start_s,
+        "end": row.end_s,
+        "has": list(row.has or ()),
+        "meta": row.meta,
+        "language": row.language,
+        "licence": row.licence,
+    }
+    return {key: value for key, value in tree.items() if value}
 
 
 def seconds(where: str, name: str, value: Any) -> float:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -12,7 +13,7 @@ from media_files import click_wave, flash_frames, tone, write_media
 from PIL import Image
 from pyarrow import parquet
 
-from data_tools.manifest import find_manifests, read_rows
+from data_tools.manifest import as_tree, find_manifests, read_rows, stamps
 from data_tools.manifest.media import Joined, Remote
 from data_tools.shard_rows import Options, prepare
 from mmssl.data.decode import ClipReader
@@ -273,6 +274,33 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     made = [prepare(row, Options()) for row in rows_of(tmp_path / "m.jsonl")]
     assert [m.reason for m in made] == ["header", "missing", "missing", "file"]
     assert "of another size" in made[0].message
+
+
+def test_rows_are_written_as_they_are_read(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"12345")
+    rows = [
+        *ROWS,
+        {"media": "s3://bucket/x.mp4"},
+        {"media": str(tmp_path.parent / "x.mp4"), "licence": "CC0"},
+        {"media": ["0.jpg", "s3://bucket/1.jpg"], "sound": "a.wav"},
+        {"media": "a.mp4", "sound": "none.wav", "start": 1.0},
+        {"transcript": {"text": "no times"}},
+    ]
+    write_lines(tmp_path / "m.jsonl", rows)
+    found = rows_of(tmp_path / "m.jsonl")
+    (tmp_path / "in").mkdir()
+    for folder in (tmp_path, tmp_path / "in"):
+        trees = [as_tree(row, folder) for row in found]
+        write_lines(folder / "n.jsonl", trees)
+        again = rows_of(folder / "n.jsonl")
+        assert [replace(row, where="") for row in again] == [replace(r, where="") for r in found]
+    assert as_tree(found[5], tmp_path) == {"media": "a.mp4", "sound": "none.wav"} | {
+        "source": "a",
+        "start": 1.0,
+    }
+    status = (tmp_path / "a.wav").stat()
+    assert stamps(found[4].media) == [None, (5, status.st_mtime_ns)]
+    assert stamps(found[2].media) == stamps(found[6].media) == []
 
 
 @pytest.mark.parametrize(
