@@ -19,7 +19,9 @@ All are optional except that a row needs media, a caption or a transcript.
 
     python -m data_tools.manifest LAYOUT ROOT OUT.jsonl
 
-writes the manifest of a corpus as it is usually distributed, to be looked at and edited.
+writes the manifest of a public corpus, to be looked at and edited. ROOT holds its lists and media,
+in folders of any name where the layout does not ask for some. What lists name and the disk lacks is
+counted, and written to OUT.missing.txt.
 """
 
 from data_tools.manifest.files import find_manifests, read_rows

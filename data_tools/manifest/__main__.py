@@ -1,10 +1,4 @@
-"""The manifest of a corpus as it usually lies on a disk.
-
-    python -m data_tools.manifest LAYOUT ROOT OUT.jsonl
-
-ROOT holds the corpus' lists and media, in folders of any name where the layout does not ask for
-some. What lists name and the disk lacks is counted, and written to OUT.missing.txt.
-"""
+"""Command line of the package; see its text."""
 
 from __future__ import annotations
 
@@ -14,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools import manifest
 from data_tools.manifest.corpus import Clip, Corpus, Coverage
 from data_tools.manifest.layouts import LAYOUTS
 from mmssl.data.integrity import canonical
@@ -59,7 +54,9 @@ def _line(clip: Clip, inner: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.manifest", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.manifest", description=manifest.__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("layout", choices=LAYOUTS)
     parser.add_argument("root", type=Path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -123,8 +123,7 @@ def _folder_rows(folder: Place) -> Iterator[Row]:
         beside = [
             t for t in (str(PurePosixPath(n).with_suffix(".txt")) for n in some) if t in names
         ]
-        ask = partial(files.cat, beside)
-        texts = persistently(ask, str(folder)) if beside else {}
+        texts = _contents(files, beside)
         for index, name in enumerate(some, first):
             text = str(PurePosixPath(name).with_suffix(".txt"))
             inner = name[len(root) :].lstrip("/")
@@ -134,6 +133,15 @@ def _folder_rows(folder: Place) -> Iterator[Row]:
                 "source": str(PurePosixPath(inner).with_suffix("")),
             }
             yield parse(folder, str(locate(folder, inner)), index, tree)
+
+
+def _contents(files: Any, names: Sequence[str]) -> dict[str, bytes]:
+    """Small files, asked for together; those that fail one by one."""
+    found = files.cat(names, on_error="return") if names else {}
+    for name in names:
+        if not isinstance(found.get(name), bytes):
+            found[name] = persistently(partial(files.cat_file, name), name)
+    return dict(found)
 
 
 def _suffix(name: str) -> str:

@@ -190,6 +190,9 @@ def test_requests_that_fail_are_repeated(bucket, monkeypatch):
     monkeypatch.setattr(type(bucket), "cat_file", failing)
     assert Remote("memory://set/b.wav").read_bytes()[:4] == b"RIFF"
     assert len(calls) == 3
+    calls.clear()
+    assert rows_of("memory://set")[0].captions == ("a tone", "another text")
+    assert calls == ["/set/b.txt"] * 3
 
 
 def test_a_missing_object_is_one_lost_row(bucket, tmp_path):
