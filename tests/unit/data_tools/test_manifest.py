@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from datetime import datetime
 
 import fsspec
 import numpy as np
@@ -110,6 +111,12 @@ def test_parquet_files_of_a_folder_are_one_manifest(tmp_path):
     assert [row.index for row in rows] == [0, 1, 2, 3]
     assert rows[3].where == f"{tmp_path}/part-1.parquet:2"
     assert rows[3].media == tmp_path / "b.mp4"
+
+
+def test_meta_that_json_cannot_hold_loses_its_row(tmp_path):
+    columns = {"caption": ["x"], "meta.when": [datetime(2026, 1, 1)]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "m.parquet")
+    assert prepare(rows_of(tmp_path / "m.parquet")[0], Options()).reason == "meta"
 
 
 def test_bad_parquet(tmp_path, monkeypatch):

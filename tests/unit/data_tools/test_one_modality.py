@@ -10,6 +10,7 @@ from data_tools.make_shards import make_shards
 from data_tools.train_tokenizer import train_tokenizer
 from mmssl.data.loader import train_loader
 from mmssl.data.text import Tokenizer
+from mmssl.index.corpus import open_corpus
 from mmssl.specs import DataSpec, ViewSpec
 
 VIEWS = {
@@ -82,6 +83,9 @@ def test_the_words_of_the_crop_come_with_the_crop(tmp_path, tokenizer):
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     make_shards(tmp_path / "m.jsonl", tmp_path / "out")
     assert check_folder(tmp_path / "out").text == 1
+    corpus = open_corpus(str(tmp_path / "out"), 1 << 20)
+    ((entry,),) = [list(corpus.entries(block)) for block in corpus.blocks()]
+    assert entry.captions == (" ".join(map(str, range(30))),)  # what can be found by words
     views = {
         "audio": ViewSpec(modality="audio", crop_s=0.5, hz=8000),
         "text": ViewSpec(modality="text", crop_s=0.5, length=20, texts="transcript"),
