@@ -125,7 +125,7 @@ def _check_sample(
 
 
 def _check_media(record: samples.Record, decode: bool) -> None:
-    found = {"text"} if record.captions else set()
+    found = {"text"} if record.texts else set()
     for data, offers in ((record.video, ("audio", "video")), (record.sound, ("audio",))):
         if data is None:
             continue

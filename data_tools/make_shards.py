@@ -51,7 +51,7 @@ def make_shards(
     """Make shards of one or several manifests; see the module's text.
 
     Args:
-        inputs: manifests (.jsonl, .csv), a folder that holds some, or a folder of media.
+        inputs: manifests, folders that hold some or media, or addresses; see `data_tools.manifest`.
         out: folder to write; an existing part is left alone if it is identical, else refused.
         options: fields of `Options`.
 
@@ -64,7 +64,7 @@ def make_shards(
     chosen = Options(**options)
     check_options(chosen)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    parts = _parts([m for p in paths for m in find_manifests(Path(p))])
+    parts = _parts([m for p in paths for m in find_manifests(p)])
     targets = {split: Path(out) / split if split else Path(out) for split in parts}
     for target in targets.values():
         _check_target(target, chosen.overwrite)
@@ -85,10 +85,10 @@ def check_options(options: Options) -> None:
         raise UserError(f"--workers {options.workers}: at least one worker is needed")
 
 
-def _parts(manifests: Sequence[Path]) -> dict[str, list[Row]]:
+def _parts(manifests: Sequence[Path | str]) -> dict[str, list[Row]]:
     """Rows by split; a split comes from one manifest, whose row numbers then are unique in it."""
     parts: dict[str, list[Row]] = {}
-    origin: dict[str, Path] = {}
+    origin: dict[str, Path | str] = {}
     for path in manifests:
         for row in read_rows(path):
             if origin.setdefault(row.split, path) != path:
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.make_shards", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="MANIFEST_OR_FOLDER")
+    parser.add_argument("inputs", nargs="+", metavar="MANIFEST_OR_FOLDER")
     parser.add_argument("out", type=Path)
     parser.add_argument("--shard-samples", type=int, default=Options.shard_samples)
     parser.add_argument("--shard-mb", type=float, default=Options.shard_mb)

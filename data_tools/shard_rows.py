@@ -14,6 +14,7 @@ from mmssl.data import media
 from mmssl.data.integrity import PROFILE, DamagedSampleError, seal, valid_key
 from mmssl.data.media import Limits
 from mmssl.data.samples import AUDIO_FIELDS
+from mmssl.types import Transcript, Word
 
 _CUT_TOLERANCE_S = 0.1  # a manifest's `end` this close to the end of the file asks for no cut
 
@@ -57,7 +58,9 @@ def prepare(row: Row, options: Options) -> Made:
 def _prepared(row: Row, options: Options) -> Made:
     members: list[tuple[str, bytes]] = []
     header, found, length_s = None, set(), 0.0
-    digest = hashlib.sha256("\n".join(row.captions).encode())
+    said = row.transcript
+    texts = row.captions or ((said.text,) if said else ())
+    digest = hashlib.sha256("\n".join(texts).encode())
     if row.media is not None:
         source = row.media.read_bytes()
         digest = hashlib.sha256(source)
@@ -68,7 +71,8 @@ def _prepared(row: Row, options: Options) -> Made:
             header = media.probe(data, options.limits)
         found = _streams(name, header)
         members.append((name, data))
-    found |= {"text"} if row.captions else set()
+    said = said and _of_part(said, row.start_s, length_s)
+    found |= {"text"} if row.captions or said else set()
     has = _has(row, found)
     captions = row.captions if "text" in has else ()
     if captions:
@@ -92,6 +96,9 @@ def _prepared(row: Row, options: Options) -> Made:
         "has": has,
         "meta": row.meta,
     }
+    if said and "text" in has:
+        words = [[round(w.start_s, 3), round(w.end_s, 3), w.text] for w in said.words]
+        record["transcript"] = {"text": said.text, "words": words}
     members.append(("json", _sealed(row, record, dict(members))))
     seconds = tuple((m, length_s) for m in has if m != "text")
     return Made(row, key, tuple(members), seconds, len(captions))
@@ -100,7 +107,7 @@ def _prepared(row: Row, options: Options) -> Made:
 def _sealed(row: Row, record: dict[str, Any], members: dict[str, bytes]) -> bytes:
     try:
         return seal(record, members)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise DamagedSampleError("meta", f"{row.where}: meta cannot be stored ({error})") from error
 
 
@@ -126,6 +133,20 @@ def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
             "format", f"{row.media}: {row.media.suffix} is not kept in shards; pass --reencode"
         )
     return name, data, length
+
+
+def _of_part(said: Transcript, start_s: float, length_s: float) -> Transcript | None:
+    """What is said in a part of the file, on its clock; text without times is said throughout."""
+    if not said.words:
+        return Transcript(said.text, (Word(0.0, length_s, said.text),))
+    if not length_s:  # text alone
+        return said
+    part = said.within(start_s, start_s + length_s)
+    inside = (
+        Word(max(0.0, w.start_s - start_s), min(length_s, w.end_s - start_s), w.text)
+        for w in part.words
+    )
+    return Transcript(part.text, tuple(inside)) if part.words else None
 
 
 def _streams(name: str, header: media.Header) -> set[str]:

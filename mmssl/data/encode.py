@@ -21,6 +21,7 @@ from mmssl.specs import CodesSpec, DataSpec, ViewSpec
 from mmssl.types import Clip, Sample, UserError, View
 from mmssl.views import clip as cutting
 from mmssl.views.plan import Cut, Plan, Seeds, plan
+from mmssl.views.text import spoken
 
 _WINDOW = 1000  # samples over which the share of bad ones is taken
 _DEADLY = ("timeout", "memory", "crash")  # see `isolate`
@@ -78,7 +79,7 @@ class SampleEncoder:
             key=sample.key,
             source=record.source,
             index=record.index,
-            captions=list(record.captions),
+            captions=record.texts,
             views=self._cut(cuts, clips),
             meta=meta,
         )
@@ -97,7 +98,9 @@ class SampleEncoder:
                 continue
             if cut.spec.modality == "text":
                 assert self.tokenizer is not None
-                views[name] = cutting.cut_text(clip.captions, cut, self.tokenizer)
+                said = cut.spec.texts == "transcript"
+                texts = spoken(clip, cut) if said else clip.captions
+                views[name] = cutting.cut_text(texts, cut, self.tokenizer)
                 continue
             cutter = cutting.cut_audio if cut.spec.modality == "audio" else cutting.cut_video
             view = cutter(clip, cut, self.training)

@@ -148,7 +148,7 @@ class Shards:
             folder=self.name,
             shard=shard,
             number=number,
-            captions=record.captions if "text" in record.has else (),
+            captions=tuple(record.texts) if "text" in record.has else (),
             meta=_words(record.meta),
             media=found,
             content={m: hashlib.sha256(data).hexdigest() for m, data in found.items()},

@@ -379,7 +379,7 @@ def test_other_errors(manifest, tmp_path):
     path = manifest({"media": "clip000.mp4"})
     for wrong, message in (
         (tmp_path / "none.jsonl", "no such file or folder"),
-        (tmp_path / "clip000.mp4", r"a manifest is a \.jsonl or \.csv file"),
+        (tmp_path / "clip000.mp4", r"a manifest is a \.jsonl, \.csv, \.tsv or \.parquet file"),
     ):
         with pytest.raises(UserError, match=message):
             make_shards(wrong, tmp_path / "out")
