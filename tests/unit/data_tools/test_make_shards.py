@@ -441,14 +441,6 @@ def test_existing_output(manifest, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_interrupted_run_leaves_no_shard(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "build_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        make_shards(manifest({"media": "clip000.mp4"}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*partial"))
-
-
 @pytest.mark.parametrize(
     ("source", "slug"),
     [
