@@ -27,18 +27,18 @@ def test_bytes_do_not_depend_on_the_engine(tmp_path, monkeypatch):
     (tmp_path / "media" / "clip002.mp4").write_text("no media")
     options = {"shard_samples": 3, "workers": 2, "reencode": Encoding.parse("short_side=16,gop=5")}
     make_shards(tmp_path / "media", tmp_path / "local", **options)
+
+    def modules():
+        import data_tools.engines  # noqa: F401
+
+        return sorted(sys.modules)
+
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         make_shards(tmp_path / "media", tmp_path / "ray", engine="ray", **options)
-        loaded = ray.get(ray.remote(_modules).remote())
+        loaded = ray.get(ray.remote(modules).remote())
     finally:
         ray.shutdown()
     assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "local")
     assert "torch" not in loaded
     assert "data_tools.shard_rows" in loaded
-
-
-def _modules():
-    import data_tools.engines  # noqa: F401
-
-    return sorted(sys.modules)

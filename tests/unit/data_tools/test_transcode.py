@@ -122,7 +122,11 @@ def test_a_cut_decodes_what_it_needs(monkeypatch):
     """The bytes are those of a cut that decodes all, from a file with open groups of pictures."""
     options = {"g": "10", "bf": "2", "x264-params": "open-gop=1"}
     data = write_media(
-        moving_frames(60), tone(6.0, 16000), options=options, audio_codec="flac", container="mov"
+        moving_frames(60),
+        tone(6.0, 16000),
+        options=options,
+        audio_codec="flac",
+        container="matroska",
     )
     seen = []
     decoded = transcode._decoded
