@@ -51,12 +51,16 @@ def on_ray(rows: Sequence[Row], options: Options) -> Iterator[Made]:
     shared = ray.put(options)
     ahead = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     under_way: deque[tuple[Row, Any]] = deque()
-    for row in rows:
-        under_way.append((row, remote.remote(row, shared)))
-        if len(under_way) >= ahead:
+    try:
+        for row in rows:
+            under_way.append((row, remote.remote(row, shared)))
+            if len(under_way) >= ahead:
+                yield _fetched(*under_way.popleft())
+        while under_way:
             yield _fetched(*under_way.popleft())
-    while under_way:
-        yield _fetched(*under_way.popleft())
+    finally:  # where the build stops before its end
+        for _, reference in under_way:
+            ray.cancel(reference)
 
 
 def _fetched(row: Row, reference: Any) -> Made:
