@@ -139,20 +139,17 @@ class Child:
 def serve(descriptor: int, parent: int) -> None:
     """In the child: answer tasks until the parent closes its end."""
     pipe = Connection(descriptor)
-    work, megabytes = pipe.recv()
-    if not confine(parent, megabytes << 20):
-        return
-    gc.freeze()
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:
+    with suppress(EOFError, OSError):  # the parent closed its end, or was killed
+        work, megabytes = pipe.recv()
+        if not confine(parent, megabytes << 20):
             return
-        answer = _answer(work, task)
-        try:
-            pipe.send(answer)
-        except MemoryError:
-            pipe.send(("memory", ""))
+        gc.freeze()
+        while True:
+            answer = _answer(work, pipe.recv())
+            try:
+                pipe.send(answer)
+            except MemoryError:
+                pipe.send(("memory", ""))
 
 
 def _answer(work: Work, task: Any) -> tuple[str, Any]:

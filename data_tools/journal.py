@@ -57,10 +57,10 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
             self._open(folder, digest, anew)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
-            raise UserError(f"{folder}: another process makes these shards ({error})") from error
-        except UserError:
+            raise UserError(f"{folder}: another process makes these shards") from error
+        except BaseException:
             self._file.close()
             raise
 

@@ -19,6 +19,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,13 @@ def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) 
         left_out = len(rows) - tree["samples"]
         return Report(target, len(tree["shards"]), tree["samples"], left_out, True)
     partial = target.with_name(f".{target.name}.partial")
-    writer = ShardWriter(partial, split or "shard", options, digest)
     try:
-        _fill(writer, split, rows, options)
-        worker_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
-        build_index(partial, [s["name"] for s in writer.shards], options.workers)
-        (partial / BUILD).write_text(digest)
-        unchanged = install(partial, target, options.overwrite)
+        with closing(ShardWriter(partial, split or "shard", options, digest)) as writer:
+            _fill(writer, split, rows, options)
+            worker_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+            build_index(partial, [s["name"] for s in writer.shards], options.workers)
+            (partial / BUILD).write_text(digest)
+            unchanged = install(partial, target, options.overwrite)
     except HopelessError:
         shutil.rmtree(partial)
         raise
@@ -159,8 +160,6 @@ def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) 
         raise UserError(
             f"{partial}: {error.strerror or error}; mend that and rerun the command: it goes on"
         ) from error
-    finally:
-        writer.close()
     counts = len(writer.shards), writer.total, len(writer.quarantine)
     return Report(target, *counts, unchanged, worker_mb)
 

@@ -1,6 +1,7 @@
 """Killed builds: whatever they left, the rerun gives the bytes of an undisturbed build."""
 
 import json
+import os
 import random
 import shutil
 
@@ -132,7 +133,7 @@ def test_a_changed_file_is_noticed(corpus, stopped):
         with pytest.raises(UserError, match="other rows, files"):
             make_shards(corpus, stopped.with_name("out"), **SIZE)
     finally:
-        __import__("os").utime(clip, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(clip, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_two_builds_of_one_folder(corpus, stopped):
@@ -203,12 +204,14 @@ def rows(folder, *sources):
 def test_rows_that_end_their_process_are_quarantined(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "prepare", hostile_work.prepare_or_crash)
     manifest = rows(tmp_path / "media", "good", "crash", "hang", "eat", "good too")
+    manifest.write_text(manifest.read_text() + '\n{"media": "/dev/zero", "source": "endless"}')
     make_shards(manifest, tmp_path / "out", workers=2, row_seconds=2.0, row_mb=300)
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [(x["index"], x["reason"]) for x in map(json.loads, lines)] == [
         (1, "crash"),
         (2, "timeout"),
         (3, "memory"),
+        (5, "memory"),
     ]
     assert json.loads(lines[1])["message"].endswith("clip002.mp4: not done within 2 s")
 
