@@ -212,7 +212,7 @@ def damaged(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "each_once": settled == Counter(range(files)),
             "check_shards": len(check_folder(folder / name).damages),
             "worker_mb": report.worker_mb,
-            "seconds": time.perf_counter() - began,
+            "seconds": round(time.perf_counter() - began),
         }
     return found
 
@@ -224,11 +224,11 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, size in kinds.items():
         source = folder / name
         source.mkdir()
-        words = f"-v error -f lavfi -i testsrc2=s={size}:r=25:d=10 -f lavfi -i sine=d=10"
+        words = f"-v error -f lavfi -i testsrc2=s={size}:r=25:d=2 -f lavfi -i sine=d=2"
         words += f" -c:v libx264 -preset ultrafast -threads 1 -c:a aac {source / 'clip.mp4'}"
         subprocess.run(["ffmpeg", *words.split()], check=True)
-        found[f"10 s of {name}, kept size"] = _peak(source, folder / f"{name}-kept", "gop=20")
-        found[f"10 s of {name}, to 128"] = _peak(source, folder / f"{name}-small")
+        found[f"2 s of {name}, kept size"] = _peak(source, folder / f"{name}-kept", "gop=20")
+        found[f"2 s of {name}, to 128"] = _peak(source, folder / f"{name}-small")
     return {"megabytes": found, "limit_mb": 2048}
 
 
