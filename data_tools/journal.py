@@ -5,6 +5,7 @@ One JSON line each: the build's digest, then a sample, a row left out, or a fini
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -55,14 +56,21 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / JOURNAL).open("ab+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process loses it
+            self._lock(folder)
             self._open(folder, digest, anew)
-        except BlockingIOError as error:
-            self._file.close()
-            raise UserError(f"{folder}: another process makes these shards") from error
         except BaseException:
             self._file.close()
             raise
+
+    def _lock(self, folder: Path) -> None:
+        """A killed process loses it; on file systems without locks nothing keeps two apart."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process makes these shards") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
 
     def _open(self, folder: Path, digest: str, anew: bool) -> None:
         head = _line({"build": digest})

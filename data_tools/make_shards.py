@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -48,7 +47,7 @@ from mmssl.types import UserError
 
 @dataclass(frozen=True)
 class Report:
-    """What was written to one folder; worker_mb: most memory that a worker here ever had."""
+    """What was written to one folder; worker_mb: most memory that a worker had."""
 
     folder: Path
     shards: int
@@ -149,7 +148,6 @@ def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) 
     try:
         with closing(ShardWriter(partial, split or "shard", options, digest)) as writer:
             _fill(writer, split, rows, options)
-            worker_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
             build_index(partial, [s["name"] for s in writer.shards], options.workers)
             (partial / BUILD).write_text(digest)
             unchanged = install(partial, target, options.overwrite)
@@ -161,7 +159,7 @@ def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) 
             f"{partial}: {error.strerror or error}; mend that and rerun the command: it goes on"
         ) from error
     counts = len(writer.shards), writer.total, len(writer.quarantine)
-    return Report(target, *counts, unchanged, worker_mb)
+    return Report(target, *counts, unchanged, writer.worker_mb)
 
 
 def _fill(writer: ShardWriter, split: str, rows: Sequence[Row], options: Options) -> None:

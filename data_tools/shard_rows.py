@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools import transcode
 from data_tools.manifest import SUFFIXES, Row
 from data_tools.transcode import Encoding
 from mmssl.data import media
-from mmssl.data.confine import out_of_memory
+from mmssl.data.confine import out_of_memory, peak_mb
 from mmssl.data.integrity import PROFILE, DamagedSampleError, seal, valid_key
 from mmssl.data.media import Limits
 from mmssl.data.samples import AUDIO_FIELDS
@@ -49,7 +49,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Made:
-    """One row after its media was read: the members of its sample, or why there is none."""
+    """One row after its media was read: the members of its sample, or why there is none.
+
+    peak_mb: most memory that the process which read it has had so far.
+    """
 
     row: Row
     key: str = ""
@@ -58,6 +61,7 @@ class Made:
     captions: int = 0
     reason: str = ""
     message: str = ""
+    peak_mb: int = 0
 
 
 def prepare(row: Row, options: Options) -> Made:
@@ -67,13 +71,14 @@ def prepare(row: Row, options: Options) -> Made:
         DamagedSampleError: FFmpeg had no memory.
     """
     try:
-        return _prepared(row, options)
+        made = _prepared(row, options)
     except DamagedSampleError as error:
         if out_of_memory(error):
             raise
-        return Made(row, reason=error.reason, message=str(error))
+        made = Made(row, reason=error.reason, message=str(error))
     except OSError as error:
-        return Made(row, reason="file", message=f"{row.media}: {error.strerror or error}")
+        made = Made(row, reason="file", message=f"{row.media}: {error.strerror or error}")
+    return replace(made, peak_mb=peak_mb())
 
 
 def _prepared(row: Row, options: Options) -> Made:

@@ -47,7 +47,7 @@ class ShardWriter:
         self._budget = ErrorBudget(options.max_bad_share)
         self.shards: list[dict[str, Any]] = []
         self.quarantine: list[dict[str, Any]] = []
-        self.total = self.rows = 0
+        self.total = self.rows = self.worker_mb = 0
         self._begin_shard()
         self._journal = Journal(folder, digest, options.overwrite)
         self._journal.replay(self._replayed)
@@ -61,6 +61,7 @@ class ShardWriter:
             UserError: too many rows are bad.
             HopelessError: there would be too many shards.
         """
+        self.worker_mb = max(self.worker_mb, made.peak_mb)
         if not made.reason and made.key in self._keys:
             text = f"same clip as row {self._keys[made.key]}"
             made = Made(made.row, reason=DUPLICATE, message=text)

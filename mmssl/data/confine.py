@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -38,6 +40,16 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether Python or FFmpeg found no memory."""
     lacking = isinstance(error.__cause__ or error, MemoryError)
     return lacking or "allocate memory" in str(error)
+
+
+def peak_mb() -> int:
+    """Most memory that this process has had, in MB; 0 where the system does not tell.
+
+    `ru_maxrss` would count what the parent had when it started this process.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(found[1]) >> 10 if found else 0
 
 
 def worked_s(process: psutil.Process) -> float:

@@ -205,7 +205,8 @@ def test_rows_that_end_their_process_are_quarantined(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "prepare", hostile_work.prepare_or_crash)
     manifest = rows(tmp_path / "media", "good", "crash", "hang", "eat", "good too")
     manifest.write_text(manifest.read_text() + '\n{"media": "/dev/zero", "source": "endless"}')
-    make_shards(manifest, tmp_path / "out", workers=2, row_seconds=2.0, row_mb=300)
+    (report,) = make_shards(manifest, tmp_path / "out", workers=2, row_seconds=2.0, row_mb=300)
+    assert 40 < report.worker_mb < 300  # Python with PyAV, and what rows took
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [(x["index"], x["reason"]) for x in map(json.loads, lines)] == [
         (1, "crash"),
