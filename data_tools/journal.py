@@ -17,7 +17,7 @@ from typing import Any
 
 import av
 
-from data_tools.manifest import Row
+from data_tools.manifest import Row, stamps
 from data_tools.shard_rows import Options
 from mmssl.data.integrity import PROFILE
 from mmssl.types import UserError
@@ -32,16 +32,8 @@ def build_digest(rows: Iterable[Row], options: Options) -> str:
     fixed = {name: value for name, value in vars(options).items() if name not in _FREE}
     digest = hashlib.sha256(repr((PROFILE, av.library_versions, sorted(fixed.items()))).encode())
     for row in rows:
-        digest.update(f"{row!r} {_stamp(row)}\n".encode())
+        digest.update(f"{row!r} {stamps(row.media)}\n".encode())
     return digest.hexdigest()
-
-
-def _stamp(row: Row) -> tuple[int, int] | None:
-    try:
-        status = os.stat(row.media) if row.media is not None else None
-    except OSError:
-        return None
-    return None if status is None else (status.st_size, status.st_mtime_ns)
 
 
 class Journal:
