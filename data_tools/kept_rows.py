@@ -1,0 +1,46 @@
+"""What a choice among clips leaves behind: lists of keys to drop, and manifests of the kept rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from data_tools.manifest import Row
+from mmssl.data.integrity import canonical
+from mmssl.files import whole_file
+
+_NAMES = {"start_s": "start", "end_s": "end"}
+_DERIVED = ("where", "index")
+
+
+def write_manifest(rows: Iterable[Row], path: Path, meta: Mapping[int, Any] | None = None) -> int:
+    """Write rows as JSON lines that make_shards reads; returns how many there are.
+
+    meta: by number of the row, what is added to its `meta`.
+    """
+    count = 0
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            extra = (meta or {}).get(row.index, {})
+            file.write(json.dumps(_tree(row, extra), ensure_ascii=False, default=list) + "\n")
+            count += 1
+    return count
+
+
+def _tree(row: Row, extra: Mapping[str, Any]) -> dict[str, Any]:
+    values = {_NAMES.get(f.name, f.name): getattr(row, f.name) for f in fields(row)}
+    values |= {"media": row.media and str(row.media.resolve()), "meta": {**row.meta, **extra}}
+    return {k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {})}
+
+
+def write_drops(drops: Iterable[tuple[str, str, str]], path: Path) -> int:
+    """Write (key, reason, message) as the quarantine list that training reads."""
+    count = 0
+    with whole_file(path) as partial, partial.open("wb") as file:
+        for key, reason, message in drops:
+            file.write(canonical({"key": key, "reason": reason, "message": message}) + b"\n")
+            count += 1
+    return count
