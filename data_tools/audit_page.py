@@ -87,7 +87,8 @@ def _tiles(tree: Mapping[str, Any]) -> str:
         (f"{tree['dropped']['n']:,}", f"to drop ({', '.join(tree['dropped']['flags'])})"),
     ]
     tiles = (f'<div class="tile"><b>{n}</b><span>{escape(t)}</span></div>' for n, t in shown)
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    columns = "grid-template-columns:repeat(auto-fit,minmax(150px,1fr))"
+    return f'<div class="tiles" style="{columns}">{"".join(tiles)}</div>'
 
 
 def _flag_table(tree: Mapping[str, Any]) -> str:
@@ -180,12 +181,12 @@ def _sheets(sheets: Sheets, show: _Cards) -> Iterator[str]:
             continue
         flagged = [n for n, found in sheets.flags.items() if name in found]
         chosen = sorted(rng.sample(flagged, min(_EACH, len(flagged))))
-        title = f"{name}: {meaning}" + (f" ({len(flagged):,} clips)" if flagged else "")
+        title = f"{name.capitalize()}: {meaning}" + (f" ({len(flagged):,} clips)" if flagged else "")
         yield _sheet(title, chosen, show)
     pairs = [n for group in sheets.twins.clips[:_TWINS] for n in group[:2]]
-    yield _sheet("duplicates, first of each pair before its copy", pairs, show)
-    yield _sheet("the quietest", sheets.extremes.numbers("quiet"), show)
-    yield _sheet("the loudest", sheets.extremes.numbers("loud"), show)
+    yield _sheet("Duplicates, first of each pair before its copy", pairs, show)
+    yield _sheet("The quietest", sheets.extremes.numbers("quiet"), show)
+    yield _sheet("The loudest", sheets.extremes.numbers("loud"), show)
 
 
 def _sheet(title: str, numbers: Sequence[int], show: _Cards) -> str:

@@ -19,10 +19,8 @@ Clip = Mapping[str, Any]
 # name -> (title, unit); what is drawn
 NUMBERS = {
     "duration_s": ("duration", "s"),
-    "bytes": ("size", "bytes"),
+    "megabytes": ("size", "MB"),
     "fps": ("frame rate", "frames/s"),
-    "height": ("height", "pixels"),
-    "rate": ("sampling rate", "Hz"),
     "loudness_lufs": ("integrated loudness", "LUFS"),
     "peak_dbfs": ("sample peak", "dBFS"),
     "silence_share": ("digital silence", "share of samples"),
@@ -43,7 +41,7 @@ _WORD = re.compile(r"\w+")
 # Cosines of codes. Of 400 clips of ESC-10, 5 s each, 95 % of AAC and MP3 copies at half the gain
 # reach 0.98 and 99 % of the others' nearest neighbours stay below 0.955. Codecs pad clips of less
 # than a second by so much of their length that copies may be missed.
-SAME_SOUND, SAME_PICTURES = 0.97, 0.985
+SAME_SOUND, SAME_PICTURES = 0.98, 0.985
 _LONGER_S, _LONGER = 0.15, 0.02  # by which copies may differ in length
 
 
@@ -161,6 +159,7 @@ class Collected:
         for modality, total in self.seconds.items():
             if modality in clip["has"]:
                 self.seconds[modality] = total + clip["duration_s"]
+        clip = {**clip, "megabytes": clip["bytes"] / 1e6}
         for name, values in self._numbers.items():
             if clip.get(name) is not None:
                 values.append(clip[name])
@@ -193,7 +192,8 @@ def _distribution(values: Sequence[float]) -> dict[str, Any]:
     names = ("min", "p1", "p5", "p25", "median", "p75", "p95", "p99", "max")
     shares = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
     low, high = np.quantile(x, (0.005, 0.995))
-    counts, edges = np.histogram(np.clip(x, low, high), _BINS, (low, high if high > low else low + 1))
+    span = (low, high if high > low else low + 1)
+    counts, edges = np.histogram(np.clip(x, low, high), _BINS, span)
     found = dict(zip(names, np.quantile(x, shares).tolist(), strict=True))
     histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
     return {"n": len(x), "mean": float(x.mean()), **found, "histogram": histogram}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ _NAMES = {"start_s": "start", "end_s": "end"}
 _DERIVED = ("where", "index")
 
 
-def write_manifest(rows: Iterable[Row], path: Path, meta: Mapping[int, Any] | None = None) -> int:
+def write_manifest(
+    rows: Iterable[Row], path: Path, metas: Iterable[Mapping[str, Any]] | None = None
+) -> int:
     """Write rows as JSON lines that make_shards reads; returns how many there are.
 
-    meta: by number of the row, what is added to its `meta`.
+    metas: what is added to the `meta` of each.
     """
     count = 0
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            extra = (meta or {}).get(row.index, {})
-            file.write(json.dumps(_tree(row, extra), ensure_ascii=False, default=list) + "\n")
+        for row, extra in zip(rows, repeat({}) if metas is None else metas, strict=False):
+            file.write(json.dumps(_tree(row, extra), ensure_ascii=False) + "\n")
             count += 1
     return count
 
@@ -33,7 +35,7 @@ def write_manifest(rows: Iterable[Row], path: Path, meta: Mapping[int, Any] | No
 def _tree(row: Row, extra: Mapping[str, Any]) -> dict[str, Any]:
     values = {_NAMES.get(f.name, f.name): getattr(row, f.name) for f in fields(row)}
     values |= {"media": row.media and str(row.media.resolve()), "meta": {**row.meta, **extra}}
-    return {k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {})}
+    return {k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {}, 0.0)}
 
 
 def write_drops(drops: Iterable[tuple[str, str, str]], path: Path) -> int:
