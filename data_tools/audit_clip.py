@@ -62,11 +62,11 @@ def _file(
         found.setdefault("duration_s", min(end_s, clock.end_s) - start_s)
         whole = job["start"] == 0 and job["end"] is None
         span = (-math.inf, math.inf) if whole else (start_s, end_s)
-        if len(tracks) == 2:
-            found["start_gap_s"] = tracks["audio"].start_s - tracks["video"].start_s
         pictures = _seen(tracks["video"], span, header, found) if "video" in tracks else None
         rise = _heard(tracks["audio"], span, header, found) if "audio" in tracks else None
         if pictures is not None and rise is not None:
+            if whole:  # the decoder knows what of the first packet is padding, the container not
+                found["start_gap_s"] = rise[1] - pictures.start_s
             found |= pictures.offset(*rise)
     return sorted(tracks)
 

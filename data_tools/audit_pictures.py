@@ -57,6 +57,11 @@ class Pictures:
         self._times.append(time_s)
         self._last = cells_HW
 
+    @property
+    def start_s(self) -> float:
+        """Absolute time of the first frame."""
+        return self._times[0]
+
     def facts(self) -> dict[str, Any]:
         """Measurements.
 

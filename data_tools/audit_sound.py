@@ -70,7 +70,7 @@ class Sounds:
         return self._samples > 0
 
     def facts(self) -> tuple[dict[str, Any], tuple[Floats, float] | None]:
-        """Measurements, and how much the spectrum rises at every step with the first one's time.
+        """Measurements, and how much the spectrum rises at every step with the stream's start.
 
         audio_s: length; loudness_lufs: integrated, ITU-R BS.1770-4 (None where no block of 400 ms reaches -70 LUFS);
         peak_dbfs: of samples; silence_share: samples that are zero in 16 bits; clipped_share: those
@@ -89,11 +89,11 @@ class Sounds:
             "clipped_share": self._clipped / self._values,
         }
         level_FT = _levels(np.concatenate(self._wave))
-        if level_FT is None or level_FT.shape[1] < 2:
-            return found, None
+        if level_FT is None:
+            return found, (np.zeros(1, np.float32), self._start_s)
         rise_T = np.maximum(np.diff(level_FT, axis=1), 0).sum(0)
         found["audio_code"] = sound_code(level_FT)
-        return found, (rise_T, self._start_s + 1 / STEPS_HZ)
+        return found, (np.append(np.float32(0), rise_T), self._start_s)
 
 
 def sound_code(level_FT: Floats) -> str:

@@ -150,7 +150,13 @@ class Rows:
         fields: dict[str, bytes] = {}
         digest = hashlib.sha256("\n".join(row.captions).encode()).hexdigest()
         if row.media is not None:
-            data = _bytes(row.media)
+            if isinstance(row.media, Path):
+                _check_size(row.media)
+            try:
+                data = row.media.read_bytes()
+            except OSError as error:
+                reason = f"{row.media}: {error.strerror or error}"
+                raise DamagedSampleError("file", reason) from error
             digest = hashlib.sha256(data).hexdigest()
             sound = row.media.suffix[1:].lower() in AUDIO_FIELDS
             fields = {"sound" if sound else "video": data}
@@ -170,26 +176,12 @@ def _listed(row: Row) -> list[str] | None:
     return None if row.has is None else sorted(row.has)
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise DamagedSampleError("memory", f"{path}: {size} bytes, the limit is {MAX_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise DamagedSampleError("file", f"{path}: {error.strerror or error}") from error
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size if path.is_file() else 0
+    if size > MAX_BYTES:
+        raise DamagedSampleError("memory", f"{path}: {size} bytes, the limit is {MAX_BYTES}")
 
 
 def _digest(facts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-
-def rows_of(source: Source) -> list[Row]:
-    """The rows behind a source.
-
-    Raises:
-        UserError: it is made of shards.
-    """
-    if not isinstance(source, Rows):
-        raise UserError(f"{source.name}: shards have no manifest; make_shards takes media")
-    return source.rows

@@ -220,8 +220,9 @@ def _matches(
     """Numbers of the rows that are kept, and their scores."""
     for number, row in enumerate(rows.rows):
         key = ""
-        if is_media and row.media is not None and row.media.resolve().is_relative_to(folder):
-            key = row.media.resolve().relative_to(folder).as_posix()
+        if is_media and isinstance(row.media, Path):
+            path = row.media.resolve()
+            key = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else ""
         elif not is_media:
             try:
                 key = rows.item(number).key

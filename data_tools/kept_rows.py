@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import repeat
@@ -34,7 +35,7 @@ def write_manifest(
 
 def _tree(row: Row, extra: Mapping[str, Any]) -> dict[str, Any]:
     values = {_NAMES.get(f.name, f.name): getattr(row, f.name) for f in fields(row)}
-    values |= {"media": row.media and str(row.media.resolve()), "meta": {**row.meta, **extra}}
+    values |= {"media": row.media and os.path.abspath(row.media), "meta": {**row.meta, **extra}}
     return {k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {}, 0.0)}
 
 

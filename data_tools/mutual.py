@@ -65,7 +65,7 @@ def select(
     while len(chosen) < min(size, count):
         first = 0 if len(rest) <= batch else int(rng.integers(len(rest) - batch + 1))
         candidates = rest[first : first + batch]
-        take = min(taken, max(1, len(candidates) // 16), size - len(chosen))
+        take = min(taken, max(1, len(candidates) // 64), size - len(chosen))
         best = np.argsort(-tables.values_with(candidates), kind="stable")[:take]
         tables.add(candidates[best])
         chosen += candidates[best].tolist()

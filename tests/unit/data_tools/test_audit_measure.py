@@ -164,7 +164,7 @@ def noises(seed, seconds=2.0, rate=16000):
     return (wave + rng.normal(0, 0.002, len(wave))).astype("f4")
 
 
-def blobs(seed, count=20, size=(48, 64)):
+def blobs(seed, count=10, size=(48, 64)):
     """Coloured spots that drift."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: size[0], : size[1]] / size[0]
@@ -197,7 +197,7 @@ def test_copies_are_found_and_200_clips_give_no_false_pair():
         frames, wave = blobs(k), noises(k)
         large = blobs(k, size=(96, 128))
         variants = [
-            write_media(frames, wave, options={"crf": "35"}),
+            write_media(frames, wave, options={"crf": "32"}),
             write_media(large, wave, container="matroska"),
             write_media(frames, 0.25 * wave),
         ]

@@ -34,13 +34,13 @@ def test_information_as_in_sklearn():
 def test_greedy_against_brute_force():
     """Never below 1 - 1/e of the best subset, and the best one where the clips of it stand out."""
     shares = []
-    for seed in range(12):
+    for seed in range(6):
         rng = np.random.default_rng(seed)
-        ids = rng.integers(0, 3, (2, 1, 12))
-        subsets = itertools.combinations(range(12), 6)
+        ids = rng.integers(0, 3, (2, 1, 10))
+        subsets = itertools.combinations(range(10), 5)
         best = max(mutual_information(ids[:, :, list(s)]) for s in subsets)
-        chosen = select(ids, 6, taken=1)
-        assert len(set(chosen.tolist())) == 6
+        chosen = select(ids, 5, taken=1)
+        assert len(set(chosen.tolist())) == 5
         shares.append(mutual_information(ids[:, :, chosen]) / best)
     assert min(shares) >= 1 - 1 / np.e
     a = np.array([0, 0, 0, 1, 1, 1, 0, 1, 0, 1])
@@ -48,7 +48,7 @@ def test_greedy_against_brute_force():
     assert select(np.stack([a, v])[:, None], 6, taken=1).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("batch", [64, 4096])
+@pytest.mark.parametrize("batch", [512, 4096])
 def test_matched_assignments_are_kept(batch):
     rng = np.random.default_rng(1)
     truth = rng.integers(0, 20, 4000)
