@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data_tools import audit_page
 from data_tools.audit_clip import measure
-from data_tools.audit_source import Source, open_source, Rows
+from data_tools.audit_source import Rows, Source, open_source
 from data_tools.audit_summary import FLAGS, Collected, Duplicates, find_duplicates, flags_of
 from data_tools.kept_rows import write_drops, write_manifest
 from mmssl.data.integrity import DamagedSampleError, canonical

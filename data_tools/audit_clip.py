@@ -42,9 +42,7 @@ def measure(sample: Sample) -> dict[str, Any]:
     return found
 
 
-def _file(
-    data: bytes, wanted: set[str], job: dict[str, Any], found: dict[str, Any]
-) -> list[str]:
+def _file(data: bytes, wanted: set[str], job: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Adds what a file holds to `found`; returns its modalities."""
     limits = Limits()
     with media.opened(data) as container:
@@ -121,7 +119,9 @@ def _frames(
         return
     first, last = min(wanted), max(wanted)
     start_s = min(track.time_s(packets[i]) for i in wanted) - preroll_s
-    while first > 0 and not (packets[first].is_keyframe and track.time_s(packets[first]) <= start_s):
+    while first > 0 and not (
+        packets[first].is_keyframe and track.time_s(packets[first]) <= start_s
+    ):
         first -= 1
     for packet in [*packets[first : last + 1], None]:
         for frame in context.decode(packet):

@@ -181,7 +181,9 @@ def _sheets(sheets: Sheets, show: _Cards) -> Iterator[str]:
             continue
         flagged = [n for n, found in sheets.flags.items() if name in found]
         chosen = sorted(rng.sample(flagged, min(_EACH, len(flagged))))
-        title = f"{name.capitalize()}: {meaning}" + (f" ({len(flagged):,} clips)" if flagged else "")
+        title = f"{name.capitalize()}: {meaning}" + (
+            f" ({len(flagged):,} clips)" if flagged else ""
+        )
         yield _sheet(title, chosen, show)
     pairs = [n for group in sheets.twins.clips[:_TWINS] for n in group[:2]]
     yield _sheet("Duplicates, first of each pair before its copy", pairs, show)

@@ -70,7 +70,7 @@ class Pictures:
         black_share: of the frames; video_code: see `near.code_of`.
         """
         pairs = len(self._motion)
-        found = {
+        found: dict[str, Any] = {
             "frames": len(self._times),
             "motion": float(np.mean(self._motion)) if pairs else 0.0,
             "change": float((self._high - self._low).max()),
@@ -88,7 +88,9 @@ class Pictures:
         return av_offset(np.array(self._motion), times_T, rise_T, first_s)
 
 
-def av_offset(motion_T: Doubles, times_T: Doubles, rise_T: Floats, first_s: float) -> dict[str, Any]:
+def av_offset(
+    motion_T: Doubles, times_T: Doubles, rise_T: Floats, first_s: float
+) -> dict[str, Any]:
     """Seconds by which the sound is late, from the correlation of onsets with motion energy.
 
     Both are summed over steps as long as a frame. Empty unless one lag stands out: Pearson's r of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -130,7 +131,7 @@ class _Loudness:
     def __init__(self, layout: str, rate: int) -> None:
         self._graph = av.filter.Graph()
         self._source = self._graph.add_abuffer(
-            sample_rate=rate, format="fltp", layout=layout, time_base=f"1/{rate}"
+            sample_rate=rate, format="fltp", layout=layout, time_base=Fraction(1, rate)
         )
         meter = self._graph.add("ebur128", "metadata=1:framelog=quiet")
         self._sink = self._graph.add("abuffersink")

@@ -20,7 +20,7 @@ from mmssl.data.integrity import DamagedSampleError, canonical
 from mmssl.data.samples import AUDIO_FIELDS
 from mmssl.specs import DataSpec
 from mmssl.storage import is_address
-from mmssl.types import Sample, UserError
+from mmssl.types import Sample
 
 MAX_BYTES = 2_000_000_000  # of one file
 
@@ -184,4 +184,3 @@ def _check_size(path: Path) -> None:
 
 def _digest(facts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-

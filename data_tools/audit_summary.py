@@ -32,8 +32,10 @@ NUMBERS = {
     "av_offset_s": ("sound late by, where measurable", "s"),
     "caption_words": ("words of a caption", "words"),
 }
-KINDS = ("part", "container", "video_codec", "audio_codec", "channels", "pix_fmt")
-KINDS += ("size", "rate", "language", "licence")
+KINDS = (
+    *("part", "container", "video_codec", "audio_codec", "channels", "pix_fmt"),
+    *("size", "rate", "language", "licence"),
+)
 _BINS = 40
 _MANY = 30  # rows of a table of kinds, groups of duplicates that are listed
 _WORD = re.compile(r"\w+")

@@ -96,9 +96,7 @@ def check_folder(
     return findings
 
 
-def _samples(
-    path: Path, name: str, findings: Findings
-) -> Iterator[tuple[Place, dict[str, bytes]]]:
+def _samples(path: Path, name: str, findings: Findings) -> Iterator[tuple[Place, dict[str, bytes]]]:
     """Samples of a tar in order."""
     place, fields = Place("", 0), dict[str, bytes]()
     try:

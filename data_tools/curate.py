@@ -110,8 +110,8 @@ def similarity(audio: Vectors, video: Vectors) -> tuple[list[str], NDArray[np.fl
     """
     if (audio.model, audio.space) != (video.model, video.space):
         raise UserError(
-            f"similarity: sound is in the space {audio.space!r}, pictures in {video.space!r}, or of "
-            "another model; cosines need one space of both, --by mi does not"
+            f"similarity: sound is in the space {audio.space!r}, pictures in {video.space!r}, or "
+            "of another model; cosines need one space of both, --by mi does not"
         )
     seen = {key: x_D for keys, x_ND in video.blocks() for key, x_D in zip(keys, x_ND, strict=True)}
     keys, cosines = [], []

@@ -1,4 +1,4 @@
-"""What a choice among clips leaves behind: lists of keys to drop, and manifests of the kept rows."""
+"""What a choice among clips leaves behind: lists of keys to drop, manifests of kept rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def write_manifest(
 def _tree(row: Row, extra: Mapping[str, Any]) -> dict[str, Any]:
     values = {_NAMES.get(f.name, f.name): getattr(row, f.name) for f in fields(row)}
     values |= {"media": row.media and os.path.abspath(row.media), "meta": {**row.meta, **extra}}
-    return {k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {}, 0.0)}
+    return {
+        k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {}, 0.0)
+    }
 
 
 def write_drops(drops: Iterable[tuple[str, str, str]], path: Path) -> int:

@@ -87,7 +87,7 @@ def unit(rows_ND: NDArray[np.int8]) -> Floats:
 def _index(rows_ND: NDArray[np.int8]) -> Any:
     """An index that holds the rows; exact where they are few."""
     count, width = rows_ND.shape
-    index = faiss.IndexFlatIP(width)
+    index: Any = faiss.IndexFlatIP(width)
     if count > _EXACT:
         lists, half = round(math.sqrt(count)), faiss.ScalarQuantizer.QT_fp16
         metric = faiss.METRIC_INNER_PRODUCT

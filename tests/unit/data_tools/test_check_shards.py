@@ -87,7 +87,8 @@ def test_order_of_rows(folder):
 def test_key_in_two_shards(folder):
     shutil.copy(folder / "shard-000000.tar", folder / "shard-000001.tar")
     assert any(
-        "shard-000000.tar" in text and "also stands in" in text for _, _, text in check_folder(folder).damages
+        "shard-000000.tar" in text and "also stands in" in text
+        for _, _, text in check_folder(folder).damages
     )
 
 

@@ -132,7 +132,9 @@ def test_errors(halves, tmp_path, capsys):
         open_vectors(halves / "vectors", "audio", "other")
     with pytest.raises(UserError, match="no text vectors"):
         open_vectors(halves / "vectors", "text")
-    audio, video = (open_vectors(halves / f, m) for f, m in (("vectors", "audio"), ("apart", "video")))
+    audio, video = (
+        open_vectors(halves / f, m) for f, m in (("vectors", "audio"), ("apart", "video"))
+    )
     with pytest.raises(UserError, match="one space of both"):
         choose(audio, video, "similarity", 0.5, [4])
     assert tool.main([str(halves / "vectors"), "--out", str(tmp_path), "--keep", "0"]) == 2
