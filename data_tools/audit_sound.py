@@ -73,9 +73,10 @@ class Sounds:
     def facts(self) -> tuple[dict[str, Any], tuple[Floats, float] | None]:
         """Measurements, and how much the spectrum rises at every step with the stream's start.
 
-        audio_s: length; loudness_lufs: integrated, ITU-R BS.1770-4 (None where no block of 400 ms reaches -70 LUFS);
-        peak_dbfs: of samples; silence_share: samples that are zero in 16 bits; clipped_share: those
-        at full scale that follow one at full scale; audio_code: see `near.code_of`.
+        audio_s: length; loudness_lufs: integrated, ITU-R BS.1770-4 (None where no block of 400 ms
+        reaches -70 LUFS); peak_dbfs: of samples; silence_share: samples that are zero in 16 bits;
+        clipped_share: those at full scale that follow one at full scale; audio_code: see
+        `near.code_of`.
         """
         if self._native is None or self._loudness is None:
             return {}, None
