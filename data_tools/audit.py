@@ -4,8 +4,9 @@
 
 OUT/audit.html shows it, OUT/audit.json holds the numbers, OUT/clips.jsonl every clip with its
 measurements and flags. OUT/quarantine-audit.jsonl lists the keys of clips whose flag is in --drop:
-copied into the folder of a run, training leaves them out. Of a manifest or folder of media, those
-rows and the damaged ones are also left out of OUT/kept.jsonl, a manifest for make_shards.
+copied into the folder of a run, training leaves them out, if `data.max_bad_share` is above their
+share. Of a manifest or folder of media, those rows and the damaged ones are also left out of
+OUT/kept.jsonl, a manifest for make_shards.
 
 Measurements go to OUT/measured.jsonl as they are made. A run that was killed goes on there, and one
 with more clips adds to them; a file that changed under the same name is not measured again.
@@ -207,7 +208,7 @@ def _clip(source: Source, child: Callable[..., Any], number: int) -> Clip:
     except DamagedSampleError as error:
         return clip | {"reason": error.reason, "message": str(error)}
     has = sorted({*found["has"], *(["text"] if item.captions else [])})
-    return clip | {"duration_s": 0.0} | found | {"has": has}
+    return clip | found | {"has": has}
 
 
 # ---------------------------------------------------------------- reporting

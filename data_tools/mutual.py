@@ -62,14 +62,16 @@ def select(
     tables.add(np.arange(count), prior * size / count)
     rng = np.random.default_rng(seed)
     rest, chosen = rng.permutation(count), list[int]()
-    while len(chosen) < min(size, count):
-        first = 0 if len(rest) <= batch else int(rng.integers(len(rest) - batch + 1))
-        candidates = rest[first : first + batch]
-        take = min(taken, max(1, len(candidates) // 64), size - len(chosen))
-        best = np.argsort(-tables.values_with(candidates), kind="stable")[:take]
-        tables.add(candidates[best])
-        chosen += candidates[best].tolist()
-        rest = np.delete(rest, first + best)
+    first = 0
+    while len(chosen) < min(size, count):  # batches go round, so that all are drawn from alike
+        places = (first + np.arange(min(batch, len(rest)))) % len(rest)
+        take = min(taken, max(1, len(places) // 64), size - len(chosen))
+        best = np.argsort(-tables.values_with(rest[places]), kind="stable")[:take]
+        picked = rest[places[best]]
+        tables.add(picked)
+        chosen += picked.tolist()
+        rest = np.delete(rest, places[best])
+        first = (first + len(places) - take) % max(1, len(rest))
     return np.sort(np.array(chosen, np.int64))
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from embed_runs import run_folder
 from media_files import moving_frames, tone, write_media
 from sklearn.metrics import mutual_info_score
 
@@ -15,6 +17,7 @@ from data_tools.curate import choose, open_vectors
 from data_tools.manifest import read_rows
 from data_tools.mutual import mutual_information, pointwise, select
 from mmssl.index.vectors import _FACTS, _schema
+from mmssl.index.vectors import main as embed
 from mmssl.types import UserError
 
 CLASSES, CLIPS = 12, 600
@@ -123,6 +126,27 @@ def test_command_writes_scores_and_a_manifest(halves, tmp_path, capsys):
     rows = read_rows(tmp_path / "kept.jsonl")
     assert {row.media.name for row in rows} == {s["key"] for s in scores if s["kept"]}
     assert all(row.media.is_file() and row.meta["similarity"] >= least for row in rows)
+
+
+def test_vectors_of_a_run(tmp_path):
+    """From `mmssl embed` to a manifest; the score is the cosine of the vectors themselves."""
+    (tmp_path / "media").mkdir()
+    for k in range(4):
+        data = write_media(moving_frames(12, seed=k), tone(1.2, 16000, 300 + 200 * k))
+        (tmp_path / "media" / f"clip{k}.mp4").write_bytes(data)
+    model = run_folder(tmp_path / "run")
+    embed(str(tmp_path / "media"), [f"model={tmp_path / 'run'}", f"out={tmp_path / 'vectors'}"])
+    words = [str(tmp_path / "vectors"), "--out", str(tmp_path / "out"), "--keep", "0.5"]
+    assert tool.main([*words, "--by", "similarity"]) == 2  # several spaces
+    assert tool.main([*words, "--by", "similarity", "--space", "av"]) == 0
+    rows = read_rows(tmp_path / "out" / "kept.jsonl")
+    scores = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").open()]
+    assert [row.media.name for row in rows] == [s["key"] for s in scores if s["kept"]]
+    paths = [tmp_path / "media" / s["key"] for s in scores]
+    heard, seen = (model.encode({m: paths}, space="av") for m in ("audio", "video"))
+    cosines = torch.cosine_similarity(heard, seen).numpy()
+    # alone, a sound begins with its own first sample
+    assert np.abs(cosines - [s["similarity"] for s in scores]).max() < 1e-2
 
 
 def test_errors(halves, tmp_path, capsys):
