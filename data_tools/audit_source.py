@@ -119,7 +119,7 @@ class Shards:
             record.key,
             self._parts[part],
             record.source,
-            record.captions if "text" in record.has else (),
+            tuple(record.texts) if "text" in record.has else (),
             str(tree.get("language", "")),
             str(tree.get("licence", "")),
             {name: data for name, data in media.items() if data is not None},
@@ -134,7 +134,7 @@ class Rows:
         """Read the rows."""
         self.name = name
         self.rows = [row for path in find_manifests(Path(name)) for row in read_rows(path)]
-        facts = [[r.where, str(r.media), r.start_s, r.end_s, r.captions] for r in self.rows]
+        facts = [[r.where, str(r.media), r.start_s, r.end_s, _texts(r)] for r in self.rows]
         self.digest = _digest(facts)
 
     def __len__(self) -> int:
@@ -148,7 +148,8 @@ class Rows:
         """See `Source`; `file` and `memory` are reasons, too."""
         row = self.rows[number]
         fields: dict[str, bytes] = {}
-        digest = hashlib.sha256("\n".join(row.captions).encode()).hexdigest()
+        texts = _texts(row)
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         if row.media is not None:
             if isinstance(row.media, Path):
                 _check_size(row.media)
@@ -164,12 +165,17 @@ class Rows:
             sample_key(row.source, digest, row.start_s),
             row.split,
             row.source,
-            row.captions if row.has is None or "text" in row.has else (),
+            texts if row.has is None or "text" in row.has else (),
             row.language,
             row.licence,
             fields,
             {"has": _listed(row), "start": row.start_s, "end": row.end_s},
         )
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    """Captions, or what is said."""
+    return row.captions or ((row.transcript.text,) if row.transcript else ())
 
 
 def _listed(row: Row) -> list[str] | None:

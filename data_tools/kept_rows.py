@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from data_tools.manifest import Row
+from data_tools.manifest import Row, as_tree
 from mmssl.data.integrity import canonical
 from mmssl.files import whole_file
-
-_NAMES = {"start_s": "start", "end_s": "end"}
-_DERIVED = ("where", "index")
 
 
 def write_manifest(
@@ -28,17 +24,10 @@ def write_manifest(
     count = 0
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, extra in zip(rows, repeat({}) if metas is None else metas, strict=False):
-            file.write(json.dumps(_tree(row, extra), ensure_ascii=False) + "\n")
+            tree = as_tree(replace(row, meta={**row.meta, **extra}), path.parent)
+            file.write(json.dumps(tree, ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-def _tree(row: Row, extra: Mapping[str, Any]) -> dict[str, Any]:
-    values = {_NAMES.get(f.name, f.name): getattr(row, f.name) for f in fields(row)}
-    values |= {"media": row.media and os.path.abspath(row.media), "meta": {**row.meta, **extra}}
-    return {
-        k: v for k, v in values.items() if k not in _DERIVED and v not in (None, "", (), {}, 0.0)
-    }
 
 
 def write_drops(drops: Iterable[tuple[str, str, str]], path: Path) -> int:

@@ -108,7 +108,7 @@ def test_lists_feed_training_and_make_shards(made, corpus, tmp_path):
     listed = Quarantine(out / "quarantine.jsonl").keys
     dropped = ("smaller", "quieter", "still", "silent", "black")
     assert listed == {clips[name]["key"] for name in dropped}
-    rows = read_rows(out / "kept.jsonl")
+    rows = list(read_rows(out / "kept.jsonl"))
     assert {row.source for row in rows} == {
         *("good0", "good1", "good2", "dubbed", "sound", "film", "words", "part"),
     }

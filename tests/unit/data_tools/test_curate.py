@@ -123,7 +123,7 @@ def test_command_writes_scores_and_a_manifest(halves, tmp_path, capsys):
     least = min(s["similarity"] for s in scores if s["kept"])
     assert sum(s["kept"] for s in scores) == 200
     assert all(s["similarity"] <= least for s in scores if not s["kept"])
-    rows = read_rows(tmp_path / "kept.jsonl")
+    rows = list(read_rows(tmp_path / "kept.jsonl"))
     assert {row.media.name for row in rows} == {s["key"] for s in scores if s["kept"]}
     assert all(row.media.is_file() and row.meta["similarity"] >= least for row in rows)
 
@@ -139,7 +139,7 @@ def test_vectors_of_a_run(tmp_path):
     words = [str(tmp_path / "vectors"), "--out", str(tmp_path / "out"), "--keep", "0.5"]
     assert tool.main([*words, "--by", "similarity"]) == 2  # several spaces
     assert tool.main([*words, "--by", "similarity", "--space", "av"]) == 0
-    rows = read_rows(tmp_path / "out" / "kept.jsonl")
+    rows = list(read_rows(tmp_path / "out" / "kept.jsonl"))
     scores = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").open()]
     assert [row.media.name for row in rows] == [s["key"] for s in scores if s["kept"]]
     paths = [tmp_path / "media" / s["key"] for s in scores]
