@@ -2,10 +2,11 @@
 
     python -m data_tools.check_shards FOLDER... [--decode]
 
-Checked: sha256, size and sample count of each tar; that the members of a sample stand together;
-keys; CRC32C of every member and of the json; row numbers (unique, ascending); that the media has
-the streams that `has` names; Energon's offset files and its index. The exit status is 1 if anything
-is damaged.
+Checked: sha256, size and sample count of each tar, and that no other tars lie there; that the
+members of a sample stand together; keys, unique over all folders; CRC32C of every member and of the
+json; row numbers (unique, ascending); that the media has the streams that `has` names; Energon's
+offset files, and the place of every sample and member in its index. The exit status is 1 if
+anything is damaged.
 """
 
 from __future__ import annotations
@@ -50,12 +51,25 @@ class Findings:
         self.damages.append((shard, place, message))
 
 
-def check_folder(folder: str | Path, decode: bool = False) -> Findings:
+@dataclass
+class Place:
+    """Where a sample lies in its tar, in bytes: its headers and its members' contents."""
+
+    key: str
+    start: int
+    end: int = 0
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def check_folder(
+    folder: str | Path, decode: bool = False, others: dict[str, str] | None = None
+) -> Findings:
     """Check one folder of shards.
 
     Args:
         folder: a folder with manifest.json.
         decode: also decode all media.
+        others: keys of folders that were checked before, and where; this one's are added.
 
     Raises:
         UserError: the folder as a whole cannot be read (see `folders.read_manifest`).
@@ -63,26 +77,28 @@ def check_folder(folder: str | Path, decode: bool = False) -> Findings:
     folder = Path(folder)
     shards = read_manifest(folder)
     findings = Findings(folder)
-    keys: dict[str, str] = {}
+    keys = {} if others is None else others
+    tars: list[list[Place]] = []
     last_index = -1
     for shard in tqdm(shards, desc=folder.name, unit="shard", disable=None):
-        offsets: list[int] = []
-        for key, offset, fields in _samples(folder / shard.name, shard.name, findings):
-            offsets.append(offset)
+        tars.append([])
+        for place, fields in _samples(folder / shard.name, shard.name, findings):
+            key = place.key
+            tars[-1].append(place)
             if key in keys:
                 findings.damage(shard.name, key, f"the key also stands in {keys[key]}")
-            keys[key] = shard.name
+            keys[key] = str(folder / shard.name)
             last_index = _check_sample(shard.name, key, fields, last_index, decode, findings)
-        _check_tar(folder, shard, offsets, findings)
-    _check_index(folder, keys, findings)
+        _check_tar(folder, shard, [place.start for place in tars[-1]], findings)
+    for stray in sorted({p.name for p in folder.glob("*.tar")} - {s.name for s in shards}):
+        findings.damage(stray, "manifest", "not listed in manifest.json; nobody reads it")
+    _check_index(folder, tars, findings)
     return findings
 
 
-def _samples(
-    path: Path, name: str, findings: Findings
-) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """Samples of a tar in order: key, offset of the first header, members."""
-    key, offset, fields = "", 0, dict[str, bytes]()
+def _samples(path: Path, name: str, findings: Findings) -> Iterator[tuple[Place, dict[str, bytes]]]:
+    """Samples of a tar in order."""
+    place, fields = Place("", 0), dict[str, bytes]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -91,17 +107,19 @@ def _samples(
                 if file is None:
                     findings.damage(name, member.name, "not a plain file")
                     continue
-                if stem != key and fields:
-                    yield key, offset, fields
-                if stem != key:
-                    key, offset, fields = stem, member.offset, {}
+                if stem != place.key and fields:
+                    yield place, fields
+                if stem != place.key:
+                    place, fields = Place(stem, member.offset), {}
                 if field_name in fields:
                     findings.damage(name, member.name, "the member stands there twice")
                 fields[field_name] = file.read()
+                place.members[field_name] = member.offset_data, member.size
+                place.end = member.offset_data + member.size + -member.size % tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
-        findings.damage(name, key or "start", f"the tar breaks off: {error}")
+        findings.damage(name, place.key or "start", f"the tar breaks off: {error}")
     if fields:
-        yield key, offset, fields
+        yield place, fields
 
 
 def _check_sample(
@@ -125,7 +143,7 @@ def _check_sample(
 
 
 def _check_media(record: samples.Record, decode: bool) -> None:
-    found = {"text"} if record.captions else set()
+    found = {"text"} if record.texts else set()
     for data, offers in ((record.video, ("audio", "video")), (record.sound, ("audio",))):
         if data is None:
             continue
@@ -152,19 +170,40 @@ def _check_tar(folder: Path, shard: Shard, offsets: Sequence[int], findings: Fin
         findings.damage(index.name, "offsets", "do not fit the tar; run make_shards again")
 
 
-def _check_index(folder: Path, keys: dict[str, str], findings: Findings) -> None:
+def _check_index(folder: Path, tars: Sequence[Sequence[Place]], findings: Findings) -> None:
+    """Compare the places in Energon's database with those in the tars."""
     path = folder / META_FOLDER / "index.sqlite"
+    samples = {
+        (tar, place.key, number, place.start, place.end - place.start)
+        for tar, places in enumerate(tars)
+        for number, place in enumerate(places)
+    }
+    members = {
+        (tar, number, name, *span)
+        for tar, places in enumerate(tars)
+        for number, place in enumerate(places)
+        for name, span in place.members.items()
+    }
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            stored = {row[0] for row in database.execute("SELECT sample_key FROM samples")}
+            for table_name, found in (("samples", samples), ("sample_parts", members)):
+                wrong = found ^ set(database.execute(f"SELECT {_COLUMNS[table_name]}"))
+                if wrong:
+                    findings.damage(
+                        path.name,
+                        "index",
+                        f"{len(wrong)} entries of {table_name} differ from the tars; run "
+                        "make_shards again",
+                    )
     except sqlite3.Error as error:
         findings.damage(path.name, "index", f"unreadable: {error}")
-        return
-    if stored != set(keys):
-        wrong = len(stored ^ set(keys))
-        findings.damage(
-            path.name, "index", f"{wrong} keys differ from the tars; run make_shards again"
-        )
+
+
+_COLUMNS = {
+    "samples": "tar_file_id, sample_key, sample_index, byte_offset, byte_size FROM samples",
+    "sample_parts": "tar_file_id, sample_index, part_name, content_byte_offset, "
+    "content_byte_size FROM sample_parts",
+}
 
 
 def table(findings: Sequence[Findings]) -> str:
@@ -203,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     try:
-        findings = [check_folder(folder, args.decode) for folder in args.folders]
+        keys: dict[str, str] = {}
+        findings = [check_folder(folder, args.decode, keys) for folder in args.folders]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

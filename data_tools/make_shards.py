@@ -3,46 +3,58 @@
     python -m data_tools.make_shards MANIFEST_OR_FOLDER... OUT [--reencode short_side=128,gop=20]
 
 A manifest whose rows name a `split` fills OUT/<split>; without splits the shards lie in OUT itself.
-The tars and manifest.json are byte-identical whatever the number of workers. Rows whose media is
-bad are left out and listed with the reason in quarantine.jsonl.
+The tars and manifest.json are byte-identical whatever the number of workers or the engine. Rows
+whose media is bad, or ends, stalls or fills the process that reads it, are left out and listed with
+the reason in quarantine.jsonl. Rows are settled in order and for good: the same command after a
+kill or a failure goes on with the next. Nothing stands under OUT before it is whole.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
 import os
 import re
 import shutil
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.engines import ENGINES
+from data_tools.journal import JOURNAL, build_digest
 from data_tools.manifest import Row, find_manifests, read_rows
-from data_tools.shard_rows import Made, Options, prepare
-from data_tools.shard_writer import QUARANTINE, ShardWriter, build_index, install
+from data_tools.shard_rows import Options
+from data_tools.shard_writer import (
+    BUILD,
+    QUARANTINE,
+    HopelessError,
+    ShardWriter,
+    build_index,
+    finished,
+    install,
+)
 from data_tools.transcode import Encoding
 from mmssl.data.folders import MANIFEST
+from mmssl.data.media import Limits
 from mmssl.data.remote import META_FOLDER
 from mmssl.types import UserError
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written to one folder."""
+    """What was written to one folder; worker_mb: most memory that a worker had."""
 
     folder: Path
     shards: int
     samples: int
     quarantined: int
     unchanged: bool
+    worker_mb: int = 0
 
 
 def make_shards(
@@ -51,7 +63,7 @@ def make_shards(
     """Make shards of one or several manifests; see the module's text.
 
     Args:
-        inputs: manifests (.jsonl, .csv), a folder that holds some, or a folder of media.
+        inputs: manifests, folders that hold some or media, or addresses; see `data_tools.manifest`.
         out: folder to write; an existing part is left alone if it is identical, else refused.
         options: fields of `Options`.
 
@@ -59,12 +71,13 @@ def make_shards(
         One report per folder of shards.
 
     Raises:
-        UserError: a manifest is wrong, a part exists and differs, or no row was usable.
+        UserError: a manifest is wrong, a part exists and differs, no or too few rows were usable,
+            or an unfinished build is in the way.
     """
     chosen = Options(**options)
     check_options(chosen)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    parts = _parts([m for p in paths for m in find_manifests(Path(p))])
+    parts = _parts([m for p in paths for m in find_manifests(p)])
     targets = {split: Path(out) / split if split else Path(out) for split in parts}
     for target in targets.values():
         _check_target(target, chosen.overwrite)
@@ -83,12 +96,16 @@ def check_options(options: Options) -> None:
         raise UserError(f"--shard-mb {options.shard_mb:g}: must be above 0")
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least one worker is needed")
+    if not 0 <= options.max_bad_share <= 1:
+        raise UserError(f"--max-bad-share {options.max_bad_share:g}: must be from 0 to 1")
+    if not (options.row_seconds > 0 and options.row_mb > 0 and options.limits.max_seconds > 0):
+        raise UserError("--row-seconds, --row-mb and --max-seconds must be above 0")
 
 
-def _parts(manifests: Sequence[Path]) -> dict[str, list[Row]]:
+def _parts(manifests: Sequence[Path | str]) -> dict[str, list[Row]]:
     """Rows by split; a split comes from one manifest, whose row numbers then are unique in it."""
     parts: dict[str, list[Row]] = {}
-    origin: dict[str, Path] = {}
+    origin: dict[str, Path | str] = {}
     for path in manifests:
         for row in read_rows(path):
             if origin.setdefault(row.split, path) != path:
@@ -110,7 +127,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise UserError(f"{target}: exists and is no folder; choose another output")
     ours = re.compile(r"[a-z0-9_]+-\d{6}\.tar(\.idx)?")
-    known = {META_FOLDER, MANIFEST, QUARANTINE}
+    known = {META_FOLDER, MANIFEST, QUARANTINE, JOURNAL}
     foreign = [
         p.name for p in target.iterdir() if p.name not in known and not ours.fullmatch(p.name)
     ]
@@ -122,54 +139,42 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) -> Report:
+    digest = build_digest(rows, options)
+    if not options.overwrite and finished(target, digest):
+        tree = json.loads((target / MANIFEST).read_bytes())
+        left_out = len(rows) - tree["samples"]
+        return Report(target, len(tree["shards"]), tree["samples"], left_out, True)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        writer = ShardWriter(partial, split or "shard", options)
-        bar = tqdm(_made(rows, options), total=len(rows), desc=split, unit="clip", disable=None)
-        for made in bar:
-            writer.add(made)
-        writer.close()
-        if not writer.shards:
-            first = writer.quarantine[0]
-            raise UserError(
-                f"{rows[0].where}: none of the {len(rows)} rows is usable; the first: "
-                f"{first['message']}"
-            )
-        build_index(partial, [s["name"] for s in writer.shards], options.workers)
-        unchanged = install(partial, target, options.overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Report(target, len(writer.shards), writer.total, len(writer.quarantine), unchanged)
+        with closing(ShardWriter(partial, split or "shard", options, digest)) as writer:
+            _fill(writer, split, rows, options)
+            build_index(partial, [s["name"] for s in writer.shards], options.workers)
+            (partial / BUILD).write_text(digest)
+            unchanged = install(partial, target, options.overwrite)
+    except HopelessError:
+        shutil.rmtree(partial)
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{partial}: {error.strerror or error}; mend that and rerun the command: it goes on"
+        ) from error
+    counts = len(writer.shards), writer.total, len(writer.quarantine)
+    return Report(target, *counts, unchanged, writer.worker_mb)
 
 
-# --- one row
-
-
-def _made(rows: Sequence[Row], options: Options) -> Iterator[Made]:
-    """Rows in their order, prepared in this process or in several."""
-    if options.workers == 1 or len(rows) < 2:
-        for row in rows:
-            yield prepare(row, options)
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[Row, Future[Made]]] = deque()
-    rest = iter(rows)
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        try:
-            for row in rest:
-                waiting.append((row, pool.submit(prepare, row, options)))
-                if len(waiting) >= 8 * options.workers:
-                    yield waiting.popleft()[1].result()
-            while waiting:
-                yield waiting.popleft()[1].result()
-        except BrokenProcessPool as error:
-            names = ", ".join(str(row.media) for row, _ in list(waiting)[: 8 * options.workers])
-            raise UserError(
-                "a worker died, probably in a decoder or for lack of memory, on one of: "
-                f"{names}; find the file with --workers 1 and remove its row"
-            ) from error
+def _fill(writer: ShardWriter, split: str, rows: Sequence[Row], options: Options) -> None:
+    """Prepare and write the rows that are missing."""
+    made = ENGINES[options.engine](rows[writer.rows :], options)
+    settled, total = writer.rows, len(rows)
+    for row in tqdm(made, split, total, unit="clip", initial=settled, disable=None):
+        writer.add(row)
+    writer.finish()
+    if not writer.shards:
+        first = writer.quarantine[0]
+        raise HopelessError(
+            f"{rows[0].where}: none of the {len(rows)} rows is usable; the first: "
+            f"{first['message']}"
+        )
 
 
 # --- command line
@@ -178,35 +183,41 @@ def _made(rows: Sequence[Row], options: Options) -> Iterator[Made]:
 def _print(reports: Iterable[Report]) -> None:
     for report in reports:
         note = ", unchanged" if report.unchanged else ""
+        if report.worker_mb:
+            note += f"; workers took up to {report.worker_mb} MB"
         print(f"{report.folder}: {report.samples} samples in {report.shards} shards{note}")
         if report.quarantined:
             print(f"  {report.quarantined} rows left out, see {report.folder / QUARANTINE}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.make_shards", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="MANIFEST_OR_FOLDER")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--shard-samples", type=int, default=Options.shard_samples)
-    parser.add_argument("--shard-mb", type=float, default=Options.shard_mb)
-    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
-    parser.add_argument("--reencode", default=None, metavar="short_side=128,gop=20,fps=10")
-    parser.add_argument("--no-verify", action="store_true", help="skip the trial decoding")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that differ")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="MANIFEST_OR_FOLDER")
+    add("out", type=Path)
+    add("--shard-samples", type=int, default=Options.shard_samples)
+    add("--shard-mb", type=float, default=Options.shard_mb)
+    add("--workers", type=int, default=max(1, os.cpu_count() or 1))
+    add("--engine", choices=tuple(ENGINES), default=Options.engine)
+    add("--reencode", metavar="short_side=128,gop=20,fps=10,audio=flac")
+    add("--no-verify", dest="verify", action="store_false", help="skip the trial decoding")
+    add("--max-seconds", type=float, default=Limits().max_seconds, help="length of a media file")
+    add("--max-bad-share", type=float, default=Options.max_bad_share, help="of 1000 rows")
+    add("--row-seconds", type=float, default=Options.row_seconds, help="time limit of a row")
+    add("--row-mb", type=int, default=Options.row_mb, help="memory limit of a row")
+    add("--overwrite", action="store_true", help="make all anew and replace shards that differ")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = vars(_parser().parse_args(argv))
     try:
-        reports = make_shards(
-            args.inputs,
-            args.out,
-            shard_samples=args.shard_samples,
-            shard_mb=args.shard_mb,
-            workers=args.workers,
-            reencode=None if args.reencode is None else Encoding.parse(args.reencode),
-            verify=not args.no_verify,
-            overwrite=args.overwrite,
-        )
+        inputs, out, seconds = (args.pop(name) for name in ("inputs", "out", "max_seconds"))
+        if args["reencode"] is not None:
+            args["reencode"] = Encoding.parse(args["reencode"])
+        reports = make_shards(inputs, out, limits=Limits(max_seconds=seconds), **args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

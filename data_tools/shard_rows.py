@@ -1,26 +1,38 @@
-"""One manifest row to one shard sample: read, check, cut or re-encode, seal."""
+"""One manifest row to one shard sample: read, check, cut or re-encode, seal.
+
+Why a row is left out: `file` (cannot be read), `header`, `bomb`, `decode` (see `mmssl.data.media`),
+`cut` (no such stretch), `missing` (a modality that `has` names), `format` (needs --reencode),
+`meta` (no JSON), `duplicate` (of an earlier row); `timeout`, `memory`, `crash`, `error` (see
+`data_tools.children`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools import transcode
 from data_tools.manifest import SUFFIXES, Row
 from data_tools.transcode import Encoding
 from mmssl.data import media
+from mmssl.data.confine import out_of_memory, peak_mb
 from mmssl.data.integrity import PROFILE, DamagedSampleError, seal, valid_key
 from mmssl.data.media import Limits
 from mmssl.data.samples import AUDIO_FIELDS
+from mmssl.types import Transcript, Word
 
 _CUT_TOLERANCE_S = 0.1  # a manifest's `end` this close to the end of the file asks for no cut
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to make shards; sizes are upper limits of one shard."""
+    """How to make shards; sizes are upper limits of one shard.
+
+    row_seconds, row_mb: time and memory (address space) for one row, which ends as `timeout` or
+    `memory`. max_bad_share: of 1000 successive rows, so many may be bad.
+    """
 
     shard_samples: int = 10_000
     shard_mb: float = 256.0
@@ -28,12 +40,19 @@ class Options:
     reencode: Encoding | None = None
     verify: bool = True
     overwrite: bool = False
+    engine: str = "local"
+    max_bad_share: float = 0.5
+    row_seconds: float = 300.0
+    row_mb: int = 2048
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
 class Made:
-    """One row after its media was read: the members of its sample, or why there is none."""
+    """One row after its media was read: the members of its sample, or why there is none.
+
+    peak_mb: most memory that the process which read it has had so far.
+    """
 
     row: Row
     key: str = ""
@@ -42,22 +61,32 @@ class Made:
     captions: int = 0
     reason: str = ""
     message: str = ""
+    peak_mb: int = 0
 
 
 def prepare(row: Row, options: Options) -> Made:
-    """Read, check and if asked re-encode one row."""
+    """Read, check and if asked re-encode one row, whose bytes depend on nothing else.
+
+    Raises:
+        DamagedSampleError: FFmpeg had no memory.
+    """
     try:
-        return _prepared(row, options)
+        made = _prepared(row, options)
     except DamagedSampleError as error:
-        return Made(row, reason=error.reason, message=str(error))
+        if out_of_memory(error):
+            raise
+        made = Made(row, reason=error.reason, message=str(error))
     except OSError as error:
-        return Made(row, reason="file", message=f"{row.media}: {error.strerror or error}")
+        made = Made(row, reason="file", message=f"{row.media}: {error.strerror or error}")
+    return replace(made, peak_mb=peak_mb())
 
 
 def _prepared(row: Row, options: Options) -> Made:
     members: list[tuple[str, bytes]] = []
     header, found, length_s = None, set(), 0.0
-    digest = hashlib.sha256("\n".join(row.captions).encode())
+    said = row.transcript
+    texts = row.captions or ((said.text,) if said else ())
+    digest = hashlib.sha256("\n".join(texts).encode())
     if row.media is not None:
         source = row.media.read_bytes()
         digest = hashlib.sha256(source)
@@ -68,7 +97,8 @@ def _prepared(row: Row, options: Options) -> Made:
             header = media.probe(data, options.limits)
         found = _streams(name, header)
         members.append((name, data))
-    found |= {"text"} if row.captions else set()
+    said = said and _of_part(said, row.start_s, length_s)
+    found |= {"text"} if row.captions or said else set()
     has = _has(row, found)
     captions = row.captions if "text" in has else ()
     if captions:
@@ -92,6 +122,9 @@ def _prepared(row: Row, options: Options) -> Made:
         "has": has,
         "meta": row.meta,
     }
+    if said and "text" in has:
+        words = [[round(w.start_s, 3), round(w.end_s, 3), w.text] for w in said.words]
+        record["transcript"] = {"text": said.text, "words": words}
     members.append(("json", _sealed(row, record, dict(members))))
     seconds = tuple((m, length_s) for m in has if m != "text")
     return Made(row, key, tuple(members), seconds, len(captions))
@@ -100,7 +133,7 @@ def _prepared(row: Row, options: Options) -> Made:
 def _sealed(row: Row, record: dict[str, Any], members: dict[str, bytes]) -> bytes:
     try:
         return seal(record, members)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise DamagedSampleError("meta", f"{row.where}: meta cannot be stored ({error})") from error
 
 
@@ -110,6 +143,8 @@ def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
     spans = transcode.spans(data, options.limits)
     first, last = spans.get("video") or spans["audio"]
     length = last - first
+    if not length:
+        raise DamagedSampleError("header", "it lasts 0 s")
     end = length if row.end_s is None else min(row.end_s, length)
     if row.start_s >= length:
         raise DamagedSampleError(
@@ -119,13 +154,27 @@ def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
     name = SUFFIXES.get(row.media.suffix.lower())
     if cut or options.reencode is not None:
         encoding = options.reencode or Encoding()
-        mp4 = transcode.transcode(data, row.start_s, end, encoding, options.limits)
-        return ("mp4" if "video" in spans else "m4a"), mp4, end - row.start_s
+        name, data = transcode.transcode(data, row.start_s, end, encoding, options.limits)
+        return name, data, end - row.start_s
     if name is None:
         raise DamagedSampleError(
             "format", f"{row.media}: {row.media.suffix} is not kept in shards; pass --reencode"
         )
     return name, data, length
+
+
+def _of_part(said: Transcript, start_s: float, length_s: float) -> Transcript | None:
+    """What is said in a part of the file, on its clock; text without times is said throughout."""
+    if not said.words:
+        return Transcript(said.text, (Word(0.0, length_s, said.text),))
+    if not length_s:  # text alone
+        return said
+    part = said.within(start_s, start_s + length_s)
+    inside = (
+        Word(max(0.0, w.start_s - start_s), min(length_s, w.end_s - start_s), w.text)
+        for w in part.words
+    )
+    return Transcript(part.text, tuple(inside)) if part.words else None
 
 
 def _streams(name: str, header: media.Header) -> set[str]:

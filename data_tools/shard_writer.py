@@ -8,56 +8,117 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_tools.manifest import Row
+from data_tools.journal import JOURNAL, SHARD, Journal
 from data_tools.shard_rows import Made, Options
 from mmssl.data.folders import DATASET_YAML, MANIFEST
-from mmssl.data.integrity import PROFILE, canonical
+from mmssl.data.integrity import PROFILE, ErrorBudget, canonical, crc32c
 from mmssl.data.remote import META_FOLDER
 from mmssl.files import sha256
 from mmssl.types import UserError
 
 QUARANTINE = "quarantine.jsonl"
+DUPLICATE = "duplicate"
 MAX_SHARDS = 10_000
+_SYNC_S = 5.0  # what a power failure may cost; a kill costs the rows under way
+BUILD = f"{META_FOLDER}/build"  # of which rows and options the folder was made
+
+
+class HopelessError(UserError):
+    """A build with which no rerun could go on."""
 
 
 class ShardWriter:
-    """Tars of one folder, filled in the order of the rows."""
+    """Tars of one folder, filled in the order of the rows; a killed build is gone on with.
 
-    def __init__(self, folder: Path, name: str, options: Options) -> None:
+    What is known of the folder is a fold over the entries of its journal. A sample's bytes reach
+    its tar before its entry does, so whatever lies behind the last entry is cut off.
+    """
+
+    def __init__(self, folder: Path, name: str, options: Options, digest: str) -> None:
+        """Open a folder, see `Journal`; `rows` counts those that earlier processes settled."""
         self._folder, self._name, self._options = folder, name, options
         self._open: BinaryIO | None = None
-        self._samples = 0
-        self._seconds = {"audio": 0.0, "video": 0.0}
-        self._captions = 0
-        self._keys: dict[str, Row] = {}
+        self._keys: dict[str, int] = {}
+        self._budget = ErrorBudget(options.max_bad_share)
         self.shards: list[dict[str, Any]] = []
         self.quarantine: list[dict[str, Any]] = []
-        self.total = 0
+        self.total = self.rows = self.worker_mb = 0
+        self._begin_shard()
+        self._journal = Journal(folder, digest, options.overwrite)
+        self._journal.replay(self._replayed)
+        self._drop_rest()
+        self._synced = time.monotonic()
 
     def add(self, made: Made) -> None:
-        """Append one sample, or note why its row is left out."""
+        """Append one sample, or note why its row is left out.
+
+        Raises:
+            UserError: too many rows are bad.
+            HopelessError: there would be too many shards.
+        """
+        self.worker_mb = max(self.worker_mb, made.peak_mb)
         if not made.reason and made.key in self._keys:
-            twin = self._keys[made.key]
-            made = Made(made.row, reason="duplicate", message=f"same clip as row {twin.index}")
+            text = f"same clip as row {self._keys[made.key]}"
+            made = Made(made.row, reason=DUPLICATE, message=text)
         if made.reason:
-            self.quarantine.append(_quarantined(made))
+            self._commit({"bad": _quarantined(made)})
             return
-        self._keys[made.key] = made.row
         block = _tar_block(made)
-        size = self._file.tell() if self._samples else 0
         full = self._samples >= self._options.shard_samples
-        if self._samples and (full or size + len(block) > self._options.shard_mb * 1e6):
+        if self._samples and (full or self._size + len(block) > self._options.shard_mb * 1e6):
             self._finish_shard()
         self._file.write(block)
+        self._file.flush()
+        entry = {
+            "key": made.key,
+            "index": made.row.index,
+            "size": len(block),
+            "crc": crc32c(block),
+            "seconds": dict(made.seconds),
+            "captions": made.captions,
+        }
+        self._commit(entry)
+
+    def _commit(self, entry: Mapping[str, Any]) -> None:
+        self._journal.add(entry)
+        if self._note(entry):
+            bad = self.quarantine[-1]
+            raise UserError(
+                f"{self._budget} rows were bad, more than --max-bad-share = "
+                f"{self._options.max_bad_share:g} of {ErrorBudget.window} allows; the last: "
+                f"{bad['where']}: {bad['message']} ({bad['reason']}). The same command with a "
+                "higher share goes on from here"
+            )
+        if time.monotonic() - self._synced > _SYNC_S:
+            self._sync()
+
+    def _note(self, entry: Mapping[str, Any]) -> bool:
+        """Take in what an entry says; returns whether too many rows are bad."""
+        if SHARD in entry:
+            self.shards.append(entry[SHARD])
+            self._begin_shard()
+            return False
+        self.rows += 1
+        if "bad" in entry:
+            self.quarantine.append(entry["bad"])
+            return self._budget.note(entry["bad"]["reason"] != DUPLICATE)
+        self._keys[entry["key"]] = entry["index"]
         self._samples += 1
         self.total += 1
-        for modality, seconds in made.seconds:
+        self._size += entry["size"]
+        self._captions += entry["captions"]
+        for modality, seconds in entry["seconds"].items():
             self._seconds[modality] += seconds
-        self._captions += made.captions
+        return self._budget.note(False)
+
+    def _begin_shard(self) -> None:
+        self._samples = self._size = self._captions = 0
+        self._seconds = {"audio": 0.0, "video": 0.0}
 
     @property
     def _shard_path(self) -> Path:
@@ -66,33 +127,75 @@ class ShardWriter:
     @property
     def _file(self) -> BinaryIO:
         if self._open is None:
-            self._open = self._shard_path.open("wb")
+            self._open = self._shard_path.open("ab")
         return self._open
 
-    def _finish_shard(self) -> None:
-        if self._open is None:
-            return
-        end = self._open.tell() + 2 * tarfile.BLOCKSIZE  # two empty blocks end a tar
-        self._open.write(bytes(end - self._open.tell() + -end % tarfile.RECORDSIZE))
-        os.fsync(self._open.fileno())
-        self._open.close()
-        path = self._shard_path
-        self.shards.append(
-            {
-                "name": path.name,
-                "samples": self._samples,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-                "seconds": {m: round(s, 3) for m, s in self._seconds.items()},
-                "captions": self._captions,
-            }
-        )
-        if len(self.shards) >= MAX_SHARDS:
-            raise UserError(f"more than {MAX_SHARDS} shards; raise --shard-mb or --shard-samples")
-        self._open, self._samples, self._captions = None, 0, 0
-        self._seconds = {"audio": 0.0, "video": 0.0}
+    # --- what an earlier process left
 
-    def close(self) -> None:
+    def _replayed(self, entry: Mapping[str, Any], vouched: bool) -> bool:
+        """Take in an entry that the tars bear out."""
+        if SHARD in entry:
+            path = self._folder / entry[SHARD]["name"]
+            if not _has_size(path, entry[SHARD]["bytes"]):
+                raise UserError(f"{path}: changed or gone; remove {self._folder} to begin anew")
+        elif "key" in entry and not vouched and not self._stored(entry):
+            return False
+        self._note(entry)
+        return True
+
+    def _stored(self, entry: Mapping[str, Any]) -> bool:
+        if not self._shard_path.is_file():
+            return False
+        with self._shard_path.open("rb") as file:
+            file.seek(self._size)
+            block = file.read(entry["size"])
+        return (len(block), crc32c(block)) == (entry["size"], entry["crc"])
+
+    def _drop_rest(self) -> None:
+        """Cut off what no entry vouches for, and what only a finished folder has."""
+        kept = {shard["name"] for shard in self.shards} | {JOURNAL}
+        if self._samples:
+            kept.add(self._shard_path.name)
+            os.truncate(self._shard_path, self._size)
+        for path in self._folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in kept:
+                path.unlink()
+
+    # --- the ends of shards and folders
+
+    def _sync(self) -> None:
+        if self._open is not None:
+            os.fsync(self._open.fileno())
+        self._journal.sync()
+        self._synced = time.monotonic()
+
+    def _finish_shard(self) -> None:
+        if not self._samples:
+            return
+        if len(self.shards) >= MAX_SHARDS:
+            raise HopelessError(
+                f"more than {MAX_SHARDS} shards; raise --shard-mb or --shard-samples"
+            )
+        path, end = self._shard_path, 2 * tarfile.BLOCKSIZE  # two empty blocks end a tar
+        self._file.write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
+        self._file.flush()
+        self._sync()
+        self._file.close()
+        self._open = None
+        shard = {
+            "name": path.name,
+            "samples": self._samples,
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "seconds": {m: round(s, 3) for m, s in self._seconds.items()},
+            "captions": self._captions,
+        }
+        self._commit({SHARD: shard})
+        self._sync()
+
+    def finish(self) -> None:
         """Finish the last shard and write the lists."""
         self._finish_shard()
         tree = {"profile": PROFILE, "samples": self.total, "shards": self.shards}
@@ -100,6 +203,12 @@ class ShardWriter:
         if self.quarantine:
             lines = b"".join(canonical(entry) + b"\n" for entry in self.quarantine)
             (self._folder / QUARANTINE).write_bytes(lines)
+
+    def close(self) -> None:
+        """Leave the folder to another process."""
+        if self._open is not None:
+            self._open.close()
+        self._journal.close()
 
 
 def _quarantined(made: Made) -> dict[str, Any]:
@@ -137,34 +246,53 @@ def build_index(folder: Path, names: Sequence[str], workers: int) -> None:
     (folder / META_FOLDER / "dataset.yaml").write_text(DATASET_YAML)
 
 
+def finished(target: Path, digest: str) -> bool:
+    """Whether a folder is the whole of this build; removes what a kill after `install` left."""
+    if not (target / BUILD).is_file() or (target / BUILD).read_text() != digest:
+        return False
+    shards = json.loads((target / MANIFEST).read_bytes())["shards"]
+    if not all(_has_size(target / shard["name"], shard["bytes"]) for shard in shards):
+        return False
+    _tidy(target)
+    return True
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _tidy(target: Path) -> None:
+    (target / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
 def install(partial: Path, target: Path, overwrite: bool) -> bool:
     """Move a finished folder to its place; returns whether the same shards were there already."""
-    if not target.exists():
-        os.replace(partial, target)
-        return False
     if _same(partial, target):
+        (target / BUILD).write_bytes((partial / BUILD).read_bytes())
+        shutil.rmtree(partial)
         return True
     if (target / MANIFEST).exists() and not overwrite:
         raise UserError(
-            f"{target}: holds other shards; pass --overwrite to replace them, or choose another "
-            "output"
+            f"{target}: holds other shards; pass --overwrite to replace them with those made now, "
+            f"which wait in {partial.name}, or choose another output"
         )
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(target, old)
+    if target.exists():
+        shutil.rmtree(_old(target), ignore_errors=True)
+        os.replace(target, _old(target))
     os.replace(partial, target)
-    shutil.rmtree(old)
+    _tidy(target)
     return False
 
 
 def _same(partial: Path, target: Path) -> bool:
-    files = [target / MANIFEST, target / META_FOLDER / "index.sqlite"]
-    if not all(path.is_file() for path in files):
+    if not all((target / name).is_file() for name in (MANIFEST, f"{META_FOLDER}/index.sqlite")):
         return False
     if (partial / MANIFEST).read_bytes() != (target / MANIFEST).read_bytes():
         return False
-    names = [p.name for p in partial.iterdir() if p.suffix == ".tar"]
-    return all(
-        (target / n).is_file() and (target / n).stat().st_size == (partial / n).stat().st_size
-        for n in names
-    )
+    tars = [p for p in partial.iterdir() if p.suffix == ".tar"]
+    return all(_has_size(target / p.name, p.stat().st_size) for p in tars)

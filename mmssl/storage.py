@@ -73,7 +73,7 @@ def persistently(
             if time.monotonic() + pause > deadline:
                 raise StorageError(
                     f"{told}; it failed for {PATIENCE_S:g} s: check the connection and the "
-                    "credentials, then go on with `mmssl resume`"
+                    "credentials, then give the same command again"
                 ) from error
             if attempt == 2:  # seldom a matter of luck by now
                 print(f"mmssl: {told}; trying again for {PATIENCE_S:g} s", file=sys.stderr)

@@ -37,6 +37,34 @@ class Sample:
     fields: dict[str, bytes]
 
 
+class Word(NamedTuple):
+    """A word, or a phrase whose words have no times of their own, in seconds."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a clip: `words` are in the order of their starts, `text` is all of it."""
+
+    text: str
+    words: tuple[Word, ...]
+
+    def within(self, start_s: float, end_s: float) -> Transcript:
+        """What overlaps a stretch by half of the shorter of the two, its times as they are."""
+        middle = (start_s + end_s) / 2
+        words = tuple(
+            w
+            for w in self.words
+            if start_s <= (w.start_s + w.end_s) / 2 < end_s or w.start_s <= middle < w.end_s
+        )
+        if len(words) == len(self.words):
+            return self
+        return Transcript(" ".join(word.text for word in words), words)
+
+
 @dataclass
 class Clip:
     """Decoded media on one clock.
@@ -44,6 +72,7 @@ class Clip:
     waveform: (C, S) float32 in [-1, 1] at `audio_hz`, first sample at time `audio_start_s`.
     frames: (T, H, W, 3) uint8, frame t is shown at `frame_times_s[t]`.
     captions: every caption of the clip; empty where text is missing.
+    transcript: what is said in it.
     meta: the rest of the sample's json (class, boxes ...), read by evaluation only.
     """
 
@@ -58,6 +87,7 @@ class Clip:
     frame_times_s: Tensor | None = None
     captions: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    transcript: Transcript | None = None
 
 
 class Pair(NamedTuple):

@@ -1,11 +1,13 @@
-"""Shards of a few clips whose captions a tiny model can tell apart."""
+"""Shards of a few clips whose captions a tiny model can tell apart, and the index of them."""
 
 import json
 
-from embed_runs import WORDS
+from embed_runs import WORDS, run_folder
 from media_files import write_corpus
 
 from data_tools.make_shards import make_shards
+from mmssl.index import build
+from mmssl.index.build import BuildSpec
 
 
 def demo_shards(folder, count, seconds, lacks=()):
@@ -18,3 +20,12 @@ def demo_shards(folder, count, seconds, lacks=()):
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     make_shards(folder / "clips", folder / "shards", workers=1)
     return folder / "shards"
+
+
+def demo_index(data, folder):
+    """An index of shards or files with the tiny run `folder`/run, at `folder`/library."""
+    if not (folder / "run").exists():
+        run_folder(folder / "run")
+    out = folder / "library"
+    build.build(str(data), BuildSpec(model=str(folder / "run"), out=str(out)))
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from mmssl.data.folders import read_manifest
@@ -36,8 +37,9 @@ def train_weights(data: DataSpec) -> dict[str, float]:
     for folder in train:
         counted = sum(shard.samples for shard in read_manifest(folder))
         sizes[folder] = train[folder] if isinstance(train, dict) else counted
-        if not sizes[folder] > 0:
+        if not 0 < sizes[folder] < math.inf:
             raise UserError(
-                f"data.train: the weight of {folder} is {sizes[folder]}, it must be above 0"
+                f"data.train: the weight of {folder} is {sizes[folder]}; it must be a number above "
+                "0: leave a folder out that is not to be read"
             )
     return temperature_weights(sizes, data.alpha)

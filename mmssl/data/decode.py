@@ -89,7 +89,7 @@ class ClipReader:
         return media.read_tracks(container, video, audio, limits), header
 
     def _present(self) -> frozenset[str]:
-        found = {"text"} if self.record.captions else set()
+        found = {"text"} if self.record.texts else set()
         found |= {"video"} if self._video else set()
         found |= {"audio"} if self._audio else set()
         lacking = self.record.has - found
@@ -142,6 +142,7 @@ class ClipReader:
             duration_s=self.duration_s,
             captions=list(record.captions),
             meta=record.meta,
+            transcript=record.transcript,
         )
         if need is not None and need.audio_hz and self._audio is not None:
             clip.audio_hz, clip.audio_start_s = need.audio_hz, need.audio_start_s

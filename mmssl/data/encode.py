@@ -5,7 +5,6 @@ One object of this kind lives in every worker; it has no state but the counters 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from mmssl.data import samples
 from mmssl.data.collate import Item
 from mmssl.data.decode import ClipReader
-from mmssl.data.integrity import Ledger, Quarantine
+from mmssl.data.integrity import ErrorBudget, Ledger, Quarantine
 from mmssl.data.labels import NO_LABEL, LabelBook
 from mmssl.data.media import Limits
 from mmssl.data.text import Tokenizer
@@ -21,8 +20,8 @@ from mmssl.specs import CodesSpec, DataSpec, ViewSpec
 from mmssl.types import Clip, Sample, UserError, View
 from mmssl.views import clip as cutting
 from mmssl.views.plan import Cut, Plan, Seeds, plan
+from mmssl.views.text import spoken
 
-_WINDOW = 1000  # samples over which the share of bad ones is taken
 _DEADLY = ("timeout", "memory", "crash")  # see `isolate`
 
 
@@ -78,7 +77,7 @@ class SampleEncoder:
             key=sample.key,
             source=record.source,
             index=record.index,
-            captions=list(record.captions),
+            captions=record.texts,
             views=self._cut(cuts, clips),
             meta=meta,
         )
@@ -97,7 +96,9 @@ class SampleEncoder:
                 continue
             if cut.spec.modality == "text":
                 assert self.tokenizer is not None
-                views[name] = cutting.cut_text(clip.captions, cut, self.tokenizer)
+                said = cut.spec.texts == "transcript"
+                texts = spoken(clip, cut) if said else clip.captions
+                views[name] = cutting.cut_text(texts, cut, self.tokenizer)
                 continue
             cutter = cutting.cut_audio if cut.spec.modality == "audio" else cutting.cut_video
             view = cutter(clip, cut, self.training)
@@ -142,28 +143,26 @@ class BadSampleGuard:
 
     def __init__(self, max_share: float, ledger: Ledger, quarantine: Quarantine) -> None:
         self.ledger, self.quarantine = ledger, quarantine
-        self._max_bad = max_share * _WINDOW
         self._max_share = max_share
-        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._budget = ErrorBudget(max_share)
         self.stop = ""
 
     def good(self) -> None:
         """Note a sample that was delivered."""
-        self._recent.append(False)
+        self._budget.note(False)
 
     def bad(self, key: str, reason: str, message: str, **where: Any) -> None:
         """Note a sample that was skipped; sets `stop` when the window holds too many."""
-        self._recent.append(True)
+        spent = self._budget.note(True)
         self.ledger.add(reason, key=key, message=message, **where)
         if reason in _DEADLY:
             self.quarantine.add(key, reason, message)
-        bad = sum(self._recent)
-        if bad > self._max_bad:
+        if spent:
             totals = ", ".join(
                 f"{name} {count}" for name, count in sorted(self.ledger.counts.items())
             )
             self.stop = (
-                f"{bad} of the last {len(self._recent)} samples of one reader were bad, more than "
-                f"data.max_bad_share = {self._max_share:g} of {_WINDOW} allows ({totals}); the "
+                f"{self._budget} samples of one reader were bad, more than data.max_bad_share = "
+                f"{self._max_share:g} of {ErrorBudget.window} allows ({totals}); the "
                 f"last: {message}. Run python -m data_tools.check_shards on the folder"
             )

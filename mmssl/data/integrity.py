@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,24 @@ def _own_crc_holds(raw: bytes, record: dict[str, Any]) -> bool:
 def valid_key(key: str) -> bool:
     """Whether a sample key keeps to the profile: [a-z0-9_] groups joined by hyphens."""
     return len(key) <= 200 and _KEY.fullmatch(key) is not None
+
+
+class ErrorBudget:
+    """Counts the bad ones among the last `window`, where a share of the whole window may be bad."""
+
+    window = 1000
+
+    def __init__(self, max_share: float) -> None:
+        self._most = max_share * self.window
+        self._recent: deque[bool] = deque(maxlen=self.window)
+
+    def note(self, bad: bool) -> bool:
+        """Count one; returns whether there are too many bad ones now."""
+        self._recent.append(bad)
+        return bad and sum(self._recent) > self._most
+
+    def __str__(self) -> str:
+        return f"{sum(self._recent)} of the last {len(self._recent)}"
 
 
 class Ledger:

@@ -9,18 +9,15 @@ It costs 1.12 times the processor time of decoding in place (clips of the flagsh
 from __future__ import annotations
 
 import copyreg
-import ctypes
 import gc
 import io
 import mmap
 import os
 import pickle
-import resource
 import select
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -29,17 +26,9 @@ import psutil
 import torch
 
 from mmssl.data.collate import Item
+from mmssl.data.confine import confine, out_of_memory, stuck, worked_s
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.types import Sample, UserError
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the parent's business
-_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that forked it ends. Linux only."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 class DecodeChild:
@@ -96,15 +85,13 @@ class DecodeChild:
         """Until the answer comes.
 
         Raises:
-            TimeoutError: the time is over; a child that a busy machine keeps from running gets more
-                of it, until it has worked for half of it.
+            TimeoutError: the time is over, see `stuck`.
         """
         assert self._socket is not None
         process = psutil.Process(self._child)
-        worked = sum(process.cpu_times()[:2])
+        since = worked_s(process)
         while not select.select([self._socket], [], [], self._seconds)[0]:
-            runs = process.status() == psutil.STATUS_RUNNING
-            if not runs or sum(process.cpu_times()[:2]) - worked > self._seconds / 2:
+            if stuck(process, since, self._seconds):
                 raise TimeoutError
 
     def close(self) -> int:
@@ -132,20 +119,10 @@ class DecodeChild:
         self._socket, self._owner, self._child = ours, parent, child
 
     def _serve(self, pipe: socket.socket, parent: int) -> None:
-        if sys.platform == "linux":  # elsewhere the limit of time must do
-            die_with_parent()
-            _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            limit = psutil.Process().memory_info().vms + self._bytes
-            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        if os.getppid() != parent:
+        if not confine(parent, self._bytes):
             return
-        for number in _IGNORED:
-            signal.signal(number, signal.SIG_IGN)
-        for number in _FATAL:
-            signal.signal(number, signal.SIG_DFL)
         gc.freeze()  # collections would copy the pages shared with the parent
         torch.set_num_threads(1)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         answer: tuple[str, Any] = ("", None)
         while answer[0] != "memory":  # after that, nobody knows what is left of the heap
             try:
@@ -168,7 +145,7 @@ class DecodeChild:
         except Exception as error:  # sent to the parent, which counts it
             damage = error if isinstance(error, DamagedSampleError) else None
             text = str(error) if damage else f"{type(error).__name__}: {error}"
-            if isinstance(error.__cause__ or error, MemoryError) or "allocate memory" in text:
+            if out_of_memory(error):
                 return self._too_much(sample)
             return (damage.reason if damage else "error"), text
 

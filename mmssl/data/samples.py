@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmssl.data.integrity import DamagedSampleError, unseal
-from mmssl.types import MODALITIES, Sample
+from mmssl.types import MODALITIES, Sample, Transcript, Word
 
 VIDEO_FIELDS = ("mp4", "webm", "mkv", "mov")
 AUDIO_FIELDS = ("flac", "wav", "opus", "ogg", "m4a", "mp3")
@@ -28,6 +28,12 @@ class Record:
     meta: dict[str, Any]
     video: bytes | None
     sound: bytes | None
+    transcript: Transcript | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions, or what is said where there are none."""
+        return list(self.captions) or ([self.transcript.text] if self.transcript else [])
 
 
 def read(sample: Sample) -> Record:
@@ -47,9 +53,18 @@ def read(sample: Sample) -> Record:
             meta=dict(record["meta"]),
             video=_first(sample.fields, VIDEO_FIELDS),
             sound=_first(sample.fields, AUDIO_FIELDS),
+            transcript=_transcript(record.get("transcript")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedSampleError("json", f"{sample.key}.json: bad field ({error!r})") from error
+
+
+def _transcript(tree: Any) -> Transcript | None:
+    """Samples that were written before there were transcripts have no such entry."""
+    if tree is None:
+        return None
+    words = (Word(float(start), float(end), str(text)) for start, end, text in tree["words"])
+    return Transcript(str(tree["text"]), tuple(words))
 
 
 def _first(fields: dict[str, bytes], names: tuple[str, ...]) -> bytes | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from mmssl.data.isolate import die_with_parent
+from mmssl.data.confine import die_with_parent
 
 _SLOT = 256  # bytes; keys have at most 200
 _LATE_S = 1.0  # what a dying process leaves behind may be seen before its end is

@@ -1,4 +1,4 @@
-"""Runs iterators ahead of who reads them, in threads: decoding while the model encodes."""
+"""Runs iterators ahead of who reads them, in threads: decoding and encoding at the same time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) -> Iterator[T]:
+def in_order(
+    jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int, each: int = 1
+) -> Iterator[T]:
     """All that the jobs yield, in their order, whatever finishes first.
 
     Args:
@@ -33,6 +35,8 @@ def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) 
         threads: so many run at a time; 0 = in this one, nothing ahead.
         jobs_ahead: so many have been started or finished before they are read.
         depth: what each may hold ready.
+        each: threads of torch's own that one job may use; more than there are cores would wait for
+            each other, and torch's do so at full speed.
     """
     if not threads:
         for job in jobs:
@@ -41,8 +45,7 @@ def in_order(jobs: Iterable[Job[T]], threads: int, jobs_ahead: int, depth: int) 
     stop, waiting = Event(), iter(jobs)
     usual = torch.get_num_threads()
     started: deque[Queue[object]] = deque()
-    # every thread of torch's own would be one more that competes with the model for a core
-    with ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) as pool:
+    with ThreadPoolExecutor(threads, "ahead", torch.set_num_threads, (each,)) as pool:
         try:
             while True:
                 for job in islice(waiting, threads + jobs_ahead - len(started)):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,26 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmssl.data.collate import Item, collate
 from mmssl.data.text import Tokenizer
 from mmssl.embed import sources
 from mmssl.embed.ahead import cores, in_order
 from mmssl.embed.sources import Row
 from mmssl.embed.spaces import TOWERS, Spaces
-from mmssl.embed.windows import Cutter, Piece, joined
-from mmssl.eval.embed import frozen
+from mmssl.embed.windows import Cutter, Piece, batched, collated, joined
 from mmssl.eval.load import Which, load_model
 from mmssl.eval.results import weights_sha256
 from mmssl.heads.dense import bin_times
 from mmssl.interop import whole
 from mmssl.model import Model
 from mmssl.specs import RunSpec, ViewSpec
+from mmssl.targets.teacher import evaluating
 from mmssl.towers import time_steps
 from mmssl.types import MODALITIES, Batch, UserError
 
 T = TypeVar("T")
 Pool = Literal["mean", "max"]
 _DEPTH = 32  # windows that an item may have decoded ahead
+# Batches that a CPU encodes at the same time, each with its share of the cores: threads of one that
+# has them all wait for each other at every kernel, above all while others decode.
+_BESIDE = 2
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class EmbeddingModel:
 
         Args:
             inputs: see the class.
-            batch_size: windows that are encoded at once.
+            batch_size: windows that are encoded at once; a CPU does two such batches at a time.
             normalize: vectors of unit length, those of windows and modalities before they are
                 averaged, too.
             window_s: seconds; other windows than in training can cost quality.
@@ -345,15 +348,20 @@ class EmbeddingModel:
         )
         jobs = (partial(cutter.pieces, i, row) for i, row in enumerate(rows))
         ahead = in_order(jobs, cores() if threads is None else threads, batch_size, _DEPTH)
+        batches, usual = batched(ahead, batch_size), torch.get_num_threads()
         device = next(self.model.parameters()).device
-        for batch in _batches(ahead, batch_size):
-            first = batch[0]
-            padded = {"crop_s": first.padded_s} if first.padded_s else {}
-            spec = cutter.views[first.view].model_copy(update=padded)
-            items = [Item(str(p.item), str(p.item), 0, [], {p.view: [p.data]}) for p in batch]
-            with frozen([self.model]):
-                found = function(first.view, collate(items, {first.view: spec}).to(device))
-            yield from zip(batch, found, strict=True)
+
+        def encoded(pieces: list[Piece]) -> Iterator[tuple[Piece, T]]:
+            view = pieces[0].view
+            with torch.inference_mode():
+                found = function(view, collated(pieces, cutter.views[view]).to(device))
+            return zip(pieces, found, strict=True)
+
+        some = list(islice(batches, min(_BESIDE, usual) if device.type == "cpu" else 1))
+        pool, share = len(some) if len(some) > 1 else 0, usual // max(1, len(some))
+        with evaluating(self.model):
+            each = (partial(encoded, pieces) for pieces in chain(some, batches))
+            yield from in_order(each, pool, 1, batch_size, share)
 
 
 def load(path: str | Path, which: Which = "ema", device: str = "cpu") -> EmbeddingModel:
@@ -372,17 +380,6 @@ def load(path: str | Path, which: Which = "ema", device: str = "cpu") -> Embeddi
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _batches(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
-    """Pieces of one view and one padded length together, in their order."""
-    waiting: dict[tuple[str, float], list[Piece]] = {}
-    for piece in pieces:
-        group = waiting.setdefault((piece.view, piece.padded_s), [])
-        group.append(piece)
-        if len(group) == size:
-            yield waiting.pop((piece.view, piece.padded_s))
-    yield from waiting.values()
 
 
 def _rows_of(vectors: Tensor) -> Tensor:

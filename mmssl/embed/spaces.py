@@ -6,6 +6,7 @@ Letters in shapes: B rows of a batch of one view, D width.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -104,13 +105,14 @@ class Spaces:
         """{space: (B, D) fp32} of a batch of one view, for those of `keys` that are made of it."""
         asked = [space for (_, space), read in keys.items() if read == view]
         found: dict[str, Tensor] = {}
-        with encoded_once(self.model, batch):
+        model = copy(self.model)  # what it remembers of this batch is of no use to other threads
+        with encoded_once(model, batch):
             if not all(space.startswith(TOWERS) for space in asked):
-                made = self.model.vectors(batch)
+                made = model.vectors(batch)
                 found = {space: z_BD for (_, space), (z_BD, _) in made.items() if space in asked}
             for space in asked:
                 if space.startswith(TOWERS):
-                    found[space] = pool(self.model.passes(batch).tokens(view), "mean")
+                    found[space] = pool(model.passes(batch).tokens(view), "mean")
         unit = {s: F.normalize(z_BD, dim=-1) if normalize else z_BD for s, z_BD in found.items()}
         return {space: z_BD.float() for space, z_BD in unit.items()}
 

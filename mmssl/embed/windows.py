@@ -6,18 +6,19 @@ Letters in shapes: T frames, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from mmssl.data.collate import Item, collate
 from mmssl.data.text import Tokenizer
 from mmssl.embed.media import Reader, opened
 from mmssl.embed.sources import Row
 from mmssl.specs import ViewSpec
-from mmssl.types import UserError, View
+from mmssl.types import Batch, UserError, View
 from mmssl.views import clip as cutting
 from mmssl.views.plan import Cut, passes
 
@@ -124,6 +125,25 @@ class Cutter:
         if not cut.spec.crop_s:
             return needed_s
         return min(cut.spec.crop_s, needed_s) if name in self.loose else cut.spec.crop_s
+
+
+def batched(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+    """Pieces of one view and one padded length together, in their order."""
+    waiting: dict[tuple[str, float], list[Piece]] = {}
+    for piece in pieces:
+        group = waiting.setdefault((piece.view, piece.padded_s), [])
+        group.append(piece)
+        if len(group) == size:
+            yield waiting.pop((piece.view, piece.padded_s))
+    yield from waiting.values()
+
+
+def collated(pieces: Sequence[Piece], spec: ViewSpec) -> Batch:
+    """The batch of pieces of one view and one padded length."""
+    first = pieces[0]
+    padded = {"crop_s": first.padded_s} if first.padded_s else {}
+    items = [Item(str(p.item), str(p.item), 0, [], {p.view: [p.data]}) for p in pieces]
+    return collate(items, {first.view: spec.model_copy(update=padded)})
 
 
 def joined(

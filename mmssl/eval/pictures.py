@@ -1,4 +1,4 @@
-"""Small pictures for reports and demos: heat maps over frames, spectrograms, curves.
+"""Small pictures for reports and demos, and their page: heat maps, spectrograms, curves.
 
 Letters in shapes: H rows, W columns, C colours, F bands, T time steps.
 """
@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,40 @@ def lines(drawn: Mapping[str, Any], size: tuple[int, int] = (560, 240)) -> str:
         parts.append(f'<rect x="{right + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{right + 29}" y="{y + 1}">{escape(name)}</text>')
     return f'<svg class="lines" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def histogram(
+    edges: Sequence[float], counts: Sequence[int], title: str, size: tuple[int, int] = (300, 150)
+) -> str:
+    """Bars as inline SVG with the range and the greatest count; pointing at a bar tells its own."""
+    width, height = size
+    left, right, up, down = 46, width - 10, 30, height - 22
+    step, most = (right - left) / len(counts), max(1, *counts)
+    name = f'<text class="t" x="8" y="16">{escape(title)}</text>'
+    parts = [f'<svg class="curve" viewBox="0 0 {width} {height}" role="img">{name}']
+    parts.append(f'<path class="g" d="M{left} {up}H{right}M{left} {down}H{right}"/>')
+    for k, count in enumerate(counts):
+        tall = max(1.0, count / most * (down - up)) if count else 0.0
+        tip = f"{_short(edges[k])} to {_short(edges[k + 1])}: {count}"
+        parts.append(
+            f'<rect class="b" x="{left + k * step:.1f}" y="{down - tall:.1f}" '
+            f'width="{step * 0.9:.1f}" height="{tall:.1f}"><title>{tip}</title></rect>'
+        )
+    parts.append(f'<text x="{left - 5}" y="{up + 4}" class="e">{most}</text>')
+    parts.append(f'<text x="{left}" y="{height - 6}">{_short(edges[0])}</text>')
+    parts.append(f'<text x="{right}" y="{height - 6}" class="e">{_short(edges[-1])}</text></svg>')
+    return "".join(parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """An HTML file of some sections that needs no other file."""
+    style = resources.files("mmssl.eval").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
 
 
 def _short(value: float) -> str:

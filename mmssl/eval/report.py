@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from html import escape
-from importlib import resources
 from pathlib import Path
 
 from mmssl.eval import results, sections
 from mmssl.eval.album import Album
+from mmssl.eval.pictures import page
 from mmssl.eval.results import Results, lookup
 from mmssl.files import whole_file
 from mmssl.types import UserError
@@ -41,16 +40,9 @@ def write(found: Results, album: Album, run: Path, path: Path) -> None:
         sections.curves(sections.read_log(run / "log.jsonl")),
         sections.facts(found),
     ]
-    style = resources.files("mmssl.eval").joinpath("report.css").read_text(encoding="utf-8")
-    title = escape(str(lookup(found, "run.name") or "mmssl"))
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
     with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        title = str(lookup(found, "run.name") or "mmssl")
+        partial.write_text(page(title, parts), encoding="utf-8")
 
 
 # --- check

@@ -19,7 +19,17 @@ from tqdm import tqdm
 from mmssl.eval.options import parse
 from mmssl.index import ann, vectors
 from mmssl.index.ann import Singles
-from mmssl.index.store import MOMENTS, RECORD, UNFINISHED, Index, Key, Record, copies, table_name
+from mmssl.index.store import (
+    MOMENTS,
+    RECORD,
+    UNFINISHED,
+    Index,
+    Key,
+    Record,
+    copies,
+    quoted,
+    table_name,
+)
 from mmssl.index.vectors import EmbedSpec, Facts, Row
 from mmssl.types import UserError
 
@@ -46,7 +56,11 @@ def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
     """
     if action != "build":
         raise UserError(f"index: no `{action}`; write mmssl index build DATA model=RUN out=DB")
-    options = parse(BuildSpec, overrides)
+    build(data, parse(BuildSpec, overrides))
+
+
+def build(data: str, options: BuildSpec) -> None:
+    """See `main`."""
     if not options.out:
         raise UserError("index build: out=FOLDER is needed")
     if vectors.share(os.environ)[1] > 1:
@@ -55,15 +69,14 @@ def main(action: str, data: str, overrides: Sequence[str] = ()) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
-            build(data, out, options)
+            _build(data, out, options)
     except Timeout as error:
         raise UserError(
             f"{out}: another process builds this index; wait for it, or {_SHARED}"
         ) from error
 
 
-def build(data: str, out: Path, options: BuildSpec) -> None:
-    """See `main`."""
+def _build(data: str, out: Path, options: BuildSpec) -> None:
     source = Path(data)
     if vectors.read_facts(source):
         unread = options.model_fields_set & (set(EmbedSpec.model_fields) - {"out"})
@@ -131,9 +144,9 @@ def _add(index: Index, path: Path, facts: Facts, units: set[str]) -> None:
         held = index.record.spaces.setdefault(key[0], [])
         held += [key[1]] if key[1] not in held else []
     for names in _lists(sorted({r["key"] for r in rows} | units)):
-        old = f"folder = {_quoted(facts.folder)} AND (key IN {names} OR shard IN {names})"
+        old = f"folder = {quoted(facts.folder)} AND (key IN {names} OR shard IN {names})"
         for key in index.keys:
-            _delete(index, key, f"{old} AND part <> {_quoted(part)}")
+            _delete(index, key, f"{old} AND part <> {quoted(part)}")
     index.record.parts[path.name] = facts.made
     index.save()
 
@@ -198,11 +211,7 @@ def _upsert(table: Any, rows: list[Row], on: tuple[str, ...]) -> None:
 def _lists(names: Sequence[str]) -> Iterator[str]:
     """Names as lists of SQL, some at a time."""
     for first in range(0, len(names), _IN_LIST):
-        yield f"({', '.join(map(_quoted, names[first : first + _IN_LIST]))})"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+        yield f"({', '.join(map(quoted, names[first : first + _IN_LIST]))})"
 
 
 # ---------------------------------------------------------------- approximate search
@@ -236,14 +245,9 @@ def _queries(index: Index, key: Key) -> dict[str, Singles]:
     """Rows of every modality of a space, as queries."""
     found = {}
     for other in index.record.spaces[key[0]]:
-        table = index.table((key[0], other))
-        step = max(1, table.count_rows() // _QUERIES)
-        picked, first = [], 0
-        for rows_ND in ann.blocks(table, "vector"):
-            picked.append(rows_ND[-first % step :: step])
-            first += len(rows_ND)
-        if picked:
-            found[other] = np.concatenate(picked)[:_QUERIES]
+        rows = index.sample((key[0], other), ["vector"], _QUERIES)
+        if rows:
+            found[other] = np.array([row["vector"] for row in rows], dtype=np.float32)
     return found
 
 

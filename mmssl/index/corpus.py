@@ -6,18 +6,21 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from mmssl.data import energon, media, samples
 from mmssl.data.folders import MANIFEST, read_manifest
 from mmssl.data.guarded import intact
 from mmssl.data.integrity import DamagedSampleError
-from mmssl.data.samples import AUDIO_FIELDS, VIDEO_FIELDS
+from mmssl.data.reader import ShardReader
+from mmssl.data.samples import AUDIO_FIELDS, VIDEO_FIELDS, Record
 from mmssl.embed.media import LIMITS
 from mmssl.files import is_file, sha256
 from mmssl.storage import is_address
@@ -25,6 +28,7 @@ from mmssl.types import UserError
 
 IMAGES = ("png", "jpg", "jpeg", "bmp")
 MEDIA = (*VIDEO_FIELDS, *AUDIO_FIELDS, *IMAGES, "avi", "aac", "m4v")
+PLACE = ("folder", "shard", "number", "key")  # of an entry
 _FILES = 32  # of a folder, in one block
 
 
@@ -71,6 +75,9 @@ class Corpus(Protocol):
     def blocks(self) -> list[list[Unit]]:
         """Units that are encoded together."""
 
+    def count(self, units: Iterable[Unit]) -> int:
+        """How many entries some of the units hold."""
+
     def entries(self, units: Iterable[Unit]) -> Iterator[Entry | Damage]:
         """What some of the units hold, in order."""
 
@@ -100,6 +107,7 @@ class Shards:
     def __init__(self, data: str, max_bytes: int) -> None:
         """Check the folder's lists."""
         self._shards = read_manifest(data)
+        self._sizes = {shard.name: shard.samples for shard in self._shards}
         self.name = data.rstrip("/") if is_address(data) else str(Path(data).resolve())
         self._data, self._max_bytes = data, max_bytes
 
@@ -107,21 +115,26 @@ class Shards:
         """Every shard is one."""
         return [[Unit(shard.name, shard.sha256)] for shard in self._shards]
 
+    def count(self, units: Iterable[Unit]) -> int:
+        """Samples of some shards."""
+        return sum(self._sizes[name] for name, _ in units)
+
     def entries(self, units: Iterable[Unit]) -> Iterator[Entry | Damage]:
         """The samples of some shards."""
+        firsts = dict(zip(self._sizes, accumulate(self._sizes.values(), initial=0), strict=False))
+        for name, _ in units:
+            for number in range(firsts[name], firsts[name] + self._sizes[name]):
+                yield self._entry(name, number)
+
+    @cached_property
+    def reader(self) -> ShardReader:
+        """Samples by their number."""
         with energon.quiet():
             config = energon.worker_config(0, 1, 0, 0)
-            reader = energon.Shards(self._data, config, False, self._max_bytes).reader()
-        counts = [shard.samples for shard in self._shards]
-        firsts = dict(
-            zip((s.name for s in self._shards), accumulate(counts, initial=0), strict=False)
-        )
-        sizes = {shard.name: shard.samples for shard in self._shards}
-        for name, _ in units:
-            for number in range(firsts[name], firsts[name] + sizes[name]):
-                yield self._entry(reader[number], name, number)
+            return energon.Shards(self._data, config, False, self._max_bytes).reader()
 
-    def _entry(self, crude: Mapping[str, Any], shard: str, number: int) -> Entry | Damage:
+    def _entry(self, shard: str, number: int) -> Entry | Damage:
+        crude = self.reader[number]
         key = str(crude["__key__"])
         try:
             record = samples.read(intact(crude))
@@ -135,7 +148,7 @@ class Shards:
             folder=self.name,
             shard=shard,
             number=number,
-            captions=record.captions if "text" in record.has else (),
+            captions=tuple(record.texts) if "text" in record.has else (),
             meta=_words(record.meta),
             media=found,
             content={m: hashlib.sha256(data).hexdigest() for m, data in found.items()},
@@ -160,6 +173,10 @@ class Files:
         units = [Unit(_utf8(name), state) for name, state in units]
         return [units[k : k + _FILES] for k in range(0, len(units), _FILES)]
 
+    def count(self, units: Iterable[Unit]) -> int:
+        """Every file is one."""
+        return len(list(units))
+
     def entries(self, units: Iterable[Unit]) -> Iterator[Entry | Damage]:
         """Some of the files."""
         for name, _ in units:
@@ -183,6 +200,41 @@ class Files:
             )
 
 
+@cache
+def _opened_shards(folder: str, max_bytes: int) -> Shards:
+    return Shards(folder, max_bytes)
+
+
+def record_of(place: Mapping[str, Any], max_bytes: int) -> Record:
+    """The sample or file of an `Entry`, with its media.
+
+    A file is in `video` if it has pictures, else in `sound`. place: `PLACE` of it, and perhaps
+    more. max_bytes: of a sample.
+
+    Raises:
+        UserError: it is not there any more, or cannot be read.
+    """
+    folder, shard, number, key = (place[name] for name in PLACE)
+    try:
+        if not shard:
+            data = (Path(folder) / key).read_bytes()
+            header = media.probe(data, LIMITS)
+            streams = {"audio": header.audio_streams, "video": header.video_streams}
+            has = frozenset(modality for modality, count in streams.items() if count)
+            both = (data, None) if "video" in has else (None, data)
+            return Record(key, key, 0, has, (), {}, *both)
+        record = samples.read(intact(_opened_shards(folder, max_bytes).reader[number]))
+    except FileNotFoundError as error:
+        raise UserError(f"{key}: is not in {folder} any more") from error
+    except (DamagedSampleError, OSError, IndexError) as error:
+        raise UserError(f"{key}: cannot be read from {folder} ({error})") from error
+    if record.key != key:
+        raise UserError(
+            f"{key}: {folder} has changed; run mmssl index build with it again, or start anew"
+        )
+    return record
+
+
 def media_of(path: Path) -> dict[str, Any]:
     """Modality to what `EmbeddingModel` reads, for all that a media file holds.
 
@@ -193,7 +245,7 @@ def media_of(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix[1:].lower() in IMAGES:
-            return {"video": (_picture(path), 1.0)}
+            return {"video": picture_of(path)}
         header = media.probe(path.read_bytes(), LIMITS)
     except (DamagedSampleError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as sound, video or picture ({error})") from error
@@ -201,11 +253,18 @@ def media_of(path: Path) -> dict[str, Any]:
     return {modality: path for modality, count in streams.items() if count}
 
 
-def _picture(path: Path) -> Any:
-    """(1, H, W, 3) bytes."""
+def picture_of(path: Path) -> tuple[NDArray[np.uint8], float]:
+    """A picture as (1, H, W, 3) frames, one per second.
+
+    Raises:
+        ValueError: it cannot be read, or is too large.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))[None]
+            if image.width * image.height > LIMITS.max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise ValueError(f"{size} pixels exceed {LIMITS.max_pixels}")
+            return np.array(image.convert("RGB"))[None], 1.0
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and many more
         raise ValueError(error) from error
 

@@ -34,6 +34,7 @@ Query = dict[str, Any]  # modality to what `EmbeddingModel` reads
 
 _SHOWN = ("key", "source", "modality", "start_s", "end_s", "duration_s", "caption", "meta")
 _PLACE = ("folder", "shard", "number")
+_WIDER = 4  # so many times the windows are asked for where they are of too few clips
 
 
 class SearchSpec(Spec):
@@ -108,31 +109,39 @@ def query_of(word: str) -> Query:
     return {"text": text}
 
 
-def load_model(index: Index, run: str = "", device: str = "cpu") -> EmbeddingModel:
+def load_model(
+    index: Index, run: str = "", device: str = "cpu", option: str = "model"
+) -> EmbeddingModel:
     """The model of an index.
+
+    run: where it is, by default where it was. option: how a user says so.
 
     Raises:
         UserError: it is not where it was, or there is another in its place.
     """
     place = Path(run or index.record.run)
     if not place.exists():
-        raise UserError(f"{place}: no such run; say where the index's model is with model=RUN")
+        raise UserError(f"{place}: no such run; say where the index's model is with {option}=RUN")
     which: Any = index.record.which
     model = mmssl.load(place, which, device)
     if model.hash != index.record.model:
         raise UserError(
             f"{place}: its model has the hash {model.hash[:12]}, but {index.folder} holds vectors "
-            f"of {index.record.model[:12]}; name the run with model=RUN, or build an index anew"
+            f"of {index.record.model[:12]}; name the run with {option}=RUN, or build an index anew"
         )
     return model
 
 
 def search(
-    index: Index, model: EmbeddingModel, queries: Sequence[Query], options: SearchSpec
+    index: Index,
+    model: EmbeddingModel,
+    queries: Sequence[Query],
+    options: SearchSpec,
+    once: bool = False,
 ) -> list[Hit]:
     """The best `k` hits of all modalities, the best first.
 
-    queries: taken together as one.
+    queries: taken together as one. once: of every clip its best hit alone.
 
     Raises:
         UserError: nothing in the index can be compared with the query, a wrong condition, or an
@@ -144,8 +153,19 @@ def search(
     if where is not None:
         index.check_filter(where, keys)
     vectors = {space: _vector(model, queries, space) for space in {space for space, _ in keys}}
-    hits = [hit for key in keys for hit in _nearest(index, key, vectors[key[0]], options, where)]
-    return sorted(hits, key=lambda hit: (-hit.score, hit.key, hit.start_s))[: options.k]
+    count = options.k
+    while True:
+        wide = options.model_copy(update={"k": count})
+        hits = [hit for key in keys for hit in _nearest(index, key, vectors[key[0]], wide, where)]
+        hits = sorted(hits, key=lambda hit: (-hit.score, hit.key, hit.start_s))[:count]
+        if not once:
+            return hits
+        best: dict[tuple[str, str], Hit] = {}
+        for hit in hits:
+            best.setdefault((hit.folder, hit.key), hit)
+        if len(best) >= options.k or len(hits) < count:  # else more windows may tell more clips
+            return list(best.values())[: options.k]
+        count *= _WIDER
 
 
 def _nearest(

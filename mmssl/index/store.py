@@ -86,6 +86,11 @@ def copies(key: Key) -> Key:
     return key[0], f"{key[1]}.copies"
 
 
+def quoted(text: str) -> str:
+    """Text in a condition of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 class Index:
     """An index folder."""
 
@@ -145,6 +150,27 @@ class Index:
                 f"{self.folder}: the table {name} cannot be opened ({error}); build the index anew"
             ) from error
         return self._tables[key]
+
+    def sample(self, key: Key, columns: Sequence[str], most: int) -> list[dict[str, Any]]:
+        """At most so many rows of a table, evenly spaced, always the same."""
+        table = self.table(key)
+        count = table.count_rows()
+        if not count:
+            return []
+        offsets = np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+        return list(table.take_offsets(offsets).select([*columns]).to_list())
+
+    def row(self, name: str, columns: Sequence[str]) -> dict[str, Any]:
+        """The row with an id, in whatever table.
+
+        Raises:
+            UserError: there is none.
+        """
+        for key in self.keys:
+            query = self.table(key).search().where(f"id = {quoted(name)}").select([*columns])
+            for row in query.limit(1).to_list():
+                return dict(row)
+        raise UserError(f"{self.folder}: holds no row {name!r}; reload what has named it")
 
     def check_filter(self, where: str, keys: Sequence[Key]) -> None:
         """Refuse a condition that cannot be evaluated.

@@ -111,7 +111,8 @@ def embed(data: str, out: Path, options: EmbedSpec) -> None:
     done = maker.done(out)
     rank, world = share(os.environ)
     missing = [[u for u in units if u not in done] for units in corpus.blocks()[rank::world]]
-    with tqdm(unit="item", disable=True if rank else None) as bar:
+    total = sum(map(corpus.count, missing))
+    with tqdm(desc="embedding", total=total, unit="item", disable=True if rank else None) as bar:
         for units in filter(None, missing):
             maker.write(out, units, bar.update)
     who = "" if world == 1 else f"process {rank} of {world}: "

@@ -73,6 +73,8 @@ class ViewSpec(Spec):
     )  # video side in pixels after resize and centre/random crop; 0 = as stored
     length: int = Field(16, gt=0)  # text ids, end marker included
     candidates: int = Field(1, gt=0)  # text candidates per row
+    # text: the captions of a clip, or what is said in the cut: `crop_s` long, in its `window`
+    texts: Literal["captions", "transcript"] = "captions"
     segments: SegmentsSpec | None = None  # text: not captions one by one, but documents
     normalize: bool = False  # audio: zero mean, unit variance per crop
     augment: list[AugmentSpec] = []
@@ -87,6 +89,12 @@ class ViewSpec(Spec):
             raise ValueError(
                 "`segments` needs a text view of at least 5 ids with one candidate per row"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _holds_speech(self) -> ViewSpec:
+        if self.texts == "transcript" and self.modality != "text":
+            raise ValueError("`texts: transcript` needs a text view")
         return self
 
     @model_validator(mode="after")

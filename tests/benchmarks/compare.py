@@ -65,6 +65,10 @@ ABLATIONS = {
     "hard negatives after 40 %": (
         "tasks.match.target.hard={kind: steps, points: [[0.0, 0.0], [0.4, 0.25]]}",
     ),
+    "pairs alone": (
+        *(f"tasks.{name}=null" for name in ("masked_audio", "masked_video", "masked_text")),
+        "tasks.match=null",
+    ),
     "registers": tuple(f"towers.{name}.registers=4" for name in ("audio", "video", "text")),
 }
 ENTRIES = METHODS | {

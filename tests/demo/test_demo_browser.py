@@ -1,39 +1,29 @@
 """The demo in a real Chromium: search, play, localize, swap the sound, explore."""
 
 import io
-import os
 import re
-import shutil
 import urllib.request
 
 import numpy as np
 import pytest
-from demo_corpus import demo_shards
+from chromium import launched
+from demo_corpus import demo_index, demo_shards
 from embed_runs import WORDS, run_folder
 from media_files import moving_frames, tone, write_media
 from PIL import Image
 
 CLIPS, SECONDS = 4, 2.5
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 TITLE = "mmssl · tiny"
 
 
 @pytest.fixture(scope="module")
 def chromium():
     pytest.importorskip("gradio", reason="gradio is missing: pip install 'mmssl[demo]'")
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is missing: pip install playwright"
-    )
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is missing: apt-get install chromium")
-    # a container's /dev/shm can be tiny; root may not use the sandbox
-    flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if ROOT else [])]
-    flags += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # beeps
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=flags)
-        yield browser
-        browser.close()
+    try:
+        with launched() as browser:
+            yield browser
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +266,29 @@ def test_the_page_reaches_nothing_else(page, url):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{url}gradio_api/file=http://127.0.0.1:9/x", timeout=30)
     assert error.value.code == 404
+
+
+def test_media_files_of_an_index_that_is_there(chromium, film, tmp_path):
+    """They are played from where they lie; a picture is shown."""
+    from mmssl.demos.web import serve
+
+    media = tmp_path / "media"
+    media.mkdir()
+    film.rename(media / "film.mp4")
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(media / "still.png")
+    (tmp_path / "files").mkdir()
+    options = serve.DemoSpec(db=str(demo_index(media, tmp_path)), port=0)
+    served = serve.start(options, tmp_path / "files")
+    page = chromium.new_page()
+    page.goto(served.local_url)
+    page.fill("#query-text input, #query-text textarea", WORDS[2])
+    page.click("#search-go")
+    page.locator(".mmssl-card").nth(1).wait_for()
+    assert page.locator(".mmssl-card").count() == 2
+    assert played(page.locator(".mmssl-card video"))[1] == 64
+    page.wait_for_function("document.querySelector('.mmssl-card img').naturalWidth === 40")
+    page.close()
+    served.close()
 
 
 def test_explore(page):

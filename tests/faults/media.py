@@ -14,6 +14,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,20 @@ def _crafted() -> dict[str, Crafted]:
         ),
         "empty file": ("wav", b"", sound, ("header",)),
     }
+
+
+def write_damaged(folder: Path, count: int, seed: int) -> int:
+    """Put `count` mutated files and the crafted ones into a folder; returns how many lie there."""
+    random_, bases = random.Random(seed), _bases()
+    mutations = list(MUTATIONS.values())
+    folder.mkdir(exist_ok=True)
+    for k in range(count):
+        name, data = bases[k % len(bases)]
+        mutate = mutations[k // len(bases) % len(mutations)]
+        (folder / f"mutated{k:05d}.{name}").write_bytes(mutate(data, random_))
+    for k, (name, data, _, _) in enumerate(_crafted().values()):
+        (folder / f"crafted{k:02d}.{name}").write_bytes(data)
+    return len(list(folder.iterdir()))
 
 
 def _claimed(data: bytes) -> bytes:

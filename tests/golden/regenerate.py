@@ -1,7 +1,8 @@
-"""Writes the golden files anew: `python tests/golden/regenerate.py`.
+"""Writes the golden files anew: `python tests/golden/regenerate.py [NAME...]`.
 
 configs/: every method and run as it resolves, with all defaults. losses.json: the terms of each of
-them at a small size, and of the tiny run of tests/tiny_run.py, over three seeded steps. Read the
+them at a small size, and of the tiny run of tests/tiny_run.py, over three seeded steps; with names,
+losses of these and of what has none yet. Read the
 difference (`git diff tests/golden`) before committing it: a change here changes what users get.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -74,8 +76,8 @@ def losses(name: str) -> list[dict[str, float]]:
     return steps
 
 
-def main() -> None:
-    """Write configs/ and losses.json beside this file."""
+def main(names: Sequence[str] = ()) -> None:
+    """Write configs/ and losses.json beside this file; losses of `names` only, if there are any."""
     folder = HERE / "configs"
     texts = resolved()
     for old in folder.rglob("*.yaml"):
@@ -85,15 +87,19 @@ def main() -> None:
         path = folder / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    file = HERE / "losses.json"
+    kept = json.loads(file.read_text()) if names else {}
     found = {
         name: [{k: float(f"{v:.8g}") for k, v in step.items()} for step in losses(name)]
+        if name in names or name not in kept
+        else kept[name]
         for name in trained()
     }
-    (HERE / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(texts)} configurations, {STEPS} steps of {len(found)} -> {HERE}")
 
 
 if __name__ == "__main__":
     root = HERE.parents[1]
     sys.path[:0] = [str(root), str(root / "tests")]
-    main()
+    main(sys.argv[1:])

@@ -96,7 +96,7 @@ def test_frozen_versions_satisfy_every_direct_requirement():
 
 
 def test_extras():
-    wanted = {"demo", "ray", "hf", "index", "s3", "wandb", "torchcodec", "dev"}
+    wanted = {"demo", "ray", "hf", "index", "parquet", "s3", "wandb", "torchcodec", "dev"}
     assert set(PROJECT["optional-dependencies"]) == wanted
 
 

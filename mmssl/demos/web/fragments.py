@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from mmssl.demos.localize import Heat
-from mmssl.demos.web.corpus import Hit, Point
+from mmssl.demos.web.media import Kind
 from mmssl.eval.pictures import heat, scaled
+from mmssl.index.search import Hit
 
 Floats = NDArray[np.float64]
 
@@ -31,16 +32,36 @@ class Source(NamedTuple):
     """Where a browser finds a medium."""
 
     url: str
-    is_film: bool
+    kind: Kind
 
 
-def player(source: Source | None, start_s: float = 0.0, end_s: float = 0.0) -> str:
-    """A film or sound; of a stretch (s) the beginning is shown and playing stops at its end."""
-    if source is None:
-        return ""
+class Point(NamedTuple):
+    """A row of the index on the map, with its vector (D,)."""
+
+    id: str
+    modality: str
+    start_s: float
+    end_s: float
+    caption: str
+    vector: Sequence[float]
+
+
+def player(source: Source, start_s: float = 0.0, end_s: float = 0.0) -> str:
+    """A picture, film or sound; of a stretch (s) the beginning is shown, playing ends with it."""
+    if source.kind == "img":
+        return f'<img src="{escape(source.url)}">'
     part = f"#t={start_s:.2f},{end_s:.2f}" if end_s > start_s else ""
-    tag = "video" if source.is_film else "audio"
-    return f'<{tag} src="{escape(source.url + part)}" controls preload="metadata"></{tag}>'
+    return (
+        f'<{source.kind} src="{escape(source.url + part)}" controls preload="metadata">'
+        f"</{source.kind}>"
+    )
+
+
+def missing(thumbnail: bytes | None, why: str) -> str:
+    """What stands in place of a clip that cannot be played."""
+    shown = "" if thumbnail is None else base64.b64encode(thumbnail).decode()
+    picture = f'<img src="data:image/jpeg;base64,{shown}">' if shown else ""
+    return f'{picture}<p class="mmssl-facts">{escape(why)}</p>'
 
 
 def span(start_s: float, end_s: float) -> str:
@@ -48,16 +69,16 @@ def span(start_s: float, end_s: float) -> str:
     return f"{start_s:.1f}–{end_s:.1f} s" if end_s > start_s else ""
 
 
-def results(hits: Sequence[Hit], sources: Sequence[Source | None]) -> str:
+def results(hits: Sequence[Hit], players: Sequence[str]) -> str:
     """Cards of what was found, best first."""
     cards = []
-    for rank, (hit, source) in enumerate(zip(hits, sources, strict=True), 1):
+    for rank, (hit, played) in enumerate(zip(hits, players, strict=True), 1):
         facts = " · ".join(
             part for part in (span(hit.start_s, hit.end_s), f"cosine {hit.cosine:.2f}") if part
         )
         cards.append(
             f'<div class="mmssl-card" data-key="{escape(hit.key)}">'
-            f"{player(source, hit.start_s, hit.end_s)}"
+            f"{played}"
             f'<p class="mmssl-caption">{rank}. {escape(hit.caption or hit.key)}</p>'
             f'<p class="mmssl-facts"><span class="mmssl-badge mmssl-{hit.modality}">'
             f"{hit.modality}</span> {facts} · {hit.score:+.1f} σ</p></div>"
@@ -121,7 +142,7 @@ def principal(points: Sequence[Point], centred: bool) -> Floats:
     centred: the mean of every modality is subtracted first, since modalities of one space lie
     apart. The same points give the same places.
     """
-    x_ND = np.stack([p.vector_D for p in points]).astype(np.float64)
+    x_ND = np.array([p.vector for p in points], dtype=np.float64)
     if centred:
         names = np.array([p.modality for p in points])
         for modality in set(names.tolist()):
@@ -143,17 +164,17 @@ def corpus_map(points: Sequence[Point], places_N2: Floats, wanted: str | None) -
         words = (point.modality, span(point.start_s, point.end_s), point.caption)
         told = " ".join(word for word in words if word)
         dots.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" data-key="{escape(point.key)}" '
-            f'data-start="{point.start_s:.2f}" data-end="{point.end_s:.2f}" '
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" data-row="{point.id}" '
             f'class="mmssl-{point.modality}{" mmssl-faint" if faint else ""}">'
             f"<title>{escape(told)}</title></circle>"
         )
     return f'<svg class="mmssl-map" viewBox="0 0 {width} {height}">{"".join(dots)}</svg>'
 
 
-def legend(counts: Mapping[str, int]) -> str:
-    """What the colours mean."""
+def legend(shown: Mapping[str, int], held: Mapping[str, int]) -> str:
+    """What the colours mean, and how many windows of those in the corpus are shown."""
     return " ".join(
-        f'<span class="mmssl-badge mmssl-{modality}">{modality}</span> {count} windows'
-        for modality, count in counts.items()
+        f'<span class="mmssl-badge mmssl-{modality}">{modality}</span> '
+        f"{count}{f' of {held[modality]}' if count < held[modality] else ''} windows"
+        for modality, count in shown.items()
     )

@@ -9,12 +9,11 @@ import io
 from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from mmssl.data import media
 from mmssl.data.decode import ClipReader
@@ -32,7 +31,9 @@ _WIDTH, _HZ = 640, 44_100  # of what is encoded again: largest side, sampling ra
 _PICTURES, _SOUNDS = {"h264", "vp8", "vp9", "av1"}, {"aac", "mp3", "opus", "vorbis", ""}
 _FILMS = {"mov,mp4,m4a,3gp,3g2,mj2": ".mp4", "matroska,webm": ".webm"}
 _RECORDINGS = {"mov,mp4,m4a,3gp,3g2,mj2": ".m4a", "matroska,webm": ".webm"}
-_MAX_PIXELS = 16_777_216
+_PIPE = "_pipe"  # ends what FFmpeg calls the format of a picture
+
+Kind = Literal["video", "audio", "img"]  # as HTML calls them
 
 
 class Playable(NamedTuple):
@@ -40,7 +41,7 @@ class Playable(NamedTuple):
 
     data: bytes
     ending: str
-    is_film: bool
+    kind: Kind
 
 
 def checked(path: str, wanted: Collection[str], max_seconds: float) -> bytes:
@@ -66,26 +67,6 @@ def checked(path: str, wanted: Collection[str], max_seconds: float) -> bytes:
         raise UserError(f"{name}: cannot be used: {error}") from error
 
 
-def picture(path: str, seconds: float) -> dict[str, Any]:
-    """A picture as a film of so many seconds in which nothing moves.
-
-    Raises:
-        UserError: it is no picture, or too large.
-    """
-    name = Path(path).name
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(
-                    f"{name}: {image.width} x {image.height} pixels exceed {_MAX_PIXELS}"
-                )
-            pixels_HWC = np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be read as a picture ({error})") from error
-    frames = max(1, round(seconds))
-    return {"frames": np.repeat(pixels_HWC[None], frames, axis=0), "fps": 1.0}
-
-
 def playable(record: Record) -> Playable | None:
     """The media of a record, as they are where a browser can play them; None without any.
 
@@ -100,10 +81,12 @@ def playable(record: Record) -> Playable | None:
         if not header.video_streams or "video" not in record.has:
             data = data if record.sound is None else record.sound
             kind = media.probe(data, LIMITS).format
-            return Playable(data, _RECORDINGS.get(kind, f".{kind}"), False)
+            return Playable(data, _RECORDINGS.get(kind, f".{kind}"), "audio")
+        if header.format.endswith(_PIPE):
+            return Playable(data, f".{header.format.removesuffix(_PIPE)}", "img")
         if record.sound is None and _plays(header):
-            return Playable(data, _FILMS[header.format], True)
-        return Playable(dubbed(data, record.sound), ".mp4", True)
+            return Playable(data, _FILMS[header.format], "video")
+        return Playable(dubbed(data, record.sound), ".mp4", "video")
     except DamagedSampleError as error:
         raise UserError(f"{record.key}: cannot be decoded ({error})") from error
 
@@ -120,6 +103,11 @@ def _plays(header: Header) -> bool:
 def has_sound(data: bytes) -> bool:
     """Whether a readable file has a stream of sound."""
     return media.probe(data, LIMITS).audio_streams > 0
+
+
+def is_still(data: bytes) -> bool:
+    """Whether a readable file is a picture."""
+    return media.probe(data, LIMITS).format.endswith(_PIPE)
 
 
 def dubbed(video: bytes, sound: bytes | None) -> bytes:

@@ -12,7 +12,7 @@ import gradio as gr
 
 from mmssl.demos.web import fragments
 from mmssl.demos.web.desk import Desk, Given, Told
-from mmssl.types import MODALITIES, UserError
+from mmssl.types import UserError
 
 _HERE = Path(__file__).parent
 _THRESHOLD = 0.3  # heat below it is not drawn at first
@@ -24,8 +24,7 @@ _CHOOSE = """element.addEventListener('click', (event) => {
   if (!dot) return;
   element.querySelectorAll('.mmssl-chosen').forEach((c) => c.classList.remove('mmssl-chosen'));
   dot.classList.add('mmssl-chosen');
-  const {key, start, end} = dot.dataset;
-  trigger('click', {key, start: Number(start), end: Number(end)});
+  trigger('click', {row: dot.dataset.row});
 });"""
 
 
@@ -45,10 +44,8 @@ def build(desk: Desk) -> gr.Blocks:
     """The pages of a desk."""
     page: gr.Blocks
     with gr.Blocks(title="mmssl", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(
-            f"## mmssl · {desk.model.spec.name}\n{len(desk.corpus.captions)} clips of "
-            f"`{desk.corpus.name}` · {', '.join(desk.model.modalities)}"
-        )
+        held = ", ".join(f"{count} {modality}" for modality, count in desk.held.items())
+        gr.Markdown(f"## mmssl · {desk.model.spec.name}\n{held} windows of `{desk.name}`")
         with gr.Tab("Search", id="search"):
             _search(desk)
         with gr.Tab("Localize", id="localize"):
@@ -76,8 +73,8 @@ def _teller(progress: gr.Progress) -> Told:
 
 
 def _search(desk: Desk) -> None:
-    held = desk.corpus.modalities
-    seen = [m for m in held if m != "text"] or list(held)  # words find their own captions first
+    held = list(desk.held)
+    seen = [m for m in held if m != "text"] or held  # words find their own captions first
     can = desk.model.supports
     with gr.Row(equal_height=True):
         text = gr.Textbox(
@@ -99,9 +96,7 @@ def _search(desk: Desk) -> None:
             elem_id="query-image",
         )  # fmt: skip
     with gr.Row():
-        modalities = gr.CheckboxGroup(
-            list(held), value=seen, label="Look in", scale=3, elem_id="look-in"
-        )
+        modalities = gr.CheckboxGroup(held, value=seen, label="Look in", scale=3, elem_id="look-in")
         k = gr.Slider(1, 24, value=8, step=1, label="Results", scale=2)
     shown = gr.HTML(elem_id="results")
 
@@ -163,7 +158,7 @@ def _chosen(clip: str | None) -> str | None:
 
 
 def _explore(desk: Desk, page: gr.Blocks) -> None:
-    held = [m for m in MODALITIES if m in desk.corpus.modalities]
+    held = list(desk.held)
     with gr.Row():
         space = gr.Dropdown(desk.spaces, value=desk.spaces[0], label="Space")
         modalities = gr.CheckboxGroup(held, value=held, label="Modalities", scale=2)
@@ -183,6 +178,6 @@ def _explore(desk: Desk, page: gr.Blocks) -> None:
 
     @_answer
     def choose(event: gr.EventData) -> str:
-        return desk.shown(event.key, event.start, event.end)
+        return desk.shown(str(event.row))
 
     drawn.click(choose, None, player)

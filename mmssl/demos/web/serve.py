@@ -1,7 +1,8 @@
-"""`mmssl demo [run=...] [data=...]`: the pages on a model and a folder of shards."""
+"""`mmssl demo [run=...] [data=... | db=...]`: the pages on a model and an index of its vectors."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -12,16 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from mmssl.demos.web.corpus import ShardCorpus
 from mmssl.demos.web.desk import Desk, Shelf
 from mmssl.embed import model as embedding
+from mmssl.embed.model import EmbeddingModel
 from mmssl.eval.options import parse
+from mmssl.index import build, search
+from mmssl.index.corpus import open_corpus
+from mmssl.index.store import Index
 from mmssl.specs import Spec
 from mmssl.types import UserError
 
 if TYPE_CHECKING:
     import gradio as gr
 
+_RUN = "runs/quickstart"
 # The page may reach nothing but this server, whatever its scripts ask for.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -34,12 +39,12 @@ _POLICY = (
 class DemoSpec(Spec):
     """What can be set behind `mmssl demo`."""
 
-    run: str = "runs/quickstart"
-    data: str = ""  # shards to search; default the run's own: test, val or train
+    run: str = ""  # default runs/quickstart, with db= the one that made it
+    data: str = ""  # shards or media files; default what the run was tested on, else validated
+    db: str = ""  # an index to search; default one of `data` below RUN/demo, made where it lacks
     which: Literal["ema", "best", "last"] = "ema"  # weights of the run
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in
     port: int = Field(7860, ge=0, le=65535)  # 0 takes any that is free
-    clips: int = Field(1000, ge=1)  # of the shards, from their beginning
     max_mb: int = Field(64, ge=1)  # of an upload
     max_seconds: float = Field(60.0, gt=0)  # of an upload
 
@@ -48,7 +53,8 @@ def main(overrides: Sequence[str] = ()) -> None:
     """Serve until interrupted.
 
     Raises:
-        UserError: no Gradio, no such run or shards, or a port that is taken.
+        UserError: no Gradio, no such run, data or index, an index of another model, or a port that
+            is taken.
     """
     options = parse(DemoSpec, overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads go then, too
@@ -87,32 +93,48 @@ def start(options: DemoSpec, folder: Path) -> gr.Blocks:
 
 
 def desk_of(options: DemoSpec, folder: Path) -> Desk:
-    """Model and corpus.
+    """Model and index; the index of the run's own clips is made or gone on with first.
 
     Raises:
-        UserError: no such run or shards.
+        UserError: no such run, data or index, or an index of another model.
     """
-    run = Path(options.run)
+    index, model, name = _given(options) if options.db else _made(options)
+    shelf = folder / "shelf"
+    shelf.mkdir()
+    return Desk(model, index, name, Shelf(shelf), options.max_seconds)
+
+
+def _given(options: DemoSpec) -> tuple[Index, EmbeddingModel, str]:
+    unread = sorted(options.model_fields_set & {"data", "which"})
+    if unread:
+        raise UserError(
+            f"demo: {' and '.join(unread)} cannot be chosen for an index that is there; leave it "
+            "out, or leave db= out"
+        )
+    index = Index.open(options.db)
+    index.check_finished()
+    return index, search.load_model(index, options.run, option="run"), options.db
+
+
+def _made(options: DemoSpec) -> tuple[Index, EmbeddingModel, str]:
+    run = Path(options.run or _RUN)
     if not run.is_dir():
         raise UserError(
             f"{run}: no such run folder; train one with `make quickstart` or name one with "
             "run=FOLDER"
         )
     model = embedding.load(run, options.which)
-    data = options.data or _own_shards(model)
-    corpus = ShardCorpus(model, data, run / "demo", options.clips)
-    shelf = folder / "shelf"
-    shelf.mkdir()
-    return Desk(model, corpus, Shelf(shelf), options.max_seconds)
-
-
-def _own_shards(model: embedding.EmbeddingModel) -> str:
-    data = model.spec.data
-    train = data.train if isinstance(data.train, str) else next(iter(data.train), "")
-    found = data.test or data.val or train
-    if not found:
-        raise UserError(f"{model.spec.name}: the run names no shards; give some with data=FOLDER")
-    return str(found)
+    data = options.data or model.spec.data.test or model.spec.data.val
+    if not data:
+        raise UserError(
+            f"{model.spec.name}: the run names no shards of tests; give some with data=FOLDER, or "
+            "an index with db=FOLDER"
+        )
+    name = open_corpus(data, model.spec.data.max_bytes).name
+    # weights change as a run goes on, and models are never mixed
+    out = run / "demo" / f"{model.hash[:16]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    build.build(data, build.BuildSpec(model=str(run), which=options.which, out=str(out)))
+    return Index.open(out), model, data
 
 
 def _free_port(host: str, port: int) -> int:

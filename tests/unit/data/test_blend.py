@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from data_tools.make_shards import make_shards
 from mmssl import config
@@ -62,6 +63,37 @@ def test_the_loader_draws_a_small_language_as_often_as_asked(languages, tokenize
     assert share == pytest.approx(1 / 11, abs=0.02)
 
 
+def test_a_named_data_set_blends_several_folders(languages, tokenizer, tmp_path, monkeypatch):
+    """The example's three folders with their weights 5, 3 and 2, all the way from the file."""
+    example = config.builtin_root() / "data" / "blend.yaml"
+    known = yaml.safe_load(example.read_text())["train"]
+    assert list(known.values()) == [5, 3, 2]
+    places = []
+    for k in range(3):
+        rows = [{"caption": f"{k} {i}", "source": f"set-{k}"} for i in range(10 + 30 * k)]
+        (tmp_path / f"{k}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        make_shards(tmp_path / f"{k}.jsonl", tmp_path / f"s{k}")
+        places.append(f"file://{tmp_path}/s{k}" if k == 2 else str(tmp_path / f"s{k}"))
+    text = example.read_text()
+    for name, place in zip(known, places, strict=True):
+        text = text.replace(f"  {name}:", f"  {place}:")
+    (tmp_path / "configs" / "data").mkdir(parents=True)
+    (tmp_path / "configs" / "data" / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    data = config.load("avt/flagship", ["data=mine", "data.workers=0"]).data
+    assert train_weights(data) == pytest.approx(
+        dict(zip(places, (0.5, 0.3, 0.2), strict=True)), abs=1e-12
+    )
+    loader = train_loader(
+        data, {"text": ViewSpec(modality="text", length=4)}, 100, 0, 0, 1, tokenizer
+    )
+    drawn = torch.cat([next(loader).source_B for _ in range(20)])
+    loader.close()
+    shares = [float((drawn == seed_of("source", f"set-{k}")).float().mean()) for k in range(3)]
+    # standard deviation of 2000 draws: at most 0.011
+    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.035)
+
+
 def test_another_alpha_is_another_data_order(languages, tokenizer):
     views = {"text": ViewSpec(modality="text", length=4)}
 
@@ -82,6 +114,11 @@ def test_bad_folders_are_named(languages, tmp_path):
         train_weights(DataSpec(train=[en, en]))
     with pytest.raises(UserError, match=r"data\.train is empty"):
         train_weights(DataSpec(train=[]))
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=rf"data\.train: the weight of .*en is {wrong}"):
+            train_weights(DataSpec(train={en: wrong, languages["sw"]: 1.0}))
+    with pytest.raises(UserError, match="nowhere: no such shard folder"):
+        train_weights(DataSpec(train={en: 1.0, "nowhere": 1.0}))
     shutil.copytree(en, tmp_path / "bare")
     (tmp_path / "bare" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"bare: no manifest\.json"):

@@ -4,7 +4,7 @@ import pytest
 
 from mmssl.data import samples
 from mmssl.data.integrity import DamagedSampleError, seal
-from mmssl.types import Sample
+from mmssl.types import Sample, Transcript, Word
 
 RECORD = {
     "key": "k",
@@ -36,7 +36,28 @@ def test_absent_fields_are_damage(name):
     assert caught.value.reason == "json"
 
 
-@pytest.mark.parametrize("change", [{"index": "x"}, {"has": 3}, {"captions": None}, {"meta": [1]}])
+def test_texts_are_the_captions_or_what_is_said():
+    said = {"text": "Hi.", "words": [[0, 0.5, "hi"]]}
+    both = samples.read(sample({**RECORD, "transcript": said}))
+    assert both.transcript == Transcript("Hi.", (Word(0.0, 0.5, "hi"),))
+    assert both.texts == ["x"]
+    assert samples.read(sample({**RECORD, "captions": [], "transcript": said})).texts == ["Hi."]
+    old = samples.read(sample(RECORD))
+    assert (old.transcript, old.texts) == (None, ["x"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": "x"},
+        {"has": 3},
+        {"captions": None},
+        {"meta": [1]},
+        {"transcript": "x"},
+        {"transcript": {"text": "x"}},
+        {"transcript": {"text": "x", "words": [[0, 1]]}},
+    ],
+)
 def test_wrong_types_are_damage(change):
     with pytest.raises(DamagedSampleError):
         samples.read(sample({**RECORD, **change}))

@@ -87,8 +87,38 @@ def test_order_of_rows(folder):
 def test_key_in_two_shards(folder):
     shutil.copy(folder / "shard-000000.tar", folder / "shard-000001.tar")
     assert any(
-        "also stands in shard-000000.tar" in text for _, _, text in check_folder(folder).damages
+        "shard-000000.tar" in text and "also stands in" in text
+        for _, _, text in check_folder(folder).damages
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE samples SET byte_offset = byte_offset + 512 WHERE sample_index = 1",
+        "UPDATE samples SET tar_file_id = 1 - tar_file_id",
+        "UPDATE sample_parts SET content_byte_size = content_byte_size - 1 WHERE part_name = 'txt'",
+        "DELETE FROM sample_parts WHERE part_name = 'json' AND sample_index = 0",
+    ],
+)
+def test_places_in_the_index(folder, change):
+    with sqlite3.connect(folder / ".nv-meta" / "index.sqlite") as database:
+        database.execute(change)
+    damages = check_folder(folder).damages
+    assert [(shard, place) for shard, place, _ in damages] == [("index.sqlite", "index")]
+
+
+def test_stray_tar(folder):
+    shutil.copy(folder / "shard-000000.tar", folder / "shard-000009.tar")
+    damages = [(shard, place) for shard, place, _ in check_folder(folder).damages]
+    assert damages == [("shard-000009.tar", "manifest")]
+
+
+def test_clip_in_two_folders(made, folder, capsys):
+    assert tool.main([str(made), str(folder)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "also stands in" in line]
+    assert len(lines) == 6
+    assert all(str(folder) in line and str(made) in line for line in lines)
 
 
 def test_json_output_and_errors(folder, capsys):

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from media_files import click_wave, flash_frames, moving_frames, tone, write_corpus, write_media
+from shard_builds import bytes_of
 
 from data_tools import make_shards as tool
 from data_tools import shard_writer
@@ -38,11 +39,6 @@ def samples_of(folder):
 
 def records(folder):
     return [read(Sample(key, (), fields)) for key, fields in samples_of(folder).items()]
-
-
-def bytes_of(folder):
-    kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and ".nv-meta" not in p.parts]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +375,7 @@ def test_other_errors(manifest, tmp_path):
     path = manifest({"media": "clip000.mp4"})
     for wrong, message in (
         (tmp_path / "none.jsonl", "no such file or folder"),
-        (tmp_path / "clip000.mp4", r"a manifest is a \.jsonl or \.csv file"),
+        (tmp_path / "clip000.mp4", r"a manifest is a \.jsonl, \.csv, \.tsv or \.parquet file"),
     ):
         with pytest.raises(UserError, match=message):
             make_shards(wrong, tmp_path / "out")
@@ -439,14 +435,6 @@ def test_existing_output(manifest, tmp_path):
     with pytest.raises(UserError, match="thesis"):
         make_shards(manifest(one), foreign)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_interrupted_run_leaves_no_shard(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "build_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        make_shards(manifest({"media": "clip000.mp4"}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".*partial"))
 
 
 @pytest.mark.parametrize(

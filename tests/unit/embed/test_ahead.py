@@ -62,7 +62,7 @@ def test_full_queues_wait():
     time.sleep(0.2)
     assert len(log) <= 7
     read.close()  # ends the thread, which waits for room
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -75,7 +75,7 @@ def test_errors_arrive_where_they_belong(threads):
     assert [next(read) for _ in range(4)][-1] == "last"
     with pytest.raises(ValueError, match="broken"):
         next(read)
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
 def test_the_number_of_threads_of_the_process_stays():

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,10 @@ from mmssl.data.collate import Item, collate
 from mmssl.data.encode import SampleEncoder
 from mmssl.data.integrity import seal
 from mmssl.embed import model as model_module
+from mmssl.embed import spaces as spaces_module
 from mmssl.embed.sources import Row, rows
 from mmssl.embed.windows import Cutter
+from mmssl.eval.embed import encoded_once
 from mmssl.heads.embed import pool
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.types import Sample, UserError, View
@@ -102,9 +106,32 @@ def test_threads_change_nothing():
     model = model_of("tiny")
     file = write_media(moving_frames(42), tone(4.2, 16000), fps=10)
     clips = [{"audio": file, "video": file}, *items(model, 2.3)] * 3
-    torch.testing.assert_close(
-        model.encode(clips, threads=3), model.encode(clips, threads=0), **CLOSE
-    )
+    assert torch.equal(model.encode(clips, threads=3), model.encode(clips, threads=0))
+
+
+def test_batches_encoded_at_the_same_time_do_not_mix():
+    model, together = model_of("tiny"), threading.Barrier(2)
+
+    @contextmanager
+    def met(*args):
+        with encoded_once(*args):
+            together.wait(timeout=20)  # both batches have left their encodings
+            yield
+
+    clips = [items(model, 0.4, seed=k)[0] for k in range(8)]
+    alone = torch.stack([model.encode(clip) for clip in clips])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    model.model.train()
+    try:
+        with mock.patch.object(spaces_module, "encoded_once", met):
+            found = model.encode(clips, batch_size=2)
+        assert model.model.training
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        model.model.eval()
+    torch.testing.assert_close(found, alone, **CLOSE)
 
 
 # ---------------------------------------------------------------- the same as evaluation
@@ -136,7 +163,7 @@ def test_short_sounds_are_padded_no_further_than_their_tower_needs():
     model = embedding(name, small(name, "views.x.crop_s=5.0"))
     wave = noise(1.3)
     pieces = []
-    with mock.patch.object(model_module, "_batches", side_effect=_recorded(pieces)):
+    with mock.patch.object(model_module, "batched", side_effect=_recorded(pieces)):
         vector = model.encode({"audio": (wave, 16000)}, normalize=False)
     assert [piece.padded_s for piece in pieces] == [2.0]
     view = View(torch.from_numpy(wave), 16000.0, 0.0, 0)
@@ -148,7 +175,7 @@ def test_short_sounds_are_padded_no_further_than_their_tower_needs():
 
 
 def _recorded(pieces):
-    batches = model_module._batches
+    batches = model_module.batched
 
     def record(given, size):
         for batch in batches(given, size):

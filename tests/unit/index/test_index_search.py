@@ -69,6 +69,20 @@ def test_the_first_k_are_the_first_of_all(found):
     assert [h.score for h in everything] == sorted((h.score for h in everything), reverse=True)
 
 
+def test_of_every_clip_the_best_hit_alone(place, found, monkeypatch):
+    """The same as of all hits the first of each clip, however few windows are asked for."""
+    index = Index.open(place.library)
+    model = search.load_model(index)
+    best = {}
+    for hit in found("the sea at night"):
+        best.setdefault(hit.key, hit)
+    for k in (1, 3, 7, 10, 100):
+        options = SearchSpec(k=k)
+        hits = search.search(index, model, [{"text": "the sea at night"}], options, once=True)
+        assert hits == list(best.values())[:k]
+    assert len(best) == 10
+
+
 def test_clips_and_pictures_as_queries(place, found):
     """With the cosines that the interface gives; a picture is a video of one frame."""
     clip = place.folder / "media" / "clip004.mp4"
