@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from data_tools.manifest.row import parse
 from mmssl.data import media
 from mmssl.data.decode import ClipReader
 from mmssl.data.integrity import DamagedSampleError
@@ -124,16 +125,19 @@ def load(folder: Path, task: str, prompt: str | None = None) -> Recogniser | Des
 def answer(model: Recogniser | Describer, request: Mapping[str, Any]) -> dict[str, Any]:
     """What a model says of the clip of a request; `error` where it cannot be read."""
     try:
-        data = Path(request["media"]).read_bytes()
+        tree = {name: value for name, value in request.items() if name != "id"}
+        row = parse(Path("/"), "request", 0, tree)
+        assert row.media is not None
+        data = row.media.read_bytes()
         header = media.probe(data, _LIMITS)
         streams = {"audio": header.audio_streams, "video": header.video_streams}
         has = frozenset(modality for modality, count in streams.items() if count)
         record = Record("clip", "clip", 0, has, (), {}, video=data, sound=None)
         with ClipReader(record, _LIMITS) as reader, torch.inference_mode():
-            end_s = min(request["end"] or math.inf, reader.duration_s)
-            if request["start"] >= end_s:
+            end_s = min(row.end_s or math.inf, reader.duration_s)
+            if row.start_s >= end_s:
                 return {"error": f"start lies after the end ({reader.duration_s:.3f} s)"}
-            return model(reader, request["start"], end_s)
+            return model(reader, row.start_s, end_s)
     except (DamagedSampleError, OSError) as error:
         return {"error": str(error)}
 

@@ -5,8 +5,10 @@ standard input
 
     {"id": 17, "media": "/corpus/clips/dog.mp4", "start": 3.0, "end": 13.0}
 
-(start and end in seconds from the beginning of the file; an end of null is that of the file) and
-prints one line, flushed, before it gets the next clip:
+(start and end in seconds from the beginning of the file; an end of null is that of the file; media
+is a path or, of an object in a storage, its address; where the sound is a file of its own, `sound`
+names it, and media may be a list of pictures) and prints one line, flushed, before it gets the next
+clip:
 
     {"id": 17, "captions": ["a dog barks"], "transcript": "hey you", "words": [[3.2, 3.5, "hey"],
      [3.6, 3.9, "you"]], "language": "en"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_tools.manifest import Row, as_tree
 from mmssl.data.integrity import canonical
@@ -22,12 +22,17 @@ def write_manifest(
     metas: what is added to the `meta` of each.
     """
     count = 0
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, text_file(partial) as file:
         for row, extra in zip(rows, repeat({}) if metas is None else metas, strict=False):
             tree = as_tree(replace(row, meta={**row.meta, **extra}), path.parent)
             file.write(json.dumps(tree, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def text_file(path: Path) -> TextIO:
+    """A file for lines of JSON; bytes of file names that are no UTF-8 become JSON's escapes."""
+    return path.open("w", encoding="utf-8", errors="backslashreplace")
 
 
 def write_drops(drops: Iterable[tuple[str, str, str]], path: Path) -> int:

@@ -21,7 +21,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import queue
 import shlex
 import sys
@@ -30,18 +29,20 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from data_tools.caption_program import ClipError, Program
+from data_tools.kept_rows import text_file, write_manifest
 from data_tools.manifest import Row, find_manifests, read_rows
+from data_tools.manifest.media import named
+from data_tools.manifest.row import read_transcript
 from mmssl.files import whole_file
-from mmssl.types import UserError
+from mmssl.types import MODALITIES, UserError
 
 TASKS = ("automatic-speech-recognition", "image-text-to-text")
 
@@ -70,7 +71,10 @@ class Transcribed:
 
 
 class Answers:
-    """An append-only file of one line per answer or failure; the last one of a row holds."""
+    """An append-only file of one line per answer or failure; the last one of a row holds.
+
+    failed: numbers of the rows without answer.
+    """
 
     def __init__(self, path: Path, head: Mapping[str, Any], rows: int) -> None:
         """Open or begin a file; what a kill left unfinished at its end is cut off.
@@ -85,7 +89,7 @@ class Answers:
         """
         self.path = path
         self._places = array("q", [-1]) * rows  # of the rows' lines
-        self._failed: set[int] = set()
+        self.failed: set[int] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -122,7 +126,7 @@ class Answers:
 
     def _note(self, row: int, place: int, failed: bool) -> None:
         self._places[row] = place
-        (self._failed.add if failed else self._failed.discard)(row)
+        (self.failed.add if failed else self.failed.discard)(row)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._end += self._file.write(json.dumps(line).encode() + b"\n")
@@ -130,7 +134,7 @@ class Answers:
 
     def missing(self, row: int, retry: bool) -> bool:
         """Whether a row is to be asked for."""
-        return self._places[row] < 0 or (retry and row in self._failed)
+        return self._places[row] < 0 or (retry and row in self.failed)
 
     def add(self, row: int, **fields: Any) -> None:
         """Keep `answer`, or `reason` and `message`, of a row."""
@@ -154,51 +158,36 @@ class Answers:
 # ---------------------------------------------------------------- rows
 
 
-@cache
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
+def merged(row: Row, answer: Mapping[str, Any]) -> Row:
+    """A row with what was found.
 
-
-def as_tree(row: Row, folder: Path) -> dict[str, Any]:
-    """A row as a line of a manifest in a folder, without what is empty."""
-    tree: dict[str, Any] = {}
-    if row.media is not None:
-        whole = os.path.join(_real(str(row.media.parent)), row.media.name)
-        tree["media"] = os.path.relpath(whole, _real(str(folder)))
-    if row.captions:
-        tree |= _captions(row.captions)
-    tree["source"] = row.source
-    if row.start_s:
-        tree["start"] = row.start_s
-    fields = {"end": row.end_s, "split": row.split, "has": row.has, "meta": row.meta}
-    fields |= {"language": row.language, "licence": row.licence}
-    return tree | {key: value for key, value in fields.items() if value}
-
-
-def _captions(captions: Sequence[str]) -> dict[str, Any]:
-    return {"captions": list(captions)} if len(captions) > 1 else {"caption": captions[0]}
-
-
-def merged(tree: Mapping[str, Any], row: Row, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a manifest with what was found."""
-    new = dict(tree)
+    A row that had no text and lists what it `has` gains the text there, too: shards would lack it.
+    """
     texts = [text for text in map(str.strip, answer.get("captions", ())) if text]
-    captions = list(dict.fromkeys([*row.captions, *texts]))
-    if texts:
-        new.pop("caption", None)
-        new |= _captions(captions)
-    words = answer.get("words") or []
-    text = answer.get("transcript") or " ".join(word for _, _, word in words)
-    if text.strip():
-        new["transcript"] = {"text": text.strip()} | ({"words": words} if words else {})
-    if answer.get("language"):
-        new.setdefault("language", answer["language"])
-    return new
+    said = read_transcript(
+        row.where,
+        {
+            "transcript": {
+                # of blanks alone the words tell more
+                "text": answer.get("transcript", "").strip() or None,
+                "words": answer.get("words", []),
+            }
+        },
+    )
+    has = row.has
+    if has and (texts or said) and not (row.captions or row.transcript):
+        has = tuple(m for m in MODALITIES if m in (*has, "text"))
+    return replace(
+        row,
+        captions=tuple(dict.fromkeys([*row.captions, *texts])),
+        transcript=said or row.transcript,
+        language=row.language or answer.get("language", ""),
+        has=has,
+    )
 
 
 def _request(row: Row, number: int) -> dict[str, Any]:
-    media = os.path.abspath(str(row.media))
-    return {"id": number, "media": media, "start": row.start_s, "end": row.end_s}
+    return {"id": number, **named(row.media, None), "start": row.start_s, "end": row.end_s}
 
 
 # ---------------------------------------------------------------- the run
@@ -210,7 +199,7 @@ def transcribe(
     """Ask a program about all clips of a manifest and write a new one; see the module's text.
 
     Args:
-        inputs: a manifest, a folder that holds some, or a folder of media.
+        inputs: a manifest, a folder that holds some or media, or an address of one of these.
         out: the manifest to write.
         program: the program and its arguments.
         options: how to ask.
@@ -221,13 +210,12 @@ def transcribe(
     """
     chosen, out = options or Options(), Path(out)
     check_options(chosen)
-    manifests = find_manifests(Path(inputs))
-    if out.suffix != ".jsonl" or out.resolve() in {m.resolve() for m in manifests}:
+    manifests = find_manifests(inputs)
+    if out.suffix != ".jsonl" or out.resolve() in {Path(m).resolve() for m in manifests}:
         raise UserError(f"{out}: must be a .jsonl file, and not the manifest that is read")
     rows = [row for manifest in manifests for row in read_rows(manifest)]
-    trees = [as_tree(row, out.parent) for row in rows]
     asked = [number for number, row in enumerate(rows) if row.media is not None]
-    head = {"program": list(program), "clips": _digest(trees, asked)}
+    head = {"program": list(program), "clips": _digest(rows, asked, out.parent)}
     answers = Answers(out.with_name(f"{out.name}.answers"), head, len(rows))
     try:
         todo = [number for number in asked if answers.missing(number, chosen.retry)]
@@ -236,7 +224,7 @@ def transcribe(
             for number, found in found_of:
                 answers.add(number, **found)
                 bar.update()
-        failed = _write(out, rows, trees, answers)
+        failed = _write(out, rows, answers)
     finally:
         answers.close()
     return Transcribed(out, len(rows), len(asked), dict(sorted(failed.items())))
@@ -256,11 +244,12 @@ def check_options(options: Options) -> None:
         raise UserError(f"--restarts {options.restarts}: must be 0 or more")
 
 
-def _digest(trees: Sequence[Mapping[str, Any]], asked: Sequence[int]) -> str:
+def _digest(rows: Sequence[Row], asked: Sequence[int], folder: Path) -> str:
     """Of what is asked, and in which rows; captions may be corrected meanwhile."""
-    digest = hashlib.sha256(str(len(trees)).encode())
+    digest = hashlib.sha256(str(len(rows)).encode())
     for number in asked:
-        parts = (number, *(trees[number].get(key) for key in ("media", "start", "end")))
+        row = rows[number]
+        parts = (number, named(row.media, folder), row.start_s, row.end_s)
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -305,30 +294,21 @@ def _ask(
             one.close()
 
 
-def _text(path: Path) -> TextIO:
-    """A file for lines of JSON; bytes of file names that are no UTF-8 become JSON's escapes."""
-    return path.open("w", encoding="utf-8", errors="backslashreplace")
-
-
-def _write(
-    out: Path, rows: Sequence[Row], trees: Sequence[Mapping[str, Any]], answers: Answers
-) -> Counter[str]:
+def _write(out: Path, rows: Sequence[Row], answers: Answers) -> Counter[str]:
     """The new manifest and, before it, the list of what failed; returns reasons."""
     failed: Counter[str] = Counter()
     quarantine = out.with_name(f"{out.stem}.quarantine.jsonl")
-    with whole_file(out) as partial, _text(partial) as file:
-        with whole_file(quarantine) as listed, _text(listed) as bad:
-            for number, (row, tree) in enumerate(zip(rows, trees, strict=True)):
-                found = answers.of(number)
-                line = merged(tree, row, found.get("answer", {}))
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                if "reason" in found:
-                    failed[found["reason"]] += 1
-                    place = {"media": tree["media"], "row": row.where}
-                    why = {"reason": found["reason"], "message": found["message"]}
-                    bad.write(json.dumps(place | why, ensure_ascii=False) + "\n")
-        if not failed:
-            quarantine.unlink()
+    with whole_file(quarantine) as listed, text_file(listed) as bad:
+        for number in sorted(answers.failed):
+            found, row = answers.of(number), rows[number]
+            failed[found["reason"]] += 1
+            place = {"media": named(row.media, out.parent)["media"], "row": row.where}
+            why = {"reason": found["reason"], "message": found["message"]}
+            bad.write(json.dumps(place | why, ensure_ascii=False) + "\n")
+    if not failed:
+        quarantine.unlink()
+    every = enumerate(rows)
+    write_manifest((merged(row, answers.of(n).get("answer", {})) for n, row in every), out)
     return failed
 
 
@@ -355,7 +335,7 @@ def _program(args: argparse.Namespace) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.transcribe", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("inputs", type=Path, metavar="MANIFEST_OR_FOLDER")
+    parser.add_argument("inputs", metavar="MANIFEST_OR_FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT.jsonl")
     by = parser.add_mutually_exclusive_group(required=True)
     by.add_argument("--command", metavar="'PROGRAM ARGUMENTS'")

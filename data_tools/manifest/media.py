@@ -155,8 +155,11 @@ def locate(base: str | Path, name: str) -> Path | Remote:
     return Path(base) / name
 
 
-def named(media: Media | None, folder: Path) -> dict[str, Any]:
-    """`media` and `sound` of a row in a manifest in a folder; `locate` is the way back."""
+def named(media: Media | None, folder: Path | None) -> dict[str, Any]:
+    """`media` and `sound` of a row in a manifest in a folder; `locate` is the way back.
+
+    folder: that paths are relative to; without, they are absolute.
+    """
     if isinstance(media, Joined):
         pictures = [_name(picture, folder) for picture in media.pictures]
         media_name = pictures if len(pictures) > 1 else pictures[0]
@@ -164,10 +167,13 @@ def named(media: Media | None, folder: Path) -> dict[str, Any]:
     return {} if media is None else {"media": _name(media, folder)}
 
 
-def _name(media: Media, folder: Path) -> str:
+def _name(media: Media, folder: Path | None) -> str:
     if isinstance(media, Remote):
         return media.address
-    path, home = Path(os.path.abspath(str(media))), Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(str(media)))
+    if folder is None:
+        return path.as_posix()
+    home = Path(os.path.abspath(folder))
     return (path.relative_to(home) if path.is_relative_to(home) else path).as_posix()
 
 

@@ -73,7 +73,7 @@ def parse(base: str | Path, where: str, index: int, tree: Mapping[str, Any]) -> 
     end = None if tree.get("end") is None else seconds(where, "end", tree["end"])
     if end is not None and end <= start:
         raise UserError(f"{where}: end {end:g} must lie after start {start:g}")
-    captions, transcript = _captions(where, tree), _transcript(where, tree)
+    captions, transcript = _captions(where, tree), read_transcript(where, tree)
     if not (names or captions or transcript):
         raise UserError(f"{where}: needs `media` or a `caption`")
     stem = Path(names[0]).stem if names else f"row{index}"
@@ -176,7 +176,12 @@ def _captions(where: str, tree: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(c.strip() for c in found if c and c.strip())
 
 
-def _transcript(where: str, tree: Mapping[str, Any]) -> Transcript | None:
+def read_transcript(where: str, tree: Mapping[str, Any]) -> Transcript | None:
+    """The transcript of a row, its words in the order of time; None where nothing is said.
+
+    Raises:
+        UserError: it is none.
+    """
     value = tree.get("transcript")
     if value is None:
         return None

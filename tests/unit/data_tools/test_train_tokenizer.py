@@ -15,10 +15,10 @@ from media_files import write_corpus
 from data_tools import train_tokenizer as tool
 from data_tools.make_shards import make_shards
 from data_tools.train_tokenizer import (
-    Caption,
     Options,
-    captions_of,
+    Text,
     sample,
+    texts_of,
     train_model,
     train_tokenizer,
 )
@@ -50,9 +50,50 @@ def _manifest(path, captions, **more):
 
 
 def test_shards_and_manifest_hold_the_same_captions(corpus):
-    from_shards = [c.text for c in captions_of(corpus / "out")]
-    assert from_shards == [c.text for c in captions_of(corpus / "media" / "manifest.jsonl")]
+    from_shards = [c.text for c in texts_of(corpus / "out")]
+    assert from_shards == [c.text for c in texts_of(corpus / "media" / "manifest.jsonl")]
     assert from_shards == [f"clip number {k} shows a moving pattern" for k in (0, 2, 3, 5)]
+
+
+def test_transcripts_are_read_as_training_reads_them(corpus, tmp_path):
+    """Of parts of a file what is said in them; from a manifest the same as from its shards."""
+    words = [[0.02, 0.1, "one"], [0.12, 0.18, "two"], [0.2, 0.28, "three"]]
+    rows = [
+        {"media": "0.mp4", "caption": "a cut", "start": 0.11, "transcript": {"words": words}},
+        {"media": "0.mp4", "end": 0.11, "source": "b", "transcript": {"text": "1", "words": words}},
+        {"media": "1.mp4", "transcript": {"text": "no  times"}, "language": "en"},
+        {"transcript": {"text": "text alone", "words": words}},
+        {"media": "2.mp4", "caption": "unwanted", "transcript": {"text": "this, too"}},
+        {"media": "0.mp4", "start": 0.0, "end": 0.01, "transcript": {"words": words}},
+    ]
+    rows[4]["has"] = ["audio", "video"]
+    names = sorted((corpus / "media").glob("**/*.mp4"))
+    for row in rows:
+        if "media" in row:
+            row["media"] = str(names[int(row["media"][0])])
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_shards(folder, tmp_path / "out")
+    wanted = ["a cut", "two three", "one", "no times", "text alone"]
+    for place in (tmp_path / "out", folder, str(folder / "m.jsonl")):
+        found = list(texts_of(place))
+        assert [text.text for text in found] == wanted, place
+        assert [text.language for text in found] == ["", "", "", "en", ""]
+
+
+@pytest.mark.parametrize("gap", [" ", ""])
+def test_texts_of_any_length_count(gap):
+    """An hour of speech, with or without spaces; SentencePiece alone would leave it out."""
+    speech = gap.join(["猫が", "鳴くよ"] * 3000)
+    plain = train_model(TURNED, Options(340, coverage=1.0))
+    heard = train_model([*TURNED, speech], Options(340, coverage=1.0))
+    lengths = [
+        len(sentencepiece.SentencePieceProcessor(model_proto=m).encode("鳴く"))
+        for m in (plain, heard)
+    ]
+    assert lengths[0] == 1 + 6  # bytes
+    assert lengths[1] <= 3
 
 
 def test_bytes_repeat_and_size_shrinks(corpus, tmp_path):
@@ -60,7 +101,7 @@ def test_bytes_repeat_and_size_shrinks(corpus, tmp_path):
     models = [t.path.read_bytes() for t in made]
     assert models[0] == models[1]
     assert made[0].vocab_size < made[0].asked == 8000
-    assert made[0].captions == made[0].used == 4
+    assert made[0].texts == made[0].used == 4
     tokenizer = Tokenizer.load(made[0].path)
     assert tokenizer.vocab_size == made[0].vocab_size >= 256 + 5
     assert tokenizer.special == SPECIAL
@@ -75,17 +116,17 @@ def test_a_sample_depends_on_no_order(tmp_path):
     texts = [f"{WORDS[k % 100]} {WORDS[k * k % 97]} {WORDS[k * 7 % 89]}" for k in range(400)]
     one, two = (_manifest(tmp_path / f"{n}.jsonl", texts[n::2]) for n in range(2))
     made = [
-        train_tokenizer(inputs, tmp_path / f"{k}.model", 300, max_captions=150, seed=seed)
+        train_tokenizer(inputs, tmp_path / f"{k}.model", 300, max_texts=150, seed=seed)
         for k, (inputs, seed) in enumerate([((one, two), 3), ((two, one), 3), ((one, two), 4)])
     ]
     first, turned, other = (t.path.read_bytes() for t in made)
     assert first == turned != other
-    assert [(t.captions, t.used) for t in made] == [(400, 150)] * 3
+    assert [(t.texts, t.used) for t in made] == [(400, 150)] * 3
 
 
 def test_a_sample_is_uniform_over_captions_however_often_they_occur():
     """Nine of ten captions are the same: so are nine of ten of the sample, within 4 sigma."""
-    captions = [Caption("rain" if k % 10 else f"rare {k}", "", str(k)) for k in range(20_000)]
+    captions = [Text("rain" if k % 10 else f"rare {k}", "", str(k)) for k in range(20_000)]
     counts = Counter(sample(captions, 2000, 0))
     assert counts.total() == 2000
     assert abs(counts["rain"] / 2000 - 0.9) < 4 * (0.9 * 0.1 / 2000) ** 0.5
@@ -98,7 +139,7 @@ def test_memory_is_that_of_the_sample():
 
     def peak(count):
         tracemalloc.start()
-        sample((Caption(f"caption {k} " + "x" * 200, "", str(k)) for k in range(count)), 400, 0)
+        sample((Text(f"caption {k} " + "x" * 200, "", str(k)) for k in range(count)), 400, 0)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
@@ -156,13 +197,13 @@ def test_errors(corpus, tmp_path):
         ({"vocab": 100}, "--vocab 100: byte fallback"),
         ({"model_type": "word"}, "--model-type word: is one of unigram, bpe"),
         ({"coverage": 0.5}, "--coverage 0.5: must lie within"),
-        ({"max_captions": 0}, "--max-captions 0: must be 1 or more"),
+        ({"max_texts": 0}, "--max-texts 0: must be 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             train_tokenizer(corpus / "out", out, **wrong)
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"media": "x.mp4"}))
-    with pytest.raises(UserError, match="no captions"):
+    with pytest.raises(UserError, match="no captions or transcripts"):
         train_tokenizer(path, out)
     with pytest.raises(UserError, match="cannot train"):
         train_model([" "], Options())
@@ -178,7 +219,7 @@ def test_command_line(corpus, tmp_path, capsys):
     out = str(tmp_path / "t.model")
     assert tool.main([str(corpus / "out"), out]) == 0
     text = capsys.readouterr().out
-    assert "pieces from 4 captions" in text
+    assert "pieces from 4 texts" in text
     assert "8000 were asked for" in text
     assert tool.main([str(tmp_path / "none"), out]) == 2
     assert "no such file" in capsys.readouterr().err
@@ -188,11 +229,11 @@ def test_command_line_reports_sample_and_languages(tmp_path, capsys):
     german = _manifest(tmp_path / "de.jsonl", TURNED[:30], language="de")
     other = _manifest(tmp_path / "xx.jsonl", TURNED[30:40])
     words = [german, other, tmp_path / "t.model", "--vocab", 300, "--model-type", "bpe"]
-    assert tool.main([*map(str, words), "--max-captions", "20"]) == 0
+    assert tool.main([*map(str, words), "--max-texts", "20"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("300 pieces from 40 captions")
+    assert lines[0].endswith("300 pieces from 40 texts")
     assert lines[1:] == [
-        "  trained on a sample of 20 captions",
+        "  trained on a sample of 20 texts",
         "  de: 75.0%",
         "  no language: 25.0%",
     ]
