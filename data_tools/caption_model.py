@@ -124,10 +124,10 @@ def load(folder: Path, task: str, prompt: str | None = None) -> Recogniser | Des
 
 def answer(model: Recogniser | Describer, request: Mapping[str, Any]) -> dict[str, Any]:
     """What a model says of the clip of a request; `error` where it cannot be read."""
+    tree = {name: value for name, value in request.items() if name != "id"}
+    row = parse(Path("/"), "request", 0, tree)
+    assert row.media is not None
     try:
-        tree = {name: value for name, value in request.items() if name != "id"}
-        row = parse(Path("/"), "request", 0, tree)
-        assert row.media is not None
         data = row.media.read_bytes()
         header = media.probe(data, _LIMITS)
         streams = {"audio": header.audio_streams, "video": header.video_streams}
@@ -138,8 +138,10 @@ def answer(model: Recogniser | Describer, request: Mapping[str, Any]) -> dict[st
             if row.start_s >= end_s:
                 return {"error": f"start lies after the end ({reader.duration_s:.3f} s)"}
             return model(reader, row.start_s, end_s)
-    except (DamagedSampleError, OSError) as error:
+    except DamagedSampleError as error:
         return {"error": str(error)}
+    except OSError as error:
+        return {"error": f"{row.media}: {error.strerror or error}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import re
 import sys
 
 import av
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,22 @@ def test_a_picture_is_described(place):
     assert len(captions) == 1
     prompted = load(place / "blip", PICTURES, "a picture of")
     assert _checked(prompted, _asked(place, "film.mp4"))["captions"][0].startswith("a picture of")
+
+
+def test_objects_and_sounds_of_their_own(place):
+    """As the same file on disk, or in one."""
+    speech, pictures = load(place / "ctc", SPEECH), load(place / "blip", PICTURES)
+    heard = _checked(speech, _asked(place, "sound.wav", 0.5, 2.0))
+    seen = _checked(pictures, _asked(place, "film.mp4"))
+    apart = _asked(place, "film.mp4") | {"sound": str(place / "sound.wav")}
+    assert _checked(speech, apart | {"start": 0.5, "end": 2.0}) == heard
+    assert _checked(pictures, apart | {"start": 0.9, "end": 1.1}) == seen
+    files = fsspec.filesystem("memory")
+    files.pipe("/heard/sound.wav", (place / "sound.wav").read_bytes())
+    address = {"id": 0, "media": "memory://heard/sound.wav", "start": 0.5, "end": 2.0}
+    assert _checked(speech, address) == heard
+    files.rm("/heard", recursive=True)
+    assert "memory://heard/sound.wav" in answer(speech, address)["error"]
 
 
 def test_what_a_clip_lacks_is_no_failure_but_what_is_broken_is(place):

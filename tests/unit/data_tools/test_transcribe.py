@@ -4,18 +4,26 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_files import tone, write_media
 
 from data_tools import transcribe as tool
 from data_tools.caption_program import ClipError, check_answer
-from data_tools.manifest import read_rows
+from data_tools.make_shards import make_shards
+from data_tools.manifest import as_tree, find_manifests, read_rows
+from data_tools.manifest.row import parse
+from data_tools.transcode import Encoding
 from data_tools.transcribe import Options, transcribe
 from mmssl.types import UserError
 
@@ -127,7 +135,7 @@ def test_every_failure_costs_its_clip_alone(program, tmp_path):
     assert made.failed == {"died": 3, "hung": 1, "nonsense": 4, "order": 2, "refused": 1}
     rows = _lines(tmp_path / "out.jsonl")
     assert [row["media"] for row in rows] == [f"clips/{name}.mp4" for name in names]
-    answered = {name for name, row in zip(names, rows, strict=True) if "caption" in row}
+    answered = {name for name, row in zip(names, rows, strict=True) if "captions" in row}
     assert answered == {n for n in names if n not in FAILURES} - {"silent"}
     counts = _counted(_asked(tmp_path))
     # a second time in a new process, but for what the program itself declines
@@ -143,23 +151,89 @@ def test_what_is_merged(program, tmp_path):
     rows = [
         {"media": "a.mp4", "captions": ["one", "about a"], "language": "de", "meta": {"k": [1]}},
         {"media": "speaks.mp4", "start": 1.0, "end": 3.0, "source": "tape", "split": "train"},
-        {"caption": "words alone", "licence": "CC0"},
+        {"captions": ["words alone"], "licence": "CC0"},
         {"media": "b.mp4", "has": ["audio"]},
+        {"media": "c.mp4", "has": ["video"], "caption": "not to be used"},
     ]
     manifest.parent.mkdir()
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "deep" / "er" / "out.jsonl"
     transcribe(manifest, out, program)
     found = _lines(out)
-    assert found[0] == rows[0] | {"media": "../../in/a.mp4", "source": "a"}
+    assert found[0] == rows[0] | {"media": str(manifest.parent / "a.mp4"), "source": "a"}
     assert found[1] == rows[1] | {
-        "media": "../../in/speaks.mp4",
+        "media": str(manifest.parent / "speaks.mp4"),
         "transcript": {"text": "hey you", "words": [[1.5, 1.75, "hey"], [2, 2.5, "you"]]},
     }
     assert found[2] == rows[2] | {"source": "row2"}
-    assert found[3]["caption"] == "about b"
-    assert found[3]["language"] == "en"
-    assert _asked(tmp_path) == ["a", "speaks", "b"]
+    assert (found[3]["captions"], found[3]["language"]) == (["about b"], "en")
+    assert [row.get("has") for row in found[3:]] == [["audio", "text"], ["video"]]
+    assert _asked(tmp_path) == ["a", "speaks", "b", "c"]
+
+
+ECHO = r"""
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps({"id": asked.pop("id"), "caption": json.dumps(asked)}), flush=True)
+"""
+
+
+def test_what_is_asked_of_media_of_every_kind(tmp_path):
+    """Addresses as they are, paths whole, sounds of their own and lists of pictures."""
+    stills = ["0.jpg", "s3://bucket/1.jpg"]
+    rows = [
+        {"media": "sub/../a.mp4", "start": 1.5, "end": 3},
+        {"media": "s3://bucket/a b.mp4"},
+        {"media": "a.mp4", "sound": "s3://bucket/a.wav"},
+        {"media": stills, "sound": "a.wav"},
+    ]
+    files = fsspec.filesystem("memory")
+    files.pipe("/asked/m.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "m.jsonl").write_bytes(files.cat("/asked/m.jsonl"))
+    cut, whole = {"start": 1.5, "end": 3.0}, {"start": 0.0, "end": None}
+    for place, base in ((tmp_path, f"{tmp_path}/"), ("memory://asked", "memory://asked/")):
+        out = tmp_path / "out" / "out.jsonl"
+        transcribe(place, out, [sys.executable, "-c", ECHO])
+        first = f"{base}a.mp4" if place == tmp_path else f"{base}sub/../a.mp4"
+        assert [json.loads(row.captions[0]) for row in read_rows(out)] == [
+            {"media": first, **cut},
+            {"media": "s3://bucket/a b.mp4", **whole},
+            {"media": f"{base}a.mp4", "sound": "s3://bucket/a.wav", **whole},
+            {"media": [f"{base}0.jpg", stills[1]], "sound": f"{base}a.wav", **whole},
+        ]
+        lists = (list(read_rows(path)) for path in (*find_manifests(place), out))
+        before, after = ([str(row.media).replace("sub/../", "") for row in rows] for rows in lists)
+        assert after == [media.replace("sub/../", "") for media in before]
+        shutil.rmtree(out.parent)
+    files.rm("/asked", recursive=True)
+
+
+def test_what_was_said_arrives_in_shards(program, tmp_path):
+    """On the clock of each clip; text without times is that of the whole of it."""
+    (tmp_path / "clips").mkdir()
+    wave = write_media(None, tone(4.0, 8000), container="wav", rate=8000, audio_codec="pcm_s16le")
+    for name in ("speaks", "speaks-2", "fine"):
+        (tmp_path / "clips" / f"{name}.mp4").write_bytes(wave)
+    manifest = _manifest(tmp_path / "m.jsonl", ["speaks", "fine"], has=["audio"])
+    with manifest.open("a") as file:
+        file.write('{"media": "clips/speaks-2.mp4", "start": 1.0, "end": 2.2}\n')
+    out = tmp_path / "out.jsonl"
+    transcribe(manifest, out, program)
+    make_shards(out, tmp_path / "shards", reencode=Encoding.parse("audio=flac"))
+    said = {}
+    for path in sorted((tmp_path / "shards").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    record = json.load(tar.extractfile(member))
+                    said[record["source"]] = record.get("transcript"), record["has"]
+    whole = {"text": "hey you", "words": [[1.5, 1.75, "hey"], [2.0, 2.5, "you"]]}
+    assert said == {
+        "speaks": (whole, ["audio", "text"]),
+        "fine": (None, ["audio", "text"]),
+        "speaks-2": ({"text": "hey", "words": [[0.5, 0.75, "hey"]]}, ["audio", "text"]),
+    }
 
 
 def test_the_new_manifest_reads_as_the_old_one(program, tmp_path):
@@ -171,8 +245,8 @@ def test_the_new_manifest_reads_as_the_old_one(program, tmp_path):
             pass
     out = tmp_path / "out.jsonl"
     transcribe(folder, out, program)
-    before, after = read_rows(folder), read_rows(out)
-    assert [os.path.realpath(r.media) for r in after] == [str(r.media) for r in before]
+    before, after = list(read_rows(folder)), list(read_rows(out))
+    assert [r.media for r in after] == [r.media for r in before]
     assert [r.source for r in after] == [r.source for r in before]
     assert [len(r.captions) for r in after] == [0, 1, 1]
 
@@ -229,7 +303,7 @@ def test_killed(program, tmp_path):
     _asked(tmp_path)
     assert tool.main(command[3:]) == 0
     assert sorted(_asked(tmp_path)) == sorted(n for k, n in enumerate(names) if k not in kept)
-    assert [row["caption"] for row in _lines(out)] == [f"about {name}" for name in names]
+    assert [row["captions"][0] for row in _lines(out)] == [f"about {name}" for name in names]
 
 
 def test_retry_asks_for_failed_clips_alone(program, tmp_path):
@@ -245,7 +319,7 @@ def test_retry_asks_for_failed_clips_alone(program, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.replace('"dies"', '"nobody"'))
     assert tool.main([*words, "--retry"]) == 0
     assert _asked(tmp_path) == ["dies"]
-    assert [row["caption"] for row in _lines(out)] == ["about a", "about dies", "about b"]
+    assert [row["captions"][0] for row in _lines(out)] == ["about a", "about dies", "about b"]
     assert not out.with_name("out.quarantine.jsonl").exists()
 
 
@@ -299,7 +373,7 @@ def test_no_shell(tmp_path):
     out = tmp_path / "out.jsonl"
     command = f"{sys.executable} {script} '$HOME; echo' *"
     assert tool.main([str(manifest), str(out), "--command", command]) == 0
-    assert _lines(out)[0]["caption"] == "$HOME; echo * 0"
+    assert _lines(out)[0]["captions"][0] == "$HOME; echo * 0"
 
 
 WRONG = {
@@ -357,7 +431,10 @@ def test_what_is_accepted_can_be_written_and_read(answer):
         assert 0.0 <= float(start) <= float(end) < 1e9
         assert word.encode() is not None
     assert all(isinstance(text, str) for text in found.get("captions", ()))
-    json.loads(json.dumps(found, ensure_ascii=False, allow_nan=False).encode())
+    old = parse("/", "row", 0, {"media": "a.mp4", "caption": "before"})
+    new = tool.merged(old, found)
+    line = json.dumps(as_tree(new, Path("/")), ensure_ascii=False, allow_nan=False).encode()
+    assert parse("/", "row", 0, json.loads(line)) == new
 
 
 @given(st.binary(max_size=40))
