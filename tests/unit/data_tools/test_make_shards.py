@@ -398,7 +398,7 @@ def test_other_errors(manifest, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"caption": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         make_shards(tmp_path / "latin.jsonl", tmp_path / "out")
-    with pytest.raises(UserError, match="more than 1 shards"):
+    with pytest.raises(UserError, match="more than 1 shards, for 1 hold 1 of 2 rows"):
         make_many(path, tmp_path)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial"))
