@@ -111,6 +111,9 @@ def test_parquet_files_of_a_folder_are_one_manifest(tmp_path):
     assert [row.index for row in rows] == [0, 1, 2, 3]
     assert rows[3].where == f"{tmp_path}/part-1.parquet:2"
     assert rows[3].media == tmp_path / "b.mp4"
+    write_lines(tmp_path / "more.jsonl")
+    with pytest.raises(UserError, match="holds Parquet and other manifests; name the ones"):
+        find_manifests(tmp_path)
 
 
 def test_meta_that_json_cannot_hold_loses_its_row(tmp_path):
