@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_tools import manifest
 from data_tools.manifest.corpus import Clip, Corpus, Coverage

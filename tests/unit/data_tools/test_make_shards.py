@@ -500,7 +500,7 @@ def test_rows_are_not_held(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "read_rows", watched)
     path = manifest(*({"caption": f"words {k}"} for k in range(300)))
     (report,) = make_shards(path, tmp_path / "out")
-    assert (report.samples, most < 30) == (300, True)
+    assert (report.samples, 1 < most < 150) == (300, True)
 
     def changing(place):
         rows = list(journal_rows(place))
