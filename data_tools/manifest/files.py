@@ -184,6 +184,7 @@ def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> _Trees:
+    csv.field_size_limit(1 << 30)  # a cell may be the transcript of hours
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="\0extra", delimiter=delimiter)

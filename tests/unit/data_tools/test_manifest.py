@@ -122,6 +122,11 @@ def test_meta_that_json_cannot_hold_loses_its_row(tmp_path):
     assert prepare(rows_of(tmp_path / "m.parquet")[0], Options()).reason == "meta"
 
 
+def test_a_cell_may_be_long(tmp_path):
+    (tmp_path / "m.csv").write_text(f"caption\n{'x' * 200_000}\n")
+    assert len(rows_of(tmp_path / "m.csv")[0].captions[0]) == 200_000
+
+
 def test_bad_parquet(tmp_path, monkeypatch):
     path = tmp_path / "m.parquet"
     path.write_bytes(b"PAR1 nothing")

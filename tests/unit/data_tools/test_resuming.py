@@ -4,8 +4,12 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 
 import hostile_work
+import psutil
 import pytest
 from media_files import write_corpus
 from shard_builds import bytes_of, command, killed, settled
@@ -169,6 +173,23 @@ def test_sigkill(corpus, whole, tmp_path):
         assert not out.exists()
     make_shards(corpus, out, workers=2, **SIZE)
     assert bytes_of(out) == whole
+
+
+def test_sigterm(corpus, whole, tmp_path):
+    """Ends as Ctrl-C does: with a word, and no process is left."""
+    words = command(corpus, tmp_path / "out", "--shard-samples", "3", "--workers", "2")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while settled(tmp_path / "out") < 1 and process.poll() is None:
+            time.sleep(0.002)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.communicate()[1] == "interrupted; the same command goes on\n"
+    assert process.returncode == 130
+    assert workers
+    assert psutil.wait_procs(workers, 10)[1] == []
+    make_shards(corpus, tmp_path / "out", workers=2, **SIZE)
+    assert bytes_of(tmp_path / "out") == whole
 
 
 def test_full_disk(corpus, whole, tmp_path, monkeypatch):
