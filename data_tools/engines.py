@@ -7,8 +7,9 @@ its limits of time and memory in a process that may die of it. The workers impor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
+from itertools import tee
 from typing import Any
 
 from data_tools.children import Child, ordered
@@ -20,16 +21,16 @@ from mmssl.types import UserError
 _AHEAD = 4  # rows per processor that may be under way
 
 
-def local(rows: Sequence[Row], options: Options) -> Iterator[Made]:
+def local(rows: Iterable[Row], options: Options) -> Iterator[Made]:
     """Rows in their order, prepared by `options.workers` processes."""
     work = partial(prepare, options=options)
-    workers = min(options.workers, len(rows))
-    results = ordered(work, rows, workers, options.row_seconds, options.row_mb)
+    rows, tasks = tee(rows)
+    results = ordered(work, tasks, options.workers, options.row_seconds, options.row_mb)
     for row, result in zip(rows, results, strict=True):
         yield _made(row, result)
 
 
-def on_ray(rows: Sequence[Row], options: Options) -> Iterator[Made]:
+def on_ray(rows: Iterable[Row], options: Options) -> Iterator[Made]:
     """Rows in their order, prepared on the cluster of RAY_ADDRESS or of this machine.
 
     Without a running cluster one of `options.workers` processors is started. All nodes must see the
@@ -92,7 +93,7 @@ def _made(row: Row, result: Any) -> Made:
     return made
 
 
-ENGINES: dict[str, Callable[[Sequence[Row], Options], Iterator[Made]]] = {
+ENGINES: dict[str, Callable[[Iterable[Row], Options], Iterator[Made]]] = {
     "local": local,
     "ray": on_ray,
 }

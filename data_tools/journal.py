@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import av
 
-from data_tools.manifest import Row, stamps
+from data_tools.manifest import Place, Row, read_rows, stamps
 from data_tools.shard_rows import Options
 from mmssl.data.integrity import PROFILE
 from mmssl.types import UserError
@@ -27,13 +27,44 @@ SHARD = "shard"  # the key of entries that name a finished shard, whose tar is o
 _FREE = ("workers", "engine", "overwrite", "max_bad_share")  # options that change no byte
 
 
-def build_digest(rows: Iterable[Row], options: Options) -> str:
-    """Hash of all that the shards are made from; of media files their size and time of change."""
-    fixed = {name: value for name, value in vars(options).items() if name not in _FREE}
-    digest = hashlib.sha256(repr((PROFILE, av.library_versions, sorted(fixed.items()))).encode())
-    for row in rows:
-        digest.update(f"{row!r} {stamps(row.media)}\n".encode())
-    return digest.hexdigest()
+class Part:
+    """The rows of one split, never held as a whole: each iteration reads the manifest anew."""
+
+    def __init__(self, place: Place, first: Row) -> None:
+        """Begin an empty one; `note` its rows, `first` among them."""
+        self.place, self.split, self.where = place, first.split, first.where
+        self.count = 0
+        self._rows, self._files = hashlib.sha256(), hashlib.sha256()
+
+    def note(self, row: Row) -> None:
+        """Take in the next row."""
+        self.count += 1
+        self._rows.update(f"{row!r}\n".encode())
+        self._files.update(f"{stamps(row.media)}\n".encode())
+
+    def digest(self, options: Options) -> str:
+        """Hash of all that the shards are made from; of media files size and time of change."""
+        fixed = {name: value for name, value in vars(options).items() if name not in _FREE}
+        rest = PROFILE, av.library_versions, sorted(fixed.items())
+        parts = self._rows.hexdigest(), self._files.hexdigest(), rest
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows that were noted.
+
+        Raises:
+            UserError: the manifest, or what its folder holds, has changed since.
+        """
+        seen = hashlib.sha256()
+        for row in read_rows(self.place):
+            if row.split == self.split:
+                seen.update(f"{row!r}\n".encode())
+                yield row
+        if seen.digest() != self._rows.digest():
+            raise UserError(
+                f"{self.place}: changed while shards were made of it; rerun the command with "
+                "--overwrite once it stays as it is"
+            )
 
 
 class Journal:
@@ -105,6 +136,10 @@ class Journal:
     def _lines(self) -> Iterable[bytes]:
         self._file.seek(self._first)
         return self._file
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """All entries in order."""
+        return filter(None, map(_parsed, self._lines()))
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry; it outlives this process, and with `sync` the machine."""

@@ -16,18 +16,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from data_tools.engines import ENGINES
-from data_tools.journal import JOURNAL, build_digest
-from data_tools.manifest import Row, find_manifests, read_rows
+from data_tools.journal import JOURNAL, Part
+from data_tools.manifest import Place, find_manifests, read_rows
 from data_tools.shard_rows import Options
 from data_tools.shard_writer import (
     BUILD,
@@ -43,6 +45,10 @@ from mmssl.data.folders import MANIFEST
 from mmssl.data.media import Limits
 from mmssl.data.remote import META_FOLDER
 from mmssl.types import UserError
+
+T = TypeVar("T")
+
+_LOG_S = 60.0  # between lines of progress in a log
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,11 @@ def make_shards(
     check_options(chosen)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     parts = _parts([m for p in paths for m in find_manifests(p)])
-    targets = {split: Path(out) / split if split else Path(out) for split in parts}
+    home = Path(out).resolve()  # "." has no name, and what a link names may be on another disk
+    targets = {split: home / split if split else home for split in parts}
     for target in targets.values():
         _check_target(target, chosen.overwrite)
-    return [_make_part(split, rows, targets[split], chosen) for split, rows in parts.items()]
+    return [_make_part(part, targets[split], chosen) for split, part in parts.items()]
 
 
 def check_options(options: Options) -> None:
@@ -102,22 +109,34 @@ def check_options(options: Options) -> None:
         raise UserError("--row-seconds, --row-mb and --max-seconds must be above 0")
 
 
-def _parts(manifests: Sequence[Path | str]) -> dict[str, list[Row]]:
+def _parts(manifests: Sequence[Place]) -> dict[str, Part]:
     """Rows by split; a split comes from one manifest, whose row numbers then are unique in it."""
-    parts: dict[str, list[Row]] = {}
-    origin: dict[str, Path | str] = {}
+    parts: dict[str, Part] = {}
     for path in manifests:
-        for row in read_rows(path):
-            if origin.setdefault(row.split, path) != path:
+        for row in _shown(read_rows(path), "rows", None, 0):
+            if row.split not in parts:
+                parts[row.split] = Part(path, row)
+            part = parts[row.split]
+            if part.place != path:
                 raise UserError(
-                    f"{path} and {origin[row.split]} both fill the split {row.split!r}; put their "
+                    f"{path} and {part.place} both fill the split {row.split!r}; put their "
                     "rows into one manifest, or make two shard folders and blend them in "
                     "`data.train`"
                 )
-            parts.setdefault(row.split, []).append(row)
+            part.note(row)
     if "" in parts and len(parts) > 1:
-        raise UserError(f"{origin['']}: some rows have a `split` and others not; give all rows one")
+        raise UserError(
+            f"{parts[''].place}: some rows have a `split` and others not; give all rows one"
+        )
     return parts
+
+
+def _shown(work: Iterable[T], name: str, total: int | None, done: int) -> Iterator[T]:
+    """Progress, rate and time left: at a terminal at once, in a log from a minute on."""
+    log_s = 0 if sys.stderr.isatty() else _LOG_S
+    yield from tqdm(
+        work, name, total, unit=" clips", initial=done, delay=log_s, mininterval=log_s or 0.1
+    )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -138,16 +157,16 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) -> Report:
-    digest = build_digest(rows, options)
+def _make_part(part: Part, target: Path, options: Options) -> Report:
+    digest = part.digest(options)
     if not options.overwrite and finished(target, digest):
         tree = json.loads((target / MANIFEST).read_bytes())
-        left_out = len(rows) - tree["samples"]
+        left_out = part.count - tree["samples"]
         return Report(target, len(tree["shards"]), tree["samples"], left_out, True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with closing(ShardWriter(partial, split or "shard", options, digest)) as writer:
-            _fill(writer, split, rows, options)
+        with closing(_writer(part, partial, options, digest)) as writer:
+            _fill(writer, part, options)
             build_index(partial, [s["name"] for s in writer.shards], options.workers)
             (partial / BUILD).write_text(digest)
             unchanged = install(partial, target, options.overwrite)
@@ -158,22 +177,23 @@ def _make_part(split: str, rows: Sequence[Row], target: Path, options: Options) 
         raise UserError(
             f"{partial}: {error.strerror or error}; mend that and rerun the command: it goes on"
         ) from error
-    counts = len(writer.shards), writer.total, len(writer.quarantine)
+    counts = len(writer.shards), writer.total, writer.bad
     return Report(target, *counts, unchanged, writer.worker_mb)
 
 
-def _fill(writer: ShardWriter, split: str, rows: Sequence[Row], options: Options) -> None:
+def _writer(part: Part, folder: Path, options: Options, digest: str) -> ShardWriter:
+    return ShardWriter(folder, part.split or "shard", part.count, options, digest)
+
+
+def _fill(writer: ShardWriter, part: Part, options: Options) -> None:
     """Prepare and write the rows that are missing."""
-    made = ENGINES[options.engine](rows[writer.rows :], options)
-    settled, total = writer.rows, len(rows)
-    for row in tqdm(made, split, total, unit="clip", initial=settled, disable=None):
+    made = ENGINES[options.engine](islice(part, writer.rows, None), options)
+    for row in _shown(made, part.split, part.count, writer.rows):
         writer.add(row)
     writer.finish()
     if not writer.shards:
-        first = writer.quarantine[0]
         raise HopelessError(
-            f"{rows[0].where}: none of the {len(rows)} rows is usable; the first: "
-            f"{first['message']}"
+            f"{part.where}: none of the {part.count} rows is usable; the first: {writer.first_bad}"
         )
 
 
@@ -221,9 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     _print(reports)
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers of the index stay
     sys.exit(main())

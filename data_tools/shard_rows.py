@@ -90,7 +90,9 @@ def _prepared(row: Row, options: Options) -> Made:
     if row.media is not None:
         source = row.media.read_bytes()
         digest = hashlib.sha256(source)
-        name, data, length_s = _media(row, source, options)
+        name, data, length_s, cut_short = _media(row, source, options)
+        if cut_short:  # parts that begin together are not the same clip
+            digest.update(f" to {row.end_s}".encode())
         if options.verify:
             header = transcode.verify(data, options.limits)
         else:
@@ -137,8 +139,8 @@ def _sealed(row: Row, record: dict[str, Any], members: dict[str, bytes]) -> byte
         raise DamagedSampleError("meta", f"{row.where}: meta cannot be stored ({error})") from error
 
 
-def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
-    """Field name, bytes and length in seconds of what goes into the shard."""
+def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float, bool]:
+    """Field name, bytes and length in s of what goes into the shard, whether it ends early."""
     assert row.media is not None
     spans = transcode.spans(data, options.limits)
     first, last = spans.get("video") or spans["audio"]
@@ -150,17 +152,17 @@ def _media(row: Row, data: bytes, options: Options) -> tuple[str, bytes, float]:
         raise DamagedSampleError(
             "cut", f"start {row.start_s:g} s lies after the end ({length:.3f} s)"
         )
-    cut = row.start_s > 0 or end < length - _CUT_TOLERANCE_S
+    short = end < length - _CUT_TOLERANCE_S
     name = SUFFIXES.get(row.media.suffix.lower())
-    if cut or options.reencode is not None:
+    if row.start_s > 0 or short or options.reencode is not None:
         encoding = options.reencode or Encoding()
         name, data = transcode.transcode(data, row.start_s, end, encoding, options.limits)
-        return name, data, end - row.start_s
+        return name, data, end - row.start_s, short
     if name is None:
         raise DamagedSampleError(
             "format", f"{row.media}: {row.media.suffix} is not kept in shards; pass --reencode"
         )
-    return name, data, length
+    return name, data, length, short
 
 
 def _of_part(said: Transcript, start_s: float, length_s: float) -> Transcript | None:
@@ -196,7 +198,7 @@ def _has(row: Row, found: set[str]) -> list[str]:
 
 
 def sample_key(source: str, digest: str, start_s: float) -> str:
-    """`<source>-<content hash>-<start in ms>` in the characters that keys may have."""
+    """`<source>-<hash of content and end>-<start in ms>` in the characters that keys may have."""
     slug = re.sub(r"[^a-z0-9_]+", "_", source.lower()).strip("_")[:40] or "clip"
     key = f"{slug}-{digest[:16]}-{round(start_s * 1000)}"
     assert valid_key(key), key

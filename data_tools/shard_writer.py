@@ -39,15 +39,18 @@ class ShardWriter:
     its tar before its entry does, so whatever lies behind the last entry is cut off.
     """
 
-    def __init__(self, folder: Path, name: str, options: Options, digest: str) -> None:
-        """Open a folder, see `Journal`; `rows` counts those that earlier processes settled."""
+    def __init__(
+        self, folder: Path, name: str, expected: int, options: Options, digest: str
+    ) -> None:
+        """Open a folder for so many rows, see `Journal`; `rows` counts those settled before."""
         self._folder, self._name, self._options = folder, name, options
+        self._expected = expected
         self._open: BinaryIO | None = None
         self._keys: dict[str, int] = {}
         self._budget = ErrorBudget(options.max_bad_share)
         self.shards: list[dict[str, Any]] = []
-        self.quarantine: list[dict[str, Any]] = []
-        self.total = self.rows = self.worker_mb = 0
+        self.first_bad = ""
+        self.total = self.bad = self.rows = self.worker_mb = 0
         self._begin_shard()
         self._journal = Journal(folder, digest, options.overwrite)
         self._journal.replay(self._replayed)
@@ -63,7 +66,9 @@ class ShardWriter:
         """
         self.worker_mb = max(self.worker_mb, made.peak_mb)
         if not made.reason and made.key in self._keys:
-            text = f"same clip as row {self._keys[made.key]}"
+            text = (
+                f"same clip as row {self._keys[made.key]}; several captions of one go into one row"
+            )
             made = Made(made.row, reason=DUPLICATE, message=text)
         if made.reason:
             self._commit({"bad": _quarantined(made)})
@@ -87,12 +92,13 @@ class ShardWriter:
     def _commit(self, entry: Mapping[str, Any]) -> None:
         self._journal.add(entry)
         if self._note(entry):
-            bad = self.quarantine[-1]
+            bad = entry["bad"]
             raise UserError(
                 f"{self._budget} rows were bad, more than --max-bad-share = "
                 f"{self._options.max_bad_share:g} of {ErrorBudget.window} allows; the last: "
                 f"{bad['where']}: {bad['message']} ({bad['reason']}). The same command with a "
-                "higher share goes on from here"
+                "higher share goes on from here without them; if they can be mended, mend them "
+                "and pass --overwrite to begin anew"
             )
         if time.monotonic() - self._synced > _SYNC_S:
             self._sync()
@@ -105,7 +111,8 @@ class ShardWriter:
             return False
         self.rows += 1
         if "bad" in entry:
-            self.quarantine.append(entry["bad"])
+            self.bad += 1
+            self.first_bad = self.first_bad or entry["bad"]["message"]
             return self._budget.note(entry["bad"]["reason"] != DUPLICATE)
         self._keys[entry["key"]] = entry["index"]
         self._samples += 1
@@ -174,10 +181,6 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if not self._samples:
             return
-        if len(self.shards) >= MAX_SHARDS:
-            raise HopelessError(
-                f"more than {MAX_SHARDS} shards; raise --shard-mb or --shard-samples"
-            )
         path, end = self._shard_path, 2 * tarfile.BLOCKSIZE  # two empty blocks end a tar
         self._file.write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
         self._file.flush()
@@ -194,15 +197,22 @@ class ShardWriter:
         }
         self._commit({SHARD: shard})
         self._sync()
+        count = len(self.shards)
+        if count >= MAX_SHARDS // 100 and count * self._expected > MAX_SHARDS * self.rows:
+            raise HopelessError(
+                f"it would become more than {MAX_SHARDS} shards, for {count} hold {self.rows} of "
+                f"{self._expected} rows; raise --shard-mb or --shard-samples"
+            )
 
     def finish(self) -> None:
         """Finish the last shard and write the lists."""
         self._finish_shard()
         tree = {"profile": PROFILE, "samples": self.total, "shards": self.shards}
         (self._folder / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n")
-        if self.quarantine:
-            lines = b"".join(canonical(entry) + b"\n" for entry in self.quarantine)
-            (self._folder / QUARANTINE).write_bytes(lines)
+        if self.bad:
+            with (self._folder / QUARANTINE).open("wb") as file:
+                bad = (entry["bad"] for entry in self._journal.entries() if "bad" in entry)
+                file.writelines(canonical(line) + b"\n" for line in bad)
 
     def close(self) -> None:
         """Leave the folder to another process."""
@@ -215,11 +225,16 @@ def _quarantined(made: Made) -> dict[str, Any]:
     row = made.row
     return {
         "index": row.index,
-        "where": row.where,
-        "media": None if row.media is None else str(row.media),
+        "where": _utf8(row.where),
+        "media": None if row.media is None else _utf8(str(row.media)),
         "reason": made.reason,
-        "message": made.message,
+        "message": _utf8(made.message),
     }
+
+
+def _utf8(text: str) -> str:
+    """Names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _tar_block(made: Made) -> bytes:
@@ -272,8 +287,10 @@ def _tidy(target: Path) -> None:
 
 def install(partial: Path, target: Path, overwrite: bool) -> bool:
     """Move a finished folder to its place; returns whether the same shards were there already."""
-    if _same(partial, target):
-        (target / BUILD).write_bytes((partial / BUILD).read_bytes())
+    if not overwrite and _same(partial, target):
+        (target / QUARANTINE).unlink(missing_ok=True)  # a row more may be bad than in that build
+        for path in filter(Path.exists, (partial / QUARANTINE, partial / BUILD)):
+            os.replace(path, target / path.relative_to(partial))
         shutil.rmtree(partial)
         return True
     if (target / MANIFEST).exists() and not overwrite:

@@ -293,9 +293,9 @@ class _Sounds:
     def _runs(self, start_s: float, end_s: float) -> Iterator[tuple[int, Any]]:
         """Stretches without a gap: the place of their first sample after `start_s`, and (C, S)."""
         frames: list[Any] = []
-        stamp_s = expected_s = 0.0
+        stamp_s = expected_s = self._track.start_s  # what drains from some decoders has no time
         for frame in _decoded(self._track, *self._needed(start_s, end_s)):
-            time_s = frame.pts * self._track.tick_s
+            time_s = expected_s if frame.pts is None else frame.pts * self._track.tick_s
             if frames and abs(time_s - expected_s) > _JITTER_S:
                 yield self._resampled(frames, stamp_s - start_s)
                 frames = []

@@ -24,7 +24,7 @@ in folders of any name where the layout does not ask for some. What lists name a
 counted, and written to OUT.missing.txt.
 """
 
-from data_tools.manifest.files import find_manifests, read_rows
+from data_tools.manifest.files import Place, find_manifests, read_rows
 from data_tools.manifest.media import FOREIGN_SUFFIXES, SUFFIXES, Media, stamps
 from data_tools.manifest.row import Row, as_tree
 
@@ -32,6 +32,7 @@ __all__ = [
     "FOREIGN_SUFFIXES",
     "SUFFIXES",
     "Media",
+    "Place",
     "Row",
     "as_tree",
     "find_manifests",

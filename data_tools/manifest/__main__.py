@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_tools import manifest
 from data_tools.manifest.corpus import Clip, Corpus, Coverage
@@ -28,11 +27,11 @@ def write_manifest(layout: str, root: Path, out: Path) -> Coverage:
     used: set[str] = set()
     with whole_file(out) as partial:
         with partial.open("wb") as file:
-            for clip in LAYOUTS[layout](corpus):
+            for clip in _clips(layout, corpus):
                 coverage.note(clip)
                 used.update((*clip.media, clip.sound))
                 if clip.media:
-                    file.write(canonical(_line(clip, inner)) + b"\n")
+                    file.write(_line(clip, inner))
         if coverage.found == 0:
             told = f"; {coverage.table()}" if coverage.listed else ""
             raise UserError(f"{root}: no clip of the layout {layout} is there{told}")
@@ -45,11 +44,25 @@ def write_manifest(layout: str, root: Path, out: Path) -> Coverage:
     return coverage
 
 
-def _line(clip: Clip, inner: Path) -> dict[str, Any]:
+def _clips(layout: str, corpus: Corpus) -> Iterator[Clip]:
+    try:
+        yield from LAYOUTS[layout](corpus)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        told = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{corpus.reads}: is no list of {layout}: {told}") from error
+
+
+def _line(clip: Clip, inner: Path) -> bytes:
     """The row in the manifest, from whose folder the corpus is at `inner`."""
     media = [(inner / name).as_posix() for name in clip.media]
     sound = {"sound": (inner / clip.sound).as_posix()} if clip.sound else {}
-    return {"media": media if len(media) > 1 else media[0], **sound, **clip.row}
+    row = {"media": media if len(media) > 1 else media[0], **sound, **clip.row}
+    try:
+        return canonical(row) + b"\n"
+    except UnicodeEncodeError as error:
+        raise UserError(f"{media[0]!r}: a name that is not UTF-8; rename the file") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,6 +81,7 @@ class Corpus:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder")
         self.root = root
+        self.reads = ""  # the list, and its line where there are some
         self.media: list[str] = []
         self.pictures: list[str] = []
         self.others: list[str] = []
@@ -111,7 +112,9 @@ class Corpus:
 
     def lists(self, *patterns: str) -> list[str]:
         """Files other than media whose names match one of the patterns, by path."""
-        return [p for p in self.others if any(PurePosixPath(p).match(x) for x in patterns)]
+        found = [p for p in self.others if any(PurePosixPath(p).match(x) for x in patterns)]
+        self.reads = ", ".join(str(self.root / path) for path in found[:3]) or self.reads
+        return found
 
     def csv(
         self, path: str, names: Sequence[str] | None = None, encoding: str = "utf-8-sig"
@@ -132,6 +135,7 @@ class Corpus:
             reader = csv.DictReader(lines, names, restkey="", skipinitialspace=True)
             try:
                 for row in reader:
+                    self.reads = f"{where}:{reader.line_num}"
                     if None in row.values():
                         raise UserError(f"{where}: row {reader.line_num} has too few cells: {row}")
                     yield {name.strip(): cell for name, cell in row.items()}
@@ -145,6 +149,7 @@ class Corpus:
             UserError: the file is no JSON object.
         """
         buffer, place, name = "", 0, ""
+        self.reads = str(self.root / path)
         with (self.root / path).open(encoding="utf-8") as file:
             while chunk := file.read(_CHUNK):
                 buffer, place = buffer[place:] + chunk, 0

@@ -58,7 +58,10 @@ def find_manifests(place: Place) -> list[Place]:
     if not _is_folder(place):
         return [place]
     inside = [p for p in _top(place) if PurePosixPath(p).suffix in _READERS]
-    if not inside or any(p.endswith(".parquet") for p in inside):
+    parts = [p for p in inside if p.endswith(".parquet")]
+    if parts and len(parts) < len(inside):
+        raise UserError(f"{place}: holds Parquet and other manifests; name the ones to read")
+    if parts or not inside:
         return [place]
     return [p if is_address(place) else Path(p) for p in inside]
 
@@ -117,7 +120,7 @@ def _folder_rows(folder: Place) -> Iterator[Row]:
     files, root = open_storage(str(folder))
     names = set(persistently(lambda: files.find(root), str(folder)))
     media = [n for n in names if _suffix(n) in (*SUFFIXES, *FOREIGN_SUFFIXES)]
-    media.sort(key=lambda name: name.split("/"))
+    media.sort(key=lambda name: name.replace("/", "\0"))  # by folder, then by name
     for first in range(0, len(media), _AT_ONCE):
         some = media[first : first + _AT_ONCE]
         beside = [
@@ -181,6 +184,7 @@ def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> _Trees:
+    csv.field_size_limit(1 << 30)  # a cell may be the transcript of hours
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="\0extra", delimiter=delimiter)

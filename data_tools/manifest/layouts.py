@@ -155,8 +155,9 @@ def _clotho(corpus: Corpus) -> Iterator[Clip]:
             name = row["file_name"]
             told = known.get(name, {})
             tree: dict[str, Any] = {"captions": [row[f"caption_{k}"] for k in range(1, 6)]}
-            tree |= {"source": told.get("sound_id") or PurePosixPath(name).stem, "split": split}
-            tree |= {"language": "en", "meta": {}}
+            known_id = told.get("sound_id", "").strip()  # or "Not found"
+            tree["source"] = known_id if known_id.isdigit() else PurePosixPath(name).stem
+            tree |= {"split": split, "language": "en", "meta": {}}
             if told:
                 tree |= {"licence": told["license"]}
                 tree["meta"] = {"keywords": told["keywords"].split(";")}
@@ -165,7 +166,7 @@ def _clotho(corpus: Corpus) -> Iterator[Clip]:
 
 def _librispeech(corpus: Corpus) -> Iterator[Clip]:
     for path in _needed(corpus, "*.trans.txt"):
-        part, speaker, chapter, _ = PurePosixPath(corpus.root.name, path).parts[-4:]
+        part, speaker, chapter, _ = PurePosixPath(corpus.root.resolve().name, path).parts[-4:]
         for line in (corpus.root / path).read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
             tree: dict[str, Any] = {"caption": text, "source": f"{speaker}-{chapter}"}

@@ -1,10 +1,13 @@
 """Public corpora as they lie on a disk: exact rows of small trees, and what is missing."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from data_tools.manifest.__main__ import main, write_manifest
+from data_tools.manifest.corpus import Corpus
 from data_tools.manifest.layouts import LAYOUTS
 from mmssl.types import UserError
 
@@ -250,9 +253,9 @@ def test_flickr_soundnet(root):
 
 
 def test_clotho(root):
-    tree(root, "development/Rain drops.wav", "evaluation/Rain drops.wav")
+    tree(root, *(f"{x}/Rain drops.wav" for x in ("development", "evaluation", "validation")))
     head = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-    for split in ("development", "evaluation"):
+    for split in ("development", "evaluation", "validation"):
         (root / f"clotho_captions_{split}.csv").write_text(
             f'{head}Rain drops.wav,{split},"b, c",d,e,f\n'
         )
@@ -260,7 +263,12 @@ def test_clotho(root):
         "file_name,keywords,sound_id,sound_link,start_end_samples,manufacturer,license\n"
         'Rain drops.wav,rain;caf\xe9,4711,https://x,"[1, 2]",me,CC0\n'.encode("latin-1")
     )
+    (root / "clotho_metadata_validation.csv").write_text(
+        "file_name,keywords,sound_id,sound_link,start_end_samples,manufacturer,license\n"
+        "Rain drops.wav,rain,Not found,Not found,x,Not found,Not found\n"
+    )
     rows, _ = read("clotho", root)
+    assert rows.pop()["source"] == "Rain drops"  # no recording of that number is known
     assert rows == [
         {
             "media": "c/development/Rain drops.wav",
@@ -301,7 +309,7 @@ def test_audiocaps(root):
     assert coverage.missing == [("val", "gone-567890 at 10 s")]
 
 
-def test_librispeech(root):
+def test_librispeech(root, monkeypatch):
     folder = "LibriSpeech/train-clean-100/19/198"
     tree(root, f"{folder}/19-198-0000.flac")
     (root / folder / "19-198.trans.txt").write_text("19-198-0000 NORTHANGER ABBEY\n19-198-0001 X\n")
@@ -317,6 +325,10 @@ def test_librispeech(root):
         }
     ]
     assert coverage.missing == [("train_clean_100", "19-198-0001")]
+    monkeypatch.chdir(root / "LibriSpeech/train-clean-100")
+    assert [clip.row["split"] for clip in LAYOUTS["librispeech"](Corpus(Path()))] == [
+        *("train_clean_100", "train_clean_100")
+    ]
 
 
 def test_fsdd(root):
@@ -389,8 +401,23 @@ def test_wrong_lists_are_named(root):
     (root / "eval_segments.csv").write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match=r"eval_segments\.csv: unreadable CSV"):
         read("audioset", root)
+    (root / "vggsound.csv").write_text(f"{ID},1,a,test\nid,start,label,split\n")
+    with pytest.raises(UserError, match=r"vggsound\.csv:2: is no list of vggsound: .*'start'"):
+        read("vggsound", root)
+    (root / "val.csv").write_text("id,caption\n1,rain\n")
+    with pytest.raises(UserError, match=r"val\.csv:2: is no list of audiocaps: lacks 'youtube_id'"):
+        read("audiocaps", root)
+    (root / "MSRVTT_data.json").write_text('{"videos": []}')
+    with pytest.raises(UserError, match=r"MSRVTT_data\.json: is no list of msrvtt: lacks 'sent"):
+        read("msrvtt", root)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read("fsdd", root.parent / "nowhere")
+
+
+def test_a_name_that_is_not_utf8_is_named(root):
+    tree(root, os.fsdecode(b"train/cat/\xff0123456789.mp4"))
+    with pytest.raises(UserError, match=r"udcff0123456789\.mp4'.* not UTF-8; rename the file"):
+        read("kinetics", root)
 
 
 def test_command(root, tmp_path, capsys):

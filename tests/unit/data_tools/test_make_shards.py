@@ -4,7 +4,10 @@ import csv
 import hashlib
 import io
 import json
+import os
 import tarfile
+import weakref
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -12,10 +15,11 @@ import pytest
 from media_files import click_wave, flash_frames, moving_frames, tone, write_corpus, write_media
 from shard_builds import bytes_of
 
+from data_tools import journal, shard_writer
 from data_tools import make_shards as tool
-from data_tools import shard_writer
 from data_tools.check_shards import check_folder
 from data_tools.make_shards import make_shards
+from data_tools.manifest import files
 from data_tools.shard_rows import sample_key
 from data_tools.transcode import Encoding
 from mmssl.data.decode import ClipReader
@@ -260,6 +264,17 @@ def test_encoding_is_parsed():
     assert Encoding.parse("short_side=128,gop=20,fps=12.5") == Encoding(128, 20, 12.5)
 
 
+def test_parts_that_begin_together_are_several_clips(manifest, tmp_path):
+    """Up to other ends; the file's own end and one behind it are the same."""
+    ends = (0.4, 0.7, None, 9.0)
+    path = manifest(*({"media": "clip000.mp4", "start": 0.1, "end": end} for end in ends))
+    (report,) = make_shards(path, tmp_path / "out")
+    found = records(tmp_path / "out")
+    assert [r.index for r in found] == [0, 1, 2]
+    assert len({r.key for r in found}) == 3
+    assert report.quarantined == 1
+
+
 # --- bad rows and bad manifests
 
 
@@ -398,7 +413,7 @@ def test_other_errors(manifest, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"caption": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         make_shards(tmp_path / "latin.jsonl", tmp_path / "out")
-    with pytest.raises(UserError, match="more than 1 shards"):
+    with pytest.raises(UserError, match="more than 1 shards, for 1 hold 1 of 2 rows"):
         make_many(path, tmp_path)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial"))
@@ -435,6 +450,79 @@ def test_existing_output(manifest, tmp_path):
     with pytest.raises(UserError, match="thesis"):
         make_shards(manifest(one), foreign)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_list_of_unchanged_shards_is_kept(manifest, tmp_path):
+    """A further row that is bad changes no shard."""
+    rows, out = [{"media": "clip000.mp4"}, {"media": "gone.mp4"}], tmp_path / "out"
+    for count, listed in ((1, []), (2, [1]), (1, [])):
+        (report,) = make_shards(manifest(*rows[:count]), out)
+        assert report.quarantined == len(listed)
+        path = out / "quarantine.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        assert [json.loads(x)["index"] for x in lines] == listed
+
+
+def test_overwrite_replaces_damaged_shards(manifest, tmp_path):
+    """Their list and sizes are those of the new ones."""
+    out, path = tmp_path / "out", manifest({"media": "clip000.mp4"})
+    make_shards(path, out)
+    tar = out / "shard-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(bytes(len(whole)))
+    (report,) = make_shards(path, out, overwrite=True)
+    assert tar.read_bytes() == whole
+    assert not report.unchanged
+
+
+def test_rows_are_not_held(manifest, tmp_path, monkeypatch):
+    """They are read anew while shards are made; then they must still be the same."""
+    under_way, most = weakref.WeakSet(), 0
+
+    def watched(place, read=journal.read_rows):
+        nonlocal most
+        for row in read(place):
+            under_way.add(row.where)
+            most = max(most, len(under_way))
+            yield row
+
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+        def __reduce__(self):
+            return str, (str(self),)
+
+    def parse(base, where, *rest, parse=files.parse):
+        return parse(base, Text(where), *rest)
+
+    monkeypatch.setattr(files, "parse", parse)
+    monkeypatch.setattr(tool, "read_rows", watched)
+    monkeypatch.setattr(journal, "read_rows", watched)
+    path = manifest(*({"caption": f"words {k}"} for k in range(300)))
+    (report,) = make_shards(path, tmp_path / "out")
+    assert (report.samples, 1 < most < 150) == (300, True)
+
+    def changing(place):
+        rows = list(journal_rows(place))
+        yield from rows[:-1]
+        yield replace(rows[-1], captions=("others",))
+
+    journal_rows = files.read_rows
+    monkeypatch.setattr(journal, "read_rows", changing)
+    with pytest.raises(UserError, match=r"m\.jsonl: changed while shards were made of it"):
+        make_shards(path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_names_that_are_not_utf8_can_be_listed(manifest, tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (tmp_path / "clip000.mp4").rename(folder / "good.mp4")
+    (folder / os.fsdecode(b"\xff.mp4")).write_bytes(b"no media")
+    (report,) = make_shards(folder, tmp_path / "out")
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert (report.samples, json.loads(line)["reason"]) == (1, "header")
+    assert json.loads(line)["media"].endswith(r"\udcff.mp4")
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,20 @@ def test_parquet_files_of_a_folder_are_one_manifest(tmp_path):
     assert [row.index for row in rows] == [0, 1, 2, 3]
     assert rows[3].where == f"{tmp_path}/part-1.parquet:2"
     assert rows[3].media == tmp_path / "b.mp4"
+    write_lines(tmp_path / "more.jsonl")
+    with pytest.raises(UserError, match="holds Parquet and other manifests; name the ones"):
+        find_manifests(tmp_path)
 
 
 def test_meta_that_json_cannot_hold_loses_its_row(tmp_path):
     columns = {"caption": ["x"], "meta.when": [datetime(2026, 1, 1)]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "m.parquet")
     assert prepare(rows_of(tmp_path / "m.parquet")[0], Options()).reason == "meta"
+
+
+def test_a_cell_may_be_long(tmp_path):
+    (tmp_path / "m.csv").write_text(f"caption\n{'x' * 200_000}\n")
+    assert len(rows_of(tmp_path / "m.csv")[0].captions[0]) == 200_000
 
 
 def test_bad_parquet(tmp_path, monkeypatch):

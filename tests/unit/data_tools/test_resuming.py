@@ -4,8 +4,12 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 
 import hostile_work
+import psutil
 import pytest
 from media_files import write_corpus
 from shard_builds import bytes_of, command, killed, settled
@@ -54,8 +58,9 @@ def prepared(monkeypatch):
     seen = []
 
     def local(rows, options):
-        seen.extend(row.index for row in rows)
-        return (shard_rows.prepare(row, options) for row in rows)
+        for row in rows:
+            seen.append(row.index)
+            yield shard_rows.prepare(row, options)
 
     monkeypatch.setitem(engines.ENGINES, "local", local)
     return seen
@@ -137,11 +142,9 @@ def test_a_changed_file_is_noticed(corpus, stopped):
 
 
 def test_two_builds_of_one_folder(corpus, stopped):
-    from data_tools.journal import JOURNAL, Journal, build_digest
-    from data_tools.manifest import read_rows
-    from data_tools.shard_rows import Options
+    from data_tools.journal import JOURNAL, Journal
 
-    digest = build_digest(read_rows(corpus / "manifest.jsonl"), Options(**SIZE))
+    digest = json.loads((stopped / JOURNAL).read_text().partition("\n")[0])["build"]
     held = Journal(stopped, digest, False)
     with pytest.raises(UserError, match="another process makes these shards"):
         make_shards(corpus, stopped.with_name("out"), **SIZE)
@@ -170,6 +173,23 @@ def test_sigkill(corpus, whole, tmp_path):
         assert not out.exists()
     make_shards(corpus, out, workers=2, **SIZE)
     assert bytes_of(out) == whole
+
+
+def test_sigterm(corpus, whole, tmp_path):
+    """Ends as Ctrl-C does: with a word, and no process is left."""
+    words = command(corpus, tmp_path / "out", "--shard-samples", "3", "--workers", "2")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while settled(tmp_path / "out") < 1 and process.poll() is None:
+            time.sleep(0.002)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.communicate()[1] == "interrupted; the same command goes on\n"
+    assert process.returncode == 130
+    assert workers
+    assert psutil.wait_procs(workers, 10)[1] == []
+    make_shards(corpus, tmp_path / "out", workers=2, **SIZE)
+    assert bytes_of(tmp_path / "out") == whole
 
 
 def test_full_disk(corpus, whole, tmp_path, monkeypatch):

@@ -118,6 +118,20 @@ def test_gaps_of_the_sound_stay():
     assert loud.max() == pytest.approx(2.302, abs=0.002)
 
 
+def test_sound_that_drains_from_its_decoder_has_no_time(monkeypatch):
+    """As the last frame of WMA; it follows the one before."""
+    data, decoded = write_media(None, tone(1.0, 16000)), transcode._decoded
+    whole = cut(data, 0.0, 1.0, "audio=flac")
+
+    def draining(*args):
+        frames = list(decoded(*args))
+        frames[-1].pts = None
+        return frames
+
+    monkeypatch.setattr(transcode, "_decoded", draining)
+    assert cut(data, 0.0, 1.0, "audio=flac") == whole
+
+
 def test_a_cut_decodes_what_it_needs(monkeypatch):
     """The bytes are those of a cut that decodes all, from a file with open groups of pictures."""
     options = {"g": "10", "bf": "2", "x264-params": "open-gop=1"}
