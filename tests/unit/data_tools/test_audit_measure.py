@@ -12,8 +12,8 @@ from media_files import click_wave, flash_frames, moving_frames, tone, write_med
 from data_tools.audit_clip import measure
 from data_tools.audit_pictures import Pictures, av_offset
 from data_tools.audit_sound import Sounds
-from data_tools.audit_summary import SAME_PICTURES, SAME_SOUND, flags_of
-from data_tools.near import groups, near_pairs
+from data_tools.audit_summary import SAME_PICTURES, SAME_SOUND, find_duplicates, flags_of
+from data_tools.near import code_of, groups, near_pairs
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.types import Sample
 
@@ -224,6 +224,34 @@ def test_search_for_pairs_is_exact_enough_and_not_quadratic():
     assert set(found) <= wanted
     assert len(found) >= 0.98 * len(wanted)
     assert 0 < faiss.cvar.indexIVF_stats.ndis < 0.15 * 6300**2
+
+
+def coded(*clips):
+    """(sound, pictures, seconds) as measurements; equal numbers have equal codes, 0 has none."""
+    rng = np.random.default_rng(0)
+    kinds = {"audio_code": ((1, 32, 64), (16, 32)), "video_code": ((8, 32, 32), (8, 8))}
+    books = [
+        ["", *(code_of(rng.normal(0, 20, shape).astype("f4"), keep) for _ in range(3))]
+        for shape, keep in kinds.values()
+    ]
+    return [
+        {"number": n, "duration_s": s, "audio_code": books[0][a], "video_code": books[1][v]}
+        for n, (a, v, s) in enumerate(clips)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clips", "same"),
+    [
+        ([(1, 1, 5), (1, 2, 5), (1, 2, 5)], [[1, 2]]),  # a jingle before three films
+        ([(1, 1, 5), (2, 2, 5), (1, 2, 5), (1, 2, 5)], [[2, 3]]),
+        ([(1, 1, 5), (1, 0, 5), (1, 0, 5)], [[1, 2]]),  # with and without pictures
+        ([(1, 0, 9), (1, 0, 5), (1, 0, 9), (1, 0, 5)], [[0, 2], [1, 3]]),  # steady sounds
+        ([(1, 1, 5), (1, 2, 5), (2, 1, 5), (1, 0, 5), (0, 1, 5)], []),
+    ],
+)
+def test_copies_among_clips_that_share_one_modality(clips, same):
+    assert find_duplicates(coded(*clips)).clips == same
 
 
 def test_groups():
