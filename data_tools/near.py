@@ -55,8 +55,8 @@ def _cosines(keep: int, count: int) -> Floats:
 def near_pairs(codes: Sequence[str], least: float) -> list[tuple[int, int]]:
     """Pairs (i < j) of codes whose cosine reaches `least`, at most 15 for each code.
 
-    Of equal codes each is joined to the one before. Above 4096 different ones the neighbours are looked for in the
-    inverted file of faiss, which compares a code with about 4 sqrt(N) others.
+    Of equal codes each is joined to the one before. Above 4096 different ones the neighbours are
+    looked for in the inverted file of faiss, which compares a code with about 4 sqrt(N) others.
     """
     last: dict[str, int] = {}
     pairs, firsts = [], []

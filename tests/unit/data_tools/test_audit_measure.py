@@ -75,6 +75,30 @@ def test_silence_and_clipping():
     assert flags_of(nothing) == ["silent"]
 
 
+def test_samples_that_are_not_finite_and_sounds_of_a_few_milliseconds():
+    wave = sine(0.5, 16000, -20)
+    for bad in (np.inf, np.nan):
+        wave[1000] = bad
+        data = write_media(None, wave, container="wav", audio_codec="pcm_f32le")
+        with pytest.raises(DamagedSampleError, match="not finite"):
+            measured(data, "sound")
+    for count in (40, 200):
+        found = measured(wav(sine(count / 16000, 16000, -20), 16000), "sound")
+        assert found["audio_s"] == pytest.approx(count / 16000)
+        assert "audio_code" not in found
+
+
+def test_stream_that_changes_its_channels_and_rate():
+    parts = [
+        write_media(None, np.tile(sine(3, rate, -20), (channels, 1)), container="adts", rate=rate)
+        for rate, channels in ((16000, 1), (16000, 2), (32000, 1))
+    ]
+    alone = measured(parts[0], "sound")
+    found = measured(b"".join(parts), "sound")
+    assert found["audio_s"] == pytest.approx(9, abs=0.3)  # with the encoder's padding
+    assert found["loudness_lufs"] == pytest.approx(alone["loudness_lufs"], abs=0.5)
+
+
 def test_still_black_and_moving():
     still = measured(write_media(np.repeat(moving_frames(1), 30, 0)))
     assert still["motion"] < 0.5
