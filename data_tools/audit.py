@@ -6,7 +6,7 @@ OUT/audit.html shows it, OUT/audit.json holds the numbers, OUT/clips.jsonl every
 measurements and flags. OUT/quarantine-audit.jsonl lists the keys of clips whose flag is in --drop:
 copied into the folder of a run, training leaves them out, if `data.max_bad_share` is above their
 share. Of a manifest or folder of media, those rows and the damaged ones are also left out of
-OUT/kept.jsonl, a manifest for make_shards.
+OUT/kept.jsonl, a manifest for make_shards. Clips that --clips did not draw stay in it.
 
 Measurements go to OUT/measured.jsonl as they are made. A run that was killed goes on there, and one
 with more clips adds to them; a file that changed under the same name is not measured again.
@@ -101,7 +101,7 @@ class MeasuredLog:
     """The append-only file of measurements: a line that says of what, then one for each clip."""
 
     def __init__(self, path: Path, source: Source) -> None:
-        """Read what is there; a line that a kill cut off is cut away.
+        """Read what is there; from a line that a kill cut off or that is damaged it is cut away.
 
         Raises:
             UserError: it belongs to other data.
@@ -113,16 +113,17 @@ class MeasuredLog:
         with path.open("ab+") as file:
             file.seek(0)
             first = file.readline()
-            if first.endswith(b"\n") and json.loads(first)["digest"] != source.digest:
+            if first.endswith(b"\n") and _field(first, "digest") != source.digest:
                 raise UserError(
                     f"{path}: measurements of other data, or of another state of {source.name}; "
                     "choose another --out or remove the file"
                 )
             whole = len(first) if first.endswith(b"\n") else 0
             for line in file if whole else ():
-                if not line.endswith(b"\n"):
+                number = _field(line, "number") if line.endswith(b"\n") else None
+                if number is None:
                     break
-                self.places[json.loads(line)["number"]] = whole
+                self.places[number] = whole
                 whole += len(line)
             file.truncate(whole)
             if not whole:
@@ -141,6 +142,14 @@ class MeasuredLog:
             for number in numbers:
                 file.seek(self.places[number])
                 yield json.loads(file.readline())
+
+
+def _field(line: bytes, name: str) -> Any:
+    """A value of a line of the log, None where it is damaged."""
+    try:
+        return json.loads(line)[name]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _measured(
@@ -243,7 +252,8 @@ def _report(
     }
     tree["dropped"] = {"flags": list(drop), "n": _write_choice(source, log, flags, drop, out)}
     with whole_file(out / "audit.json") as partial:
-        partial.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+        partial.write_bytes(text.encode(errors="backslashreplace"))
     sheets = audit_page.Sheets(source, log.read, numbers, flags, twins, extremes, guarded)
     audit_page.write(tree, sheets, out / "audit.html")
     return tree
@@ -317,8 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", metavar="SHARDS_OR_MANIFEST_OR_FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--clips", type=int, default=0, metavar="N", help="drawn; 0 for all")
-    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), metavar="N")
-    parser.add_argument("--drop", default=",".join(DROPPED), metavar="FLAG,...")
+    workers = max(1, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes")
+    known = f"of {', '.join(FLAGS)}; without it {', '.join(DROPPED)}"
+    parser.add_argument("--drop", default=",".join(DROPPED), metavar="FLAG,...", help=known)
     args = parser.parse_args(argv)
     try:
         flags = [flag for flag in args.drop.split(",") if flag]
@@ -329,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flagged = ", ".join(f"{name} {n}" for name, n in tree["flags"].items())
     print(f"{args.data}: {tree['clips']} of {tree['of']} clips; {flagged}")
     print(f"{tree['dropped']['n']} to drop; see {args.out / 'audit.html'}")
+    if tree["clips"] < tree["of"]:
+        print(f"{tree['of'] - tree['clips']} clips were not measured; none of them is left out")
     return 0
 
 

@@ -64,8 +64,9 @@ def write(tree: Mapping[str, Any], sheets: Sheets, path: Path) -> None:
         ]
     finally:
         child.close()
+    text = pictures.page(f"Audit of {tree['data']}", parts)
     with whole_file(path) as partial:
-        partial.write_text(pictures.page(f"Audit of {tree['data']}", parts), encoding="utf-8")
+        partial.write_bytes(text.encode(errors="backslashreplace"))
 
 
 # ---------------------------------------------------------------- numbers

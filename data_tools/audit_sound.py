@@ -18,11 +18,13 @@ from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
 from data_tools.near import code_of
+from mmssl.data.integrity import DamagedSampleError
 
 Floats = NDArray[np.float32]
 
 STEPS_HZ = 100
 _HZ = 8000  # what onsets and content are taken from: telephone band, which every codec keeps
+_FFT = 256
 _BANDS, _RANGE_DB, _FAINT_DB = 32, 60.0, 6.0
 _GATE_LUFS = -70.0  # the filter's answer where no block passes the gate of BS.1770
 _ZERO = 2.0**-16  # rounds to zero in 16 bits
@@ -35,21 +37,33 @@ class Sounds:
     def __init__(self) -> None:
         """Wait for the first frame, which says rate and channels."""
         self._native: AudioResampler | None = None
-        self._mono = AudioResampler("flt", "mono", _HZ)
+        self._mono: AudioResampler | None = None
+        self._kind: tuple[str, str, int] | None = None
         self._loudness: _Loudness | None = None
         self._wave: list[Floats] = []
-        self._start_s, self._rate = math.nan, 0
+        self._start_s, self._layout, self._rate = math.nan, "", 0
         self._samples = self._silent = self._clipped = self._values = 0
         self._peak = 0.0
 
     def add(self, frame: Any, time_s: float) -> None:
         """Take in a decoded frame that begins at an absolute time."""
-        if self._native is None:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if self._loudness is None:
             self._start_s = time_s
-            layout, self._rate = frame.layout.name, frame.sample_rate
-            self._native = AudioResampler("fltp", layout, self._rate)
-            self._loudness = _Loudness(layout, self._rate)
+            _, self._layout, self._rate = kind
+            self._loudness = _Loudness(self._layout, self._rate)
+        if kind != self._kind:  # streams may change; what follows is measured as the beginning is
+            self._pass(None)
+            self._kind = kind
+            self._native = AudioResampler("fltp", self._layout, self._rate)
+            self._mono = AudioResampler("flt", "mono", _HZ)
         frame.pts = None  # gaps of the time stamps are no silence
+        self._pass(frame)
+
+    def _pass(self, frame: Any) -> None:
+        """Measure a frame; None at the end of a stretch of one kind."""
+        if self._native is None or self._mono is None:
+            return
         for part in self._native.resample(frame):
             self._count(part)
         self._wave += [f.to_ndarray()[0] for f in self._mono.resample(frame)]
@@ -58,6 +72,8 @@ class Sounds:
         assert self._loudness is not None
         self._loudness.add(frame)
         size_CS = np.abs(frame.to_ndarray())
+        if not np.isfinite(size_CS).all():
+            raise DamagedSampleError("decode", "the sound has samples that are not finite")
         full_CS = size_CS >= _FULL
         self._samples += size_CS.shape[1]
         self._values += size_CS.size
@@ -78,11 +94,9 @@ class Sounds:
         clipped_share: those at full scale that follow one at full scale; audio_code: see
         `near.code_of`.
         """
-        if self._native is None or self._loudness is None:
+        if self._loudness is None:
             return {}, None
-        for part in self._native.resample(None):
-            self._count(part)
-        self._wave += [f.to_ndarray()[0] for f in self._mono.resample(None)]
+        self._pass(None)
         found: dict[str, Any] = {
             "audio_s": self._samples / self._rate,
             "loudness_lufs": self._loudness.close(),
@@ -90,7 +104,7 @@ class Sounds:
             "silence_share": self._silent / self._samples,
             "clipped_share": self._clipped / self._values,
         }
-        level_FT = _levels(np.concatenate(self._wave))
+        level_FT = _levels(np.concatenate([np.zeros(0, np.float32), *self._wave]))
         if level_FT is None:
             return found, (np.zeros(1, np.float32), self._start_s)
         rise_T = np.maximum(np.diff(level_FT, axis=1), 0).sum(0)
@@ -110,7 +124,9 @@ def sound_code(level_FT: Floats) -> str:
 
 
 def _levels(wave_S: Floats) -> Floats | None:
-    """(F, T) decibels above the clip's maximum less 60 dB; None where there is no sound."""
+    """(F, T) decibels above the clip's maximum less 60 dB; None without sound or under 16 ms."""
+    if len(wave_S) <= _FFT // 2:  # too short for the padding of the transform
+        return None
     power_FT = _mel()(torch.from_numpy(wave_S)).numpy()
     top = float(power_FT.max(initial=0.0))
     if top < _ZERO**2:
@@ -123,7 +139,7 @@ def _levels(wave_S: Floats) -> Floats | None:
 def _mel() -> Any:
     from torchaudio.transforms import MelSpectrogram
 
-    return MelSpectrogram(_HZ, n_fft=256, hop_length=_HZ // STEPS_HZ, n_mels=_BANDS)
+    return MelSpectrogram(_HZ, n_fft=_FFT, hop_length=_HZ // STEPS_HZ, n_mels=_BANDS)
 
 
 class _Loudness:

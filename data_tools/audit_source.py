@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,9 +152,9 @@ class Rows:
         texts = _texts(row)
         digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         if row.media is not None:
-            if isinstance(row.media, Path):
-                _check_size(row.media)
             try:
+                if isinstance(row.media, Path):
+                    _check_file(row.media)
                 data = row.media.read_bytes()
             except OSError as error:
                 reason = f"{row.media}: {error.strerror or error}"
@@ -182,8 +183,11 @@ def _listed(row: Row) -> list[str] | None:
     return None if row.has is None else sorted(row.has)
 
 
-def _check_size(path: Path) -> None:
-    size = path.stat().st_size if path.is_file() else 0
+def _check_file(path: Path) -> None:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+        raise DamagedSampleError("file", f"{path}: not a regular file")
+    size = status.st_size
     if size > MAX_BYTES:
         raise DamagedSampleError("memory", f"{path}: {size} bytes, the limit is {MAX_BYTES}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.near import groups, near_pairs
+from data_tools.near import cosine, groups, near_pairs
 
 Clip = Mapping[str, Any]
 
@@ -44,6 +44,8 @@ _WORD = re.compile(r"\w+")
 # reach 0.98 and 99 % of the others' nearest neighbours stay below 0.955. Codecs pad clips of less
 # than a second by so much of their length that copies may be missed.
 SAME_SOUND, SAME_PICTURES = 0.98, 0.97
+_LEAST = {"audio_code": SAME_SOUND, "video_code": SAME_PICTURES}
+_SLACK = 0.01  # the cosine of joint codes weights the two by their norms
 _LONGER_S, _LONGER = 0.15, 0.02  # by which copies may differ in length
 
 
@@ -110,28 +112,56 @@ def find_duplicates(clips: Iterable[Clip]) -> Duplicates:
         lengths.append(clip.get("duration_s", 0.0))
         for name, column in codes.items():
             column.append(clip.get(name, ""))
-    audio = _pairs(codes["audio_code"], lengths, SAME_SOUND)
-    video = _pairs(codes["video_code"], lengths, SAME_PICTURES)
-    both = audio & video
-    both |= {p for p in audio ^ video if not _contradicted(p, codes, p in audio)}
-    found = (groups(len(numbers), sorted(pairs)) for pairs in (both, audio, video))
+    everything = range(len(numbers))
+    kinds = {}
+    for name, least in _LEAST.items():
+        there = [i for i in everything if codes[name][i]]
+        kinds[name] = groups(len(numbers), _pairs(codes[name], there, lengths, least))
+    found = groups(len(numbers), _same_clips(codes, kinds, lengths)), *kinds.values()
     return Duplicates(*([[numbers[i] for i in group] for group in kind] for kind in found))
 
 
-def _pairs(codes: Sequence[str], lengths: Sequence[float], least: float) -> set[tuple[int, int]]:
-    there = [i for i, code in enumerate(codes) if code]
+def _same_clips(
+    codes: Mapping[str, list[str]], kinds: Mapping[str, list[list[int]]], lengths: Sequence[float]
+) -> list[tuple[int, int]]:
+    """Pairs that have the same modalities, and in all of them the same content.
+
+    Looked for once more among the clips that share something: the pairs of a modality join each
+    to a few others only, which may be those that differ in the other modality.
+    """
+    shared = {name: {i for group in found for i in group} for name, found in kinds.items()}
+    pairs = []
+    for names in (("audio_code", "video_code"), ("audio_code",), ("video_code",)):
+        others = codes.keys() - set(names)
+        there = [
+            i
+            for i in sorted(set.intersection(*(shared[name] for name in names)))
+            if not any(codes[name][i] for name in others)
+        ]
+        joint = {i: "".join(codes[name][i] for name in names) for i in there}
+        least = min(_LEAST[name] for name in names) - _SLACK
+        pairs += [
+            (a, b)
+            for a, b in _pairs(joint, there, lengths, least)
+            if all(cosine(codes[name][a], codes[name][b]) >= _LEAST[name] for name in names)
+        ]
+    return pairs
+
+
+def _pairs(
+    codes: Mapping[int, str] | Sequence[str],
+    there: Sequence[int],
+    lengths: Sequence[float],
+    least: float,
+) -> list[tuple[int, int]]:
+    """Pairs of about the same length, which are found by their codes."""
+    there = sorted(there, key=lengths.__getitem__)  # of equal codes, neighbours are joined
     pairs = ((there[a], there[b]) for a, b in near_pairs([codes[i] for i in there], least))
-    return {
+    return [
         (a, b)
         for a, b in pairs
         if abs(lengths[a] - lengths[b]) <= _LONGER_S + _LONGER * max(lengths[a], lengths[b])
-    }
-
-
-def _contradicted(pair: tuple[int, int], codes: Mapping[str, list[str]], by_sound: bool) -> bool:
-    """Whether a pair that one modality joins has something to tell it apart in the other."""
-    other = codes["video_code" if by_sound else "audio_code"]
-    return any(other[i] for i in pair)
+    ]
 
 
 # ---------------------------------------------------------------- distributions

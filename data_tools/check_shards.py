@@ -17,7 +17,8 @@ import sqlite3
 import struct
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from mmssl.data.media import Limits
 from mmssl.data.remote import META_FOLDER
 from mmssl.files import sha256
 from mmssl.types import Sample, UserError
+
+INDEX = f"{META_FOLDER}/index.sqlite"
 
 
 @dataclass
@@ -78,21 +81,25 @@ def check_folder(
     shards = read_manifest(folder)
     findings = Findings(folder)
     keys = {} if others is None else others
-    tars: list[list[Place]] = []
+    wrong: Counter[str] = Counter()
     last_index = -1
-    for shard in tqdm(shards, desc=folder.name, unit="shard", disable=None):
-        tars.append([])
+    for number, shard in enumerate(tqdm(shards, desc=folder.name, unit="shard", disable=None)):
+        places: list[Place] = []
         for place, fields in _samples(folder / shard.name, shard.name, findings):
             key = place.key
-            tars[-1].append(place)
+            places.append(place)
             if key in keys:
                 findings.damage(shard.name, key, f"the key also stands in {keys[key]}")
             keys[key] = str(folder / shard.name)
             last_index = _check_sample(shard.name, key, fields, last_index, decode, findings)
-        _check_tar(folder, shard, [place.start for place in tars[-1]], findings)
+        _check_tar(folder, shard, places, findings)
+        wrong += _wrong_entries(folder / INDEX, number, places)
     for stray in sorted({p.name for p in folder.glob("*.tar")} - {s.name for s in shards}):
         findings.damage(stray, "manifest", "not listed in manifest.json; nobody reads it")
-    _check_index(folder, tars, findings)
+    wrong += _foreign_entries(folder / INDEX, len(shards))
+    for name, count in wrong.items():
+        told = f"{count} entries of {name} differ from the tars; run make_shards again"
+        findings.damage(Path(INDEX).name, "index", told if name in _COLUMNS else name)
     return findings
 
 
@@ -155,48 +162,57 @@ def _check_media(record: samples.Record, decode: bool) -> None:
         raise DamagedSampleError("missing", f"{record.key}: `has` names {lacking}, which it lacks")
 
 
-def _check_tar(folder: Path, shard: Shard, offsets: Sequence[int], findings: Findings) -> None:
+def _check_tar(folder: Path, shard: Shard, places: Sequence[Place], findings: Findings) -> None:
     path = folder / shard.name
     if path.stat().st_size != shard.bytes:
         findings.damage(shard.name, "size", f"{path.stat().st_size} bytes, listed {shard.bytes}")
     if sha256(path) != shard.sha256:
         findings.damage(shard.name, "sha256", "differs from manifest.json")
-    if len(offsets) != shard.samples:
-        findings.damage(shard.name, "samples", f"{len(offsets)} found, {shard.samples} listed")
+    if len(places) != shard.samples:
+        findings.damage(shard.name, "samples", f"{len(places)} found, {shard.samples} listed")
     index = path.with_suffix(".tar.idx")
     raw = index.read_bytes() if index.is_file() else b""
     stored = struct.unpack(f"<{len(raw) // 8}Q", raw[: len(raw) // 8 * 8])
-    if len(raw) % 8 or list(stored[:-1]) != list(offsets):
+    offsets = [*(place.start for place in places), *(place.end for place in places[-1:])]
+    if len(raw) % 8 or list(stored) != offsets:
         findings.damage(index.name, "offsets", "do not fit the tar; run make_shards again")
 
 
-def _check_index(folder: Path, tars: Sequence[Sequence[Place]], findings: Findings) -> None:
-    """Compare the places in Energon's database with those in the tars."""
-    path = folder / META_FOLDER / "index.sqlite"
-    samples = {
-        (tar, place.key, number, place.start, place.end - place.start)
-        for tar, places in enumerate(tars)
-        for number, place in enumerate(places)
+def _wrong_entries(path: Path, tar: int, places: Sequence[Place]) -> Counter[str]:
+    """How many entries about a tar differ from it, by table; or what is wrong with the database.
+
+    Asked tar by tar: the entries of all would fill the memory.
+    """
+    found: dict[str, set[Any]] = {
+        "samples": {
+            (tar, place.key, number, place.start, place.end - place.start)
+            for number, place in enumerate(places)
+        },
+        "sample_parts": {
+            (tar, number, name, *span)
+            for number, place in enumerate(places)
+            for name, span in place.members.items()
+        },
     }
-    members = {
-        (tar, number, name, *span)
-        for tar, places in enumerate(tars)
-        for number, place in enumerate(places)
-        for name, span in place.members.items()
-    }
+    return _counted(path, f"tar_file_id = {tar}", found)
+
+
+def _foreign_entries(path: Path, tars: int) -> Counter[str]:
+    """How many entries are about no tar of the folder."""
+    foreign = f"tar_file_id IS NULL OR tar_file_id NOT BETWEEN 0 AND {tars - 1}"
+    return _counted(path, foreign, {name: set() for name in _COLUMNS})
+
+
+def _counted(path: Path, condition: str, found: Mapping[str, set[Any]]) -> Counter[str]:
+    wrong: Counter[str] = Counter()
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            for table_name, found in (("samples", samples), ("sample_parts", members)):
-                wrong = found ^ set(database.execute(f"SELECT {_COLUMNS[table_name]}"))
-                if wrong:
-                    findings.damage(
-                        path.name,
-                        "index",
-                        f"{len(wrong)} entries of {table_name} differ from the tars; run "
-                        "make_shards again",
-                    )
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            for name, expected in found.items():
+                rows = database.execute(f"SELECT {_COLUMNS[name]} WHERE {condition}")
+                wrong[name] = len(expected ^ set(rows))
     except sqlite3.Error as error:
-        findings.damage(path.name, "index", f"unreadable: {error}")
+        wrong[f"unreadable: {error}"] = 1
+    return +wrong
 
 
 _COLUMNS = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def choose(
         keys, scores_N = similarity(audio, video)
     if not keys:
         raise UserError(f"{audio.path}, {video.path}: no clip has vectors of sound and of picture")
-    size = min(len(keys), round(keep * len(keys)) if keep < 1 else round(keep))
+    size = min(len(keys), max(1, round(keep * len(keys) if keep < 1 else keep)))
     if by == "mi":
         kept = mutual.select(ids_2PN, size, seed)
     else:
@@ -204,6 +205,7 @@ def write(choice: Choice, by: str, folder: str, manifest: Path | None, out: Path
             file.write(json.dumps({"key": key, by: float(score), "kept": number in kept}) + "\n")
     is_media = Path(folder).is_dir() and not any(Path(folder).glob("**/manifest.json"))
     if manifest is None and not is_media:
+        (out / "kept.jsonl").unlink(missing_ok=True)  # of an earlier choice
         return 0
     rows = Rows(str(manifest or folder))
     places = {choice.keys[n]: float(choice.scores_N[n]) for n in kept}
@@ -234,7 +236,7 @@ def _matches(
 
 def curate(options: argparse.Namespace) -> dict[str, Any]:
     """Choose and write; returns what is to be told."""
-    if not options.keep > 0:
+    if not 0 < options.keep < math.inf:
         raise UserError(f"--keep {options.keep:g}: a share below 1, or a number of clips")
     audio = open_vectors(options.vectors, "audio", options.space)
     video = open_vectors(options.video_vectors or options.vectors, "video", options.space)
@@ -269,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{told['kept']} of {told['clips']} clips with sound and picture kept: {args.out}")
     if told["rows"]:
         print(f"{told['rows']} rows for make_shards: {args.out / 'kept.jsonl'}")
+    else:
+        print("no manifest: shards were embedded; name the one they were made of by --manifest")
     return 0
 
 

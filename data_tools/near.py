@@ -55,12 +55,18 @@ def _cosines(keep: int, count: int) -> Floats:
 def near_pairs(codes: Sequence[str], least: float) -> list[tuple[int, int]]:
     """Pairs (i < j) of codes whose cosine reaches `least`, at most 15 for each code.
 
-    Equal codes are joined first. Above 4096 different ones the neighbours are looked for in the
-    inverted file of faiss, which compares a code with about 4 sqrt(N) others.
+    Of equal codes each is joined to the one before. Above 4096 different ones the neighbours are
+    looked for in the inverted file of faiss, which compares a code with about 4 sqrt(N) others.
     """
-    first: dict[str, int] = {}
-    pairs = [(first[c], i) for i, c in enumerate(codes) if first.setdefault(c, i) != i]
-    kept = np.array(sorted(first.values()), np.int64)
+    last: dict[str, int] = {}
+    pairs, firsts = [], []
+    for i, code in enumerate(codes):
+        if code in last:
+            pairs.append((last[code], i))
+        else:
+            firsts.append(i)
+        last[code] = i
+    kept = np.array(firsts, np.int64)
     if len(kept) < 2:
         return pairs
     rows_ND = np.stack([_bytes(codes[i]) for i in kept])
@@ -76,6 +82,12 @@ def near_pairs(codes: Sequence[str], least: float) -> list[tuple[int, int]]:
 
 def _bytes(code: str) -> NDArray[np.int8]:
     return np.frombuffer(base64.b85decode(code), np.int8)
+
+
+def cosine(code: str, other: str) -> float:
+    """Of two codes of one length."""
+    a_D, b_D = unit(np.stack([_bytes(code), _bytes(other)]))
+    return float(a_D @ b_D)
 
 
 def unit(rows_ND: NDArray[np.int8]) -> Floats:

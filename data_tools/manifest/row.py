@@ -78,18 +78,18 @@ def parse(base: str | Path, where: str, index: int, tree: Mapping[str, Any]) -> 
         raise UserError(f"{where}: needs `media` or a `caption`")
     stem = Path(names[0]).stem if names else f"row{index}"
     return Row(
-        where=where,
+        where=_unicode(where),
         index=index,
         media=_media(base, where, names, _text(where, tree, "sound")),
         captions=captions,
-        source=_text(where, tree, "source") or stem,
+        source=_unicode(_text(where, tree, "source") or stem),
         split=_split(where, tree),
         start_s=start,
         end_s=end,
         has=_has(where, tree),
         meta=_meta(where, tree),
-        language=_text(where, tree, "language"),
-        licence=_text(where, tree, "licence"),
+        language=_unicode(_text(where, tree, "language")),
+        licence=_unicode(_text(where, tree, "licence")),
         transcript=transcript,
     )
 
@@ -157,6 +157,14 @@ def _text(where: str, tree: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def _unicode(text: str) -> str:
+    """Text that UTF-8 can hold: a lone half of a surrogate pair becomes U+FFFD.
+
+    JSON allows such halves, and file names that are not UTF-8 have them.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _split(where: str, tree: Mapping[str, Any]) -> str:
     split = _text(where, tree, "split")
     if split and not (
@@ -173,7 +181,7 @@ def _captions(where: str, tree: Mapping[str, Any]) -> tuple[str, ...]:
     found: Sequence[Any] = [tree.get("caption")] if value is None else value
     if not isinstance(found, list) or not all(c is None or isinstance(c, str) for c in found):
         raise UserError(f"{where}: captions: expected a list of texts, got {found!r}")
-    return tuple(c.strip() for c in found if c and c.strip())
+    return tuple(_unicode(c.strip()) for c in found if c and c.strip())
 
 
 def read_transcript(where: str, tree: Mapping[str, Any]) -> Transcript | None:
@@ -193,7 +201,7 @@ def read_transcript(where: str, tree: Mapping[str, Any]) -> Transcript | None:
             f"got {str(value)[:80]!r}"
         )
     timed = sorted((_word(where, entry) for entry in words), key=lambda word: word[:2])
-    text = " ".join((text or " ".join(word.text for word in timed)).split())
+    text = " ".join(_unicode(text or " ".join(word.text for word in timed)).split())
     return Transcript(text, tuple(timed)) if text else None
 
 
@@ -206,7 +214,7 @@ def _word(where: str, entry: Any) -> Word:
     start, end = (seconds(where, "transcript", time) for time in entry[:2])
     if end < start:
         raise UserError(f"{where}: transcript: {entry[2]!r} ends before it starts: {entry!r}")
-    return Word(start, end, " ".join(entry[2].split()))
+    return Word(start, end, " ".join(_unicode(entry[2]).split()))
 
 
 def _has(where: str, tree: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -47,11 +47,14 @@ def crc32c(data: bytes) -> str:
 
 
 def canonical(record: Mapping[str, Any]) -> bytes:
-    """The one byte string of a json object: sorted keys, no spaces, UTF-8."""
+    """The one byte string of a json object: sorted keys, no spaces, UTF-8.
+
+    Halves of surrogate pairs, as in names of files that are not UTF-8, are escaped.
+    """
     text = json.dumps(
         record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
-    return text.encode()
+    return text.encode(errors="backslashreplace")
 
 
 def seal(record: Mapping[str, Any], members: Mapping[str, bytes]) -> bytes:

@@ -155,7 +155,10 @@ _COLOURS = ("#2f6fde", "#d1495b", "#8d99ae", "#edae49", "#3c896d", "#7b4fa3", "#
 
 
 def lines(drawn: Mapping[str, Any], size: tuple[int, int] = (560, 240)) -> str:
-    """`results.plot` as inline SVG with a legend; places are evenly spaced, gaps stay open."""
+    """`results.plot` as inline SVG with a legend; places are evenly spaced, gaps stay open.
+
+    Values at places with names, which have no order, are points that no line joins.
+    """
     width, height = size
     named = {
         name: [float("nan") if v is None else v for v in ys] for name, ys in drawn["lines"].items()
@@ -176,10 +179,11 @@ def lines(drawn: Mapping[str, Any], size: tuple[int, int] = (560, 240)) -> str:
         colour = _COLOURS[k % len(_COLOURS)]
         py = down - scaled(np.nan_to_num(ys), low, high) * (down - up)
         there = [(a, b) for a, b, v in zip(px, py, ys, strict=False) if np.isfinite(v)]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
+        if not any(isinstance(x, str) for x in drawn["x"]):
+            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            )
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in there]
         y = up + 16 * k
         parts.append(f'<rect x="{right + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')

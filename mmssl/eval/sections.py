@@ -365,6 +365,7 @@ def facts(found: Results) -> str:
         ("run folder", lookup(found, "run.folder")),
         ("config digest", lookup(found, "run.config")),
         ("checkpoint", lookup(found, "checkpoint.sha256")),
+        ("options", _pairs(found.get("options"))),
         ("test data", lookup(found, "data.folder")),
         ("manifest", lookup(found, "data.manifest_sha256")),
         ("clips by kind", _pairs(lookup(found, "data.kinds"))),

@@ -184,6 +184,47 @@ def test_errors(made, corpus, tmp_path, capsys):
     assert "1 of 1 clips" in capsys.readouterr().out
 
 
+def test_names_and_captions_that_utf8_cannot_hold(tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    name = os.fsdecode(b"caf\xe9")
+    data = write_media(None, noises(0, 0.5), container="wav", audio_codec="pcm_s16le")
+    (media / f"{name}.wav").write_bytes(data)
+    (media / "<i>plain.wav").write_bytes(data)
+    tree = audit(str(media), tmp_path / "out")
+    assert (tree["clips"], tree["flags"]["duplicate"]) == (2, 1)
+    (kept,) = read_rows(tmp_path / "out" / "kept.jsonl")
+    assert kept.media.name == "<i>plain.wav"
+    rows = [{"media": f"media/{name}.wav", "caption": "<b>half \ud800 of a pair"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    audit(str(tmp_path / "rows.jsonl"), tmp_path / "audit")
+    (kept,) = read_rows(tmp_path / "audit" / "kept.jsonl")
+    assert (kept.media.name, kept.captions) == (f"{name}.wav", ("<b>half \ufffd of a pair",))
+    page = (tmp_path / "audit" / "audit.html").read_text()
+    assert "&lt;b&gt;half \ufffd of a pair" in page
+    assert "<b>half" not in page
+    (report,) = make_shards(tmp_path / "audit" / "kept.jsonl", tmp_path / "shards")
+    assert (report.samples, report.quarantined) == (1, 0)
+
+
+def test_pipes_and_damaged_measurements(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    lines = [{"media": "pipe.mp4"}, {"caption": "a"}, {"caption": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    tree = audit(str(tmp_path / "rows.jsonl"), out)
+    assert tree["damaged"] == {"file": 1}
+    log = out / "measured.jsonl"
+    whole = log.read_bytes()
+    head, first, second, third = whole.splitlines(keepends=True)
+    log.write_bytes(head + first + b"\0" * (len(second) - 1) + b"\n" + third)
+    audit(str(tmp_path / "rows.jsonl"), out)
+    assert log.read_bytes() == whole
+    log.write_bytes(b"no log\n" + whole)
+    with pytest.raises(UserError, match="choose another --out or remove the file"):
+        audit(str(tmp_path / "rows.jsonl"), out)
+
+
 def test_single_frame_and_text_only_page(tmp_path):
     (tmp_path / "one.mp4").write_bytes(write_media(moving_frames(1)))
     tree = audit(str(tmp_path), tmp_path / "out")

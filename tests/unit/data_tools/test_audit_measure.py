@@ -12,8 +12,8 @@ from media_files import click_wave, flash_frames, moving_frames, tone, write_med
 from data_tools.audit_clip import measure
 from data_tools.audit_pictures import Pictures, av_offset
 from data_tools.audit_sound import Sounds
-from data_tools.audit_summary import SAME_PICTURES, SAME_SOUND, flags_of
-from data_tools.near import groups, near_pairs
+from data_tools.audit_summary import SAME_PICTURES, SAME_SOUND, find_duplicates, flags_of
+from data_tools.near import code_of, groups, near_pairs
 from mmssl.data.integrity import DamagedSampleError
 from mmssl.types import Sample
 
@@ -73,6 +73,35 @@ def test_silence_and_clipping():
     assert (nothing["loudness_lufs"], nothing["peak_dbfs"]) == (None, None)
     assert "audio_code" not in nothing
     assert flags_of(nothing) == ["silent"]
+
+
+def test_samples_that_are_not_finite_and_sounds_of_a_few_milliseconds():
+    wave = sine(0.5, 16000, -20).astype("f4")
+    for bad in (np.inf, np.nan):
+        wave[1000] = bad
+        data = write_media(None, wave, container="wav", audio_codec="pcm_f32le")
+        with pytest.raises(DamagedSampleError, match="not finite"):
+            measured(data, "sound")
+    for count in (40, 200):
+        found = measured(wav(sine(count / 16000, 16000, -20), 16000), "sound")
+        assert found["audio_s"] == pytest.approx(count / 16000)
+        assert "audio_code" not in found
+
+
+def test_stream_that_changes_its_channels_and_rate():
+    parts = [
+        write_media(None, wave.astype("f4"), container="adts", rate=rate, audio_codec="aac")
+        for rate, wave in (
+            (16000, sine(3, 16000, -20)),
+            (16000, np.stack([sine(3, 16000, -20)] * 2)),
+            (32000, sine(3, 32000, -20)),
+        )
+    ]
+    alone = measured(parts[0], "sound")
+    found = measured(b"".join(parts), "sound")
+    assert found["audio_s"] == pytest.approx(9, abs=0.3)  # with the encoder's padding
+    louder = 10 * math.log10((1 + 2 + 1) / 3)  # the energies of channels add up
+    assert found["loudness_lufs"] == pytest.approx(alone["loudness_lufs"] + louder, abs=0.2)
 
 
 def test_still_black_and_moving():
@@ -224,6 +253,34 @@ def test_search_for_pairs_is_exact_enough_and_not_quadratic():
     assert set(found) <= wanted
     assert len(found) >= 0.98 * len(wanted)
     assert 0 < faiss.cvar.indexIVF_stats.ndis < 0.15 * 6300**2
+
+
+def coded(*clips):
+    """(sound, pictures, seconds) as measurements; equal numbers have equal codes, 0 has none."""
+    rng = np.random.default_rng(0)
+    kinds = {"audio_code": ((1, 32, 64), (16, 32)), "video_code": ((8, 32, 32), (8, 8))}
+    books = [
+        ["", *(code_of(rng.normal(0, 20, shape).astype("f4"), keep) for _ in range(3))]
+        for shape, keep in kinds.values()
+    ]
+    return [
+        {"number": n, "duration_s": s, "audio_code": books[0][a], "video_code": books[1][v]}
+        for n, (a, v, s) in enumerate(clips)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clips", "same"),
+    [
+        ([(1, 1, 5), (1, 2, 5), (1, 2, 5)], [[1, 2]]),  # a jingle before three films
+        ([(1, 1, 5), (2, 2, 5), (1, 2, 5), (1, 2, 5)], [[2, 3]]),
+        ([(1, 1, 5), (1, 0, 5), (1, 0, 5)], [[1, 2]]),  # with and without pictures
+        ([(1, 0, 9), (1, 0, 5), (1, 0, 9), (1, 0, 5)], [[0, 2], [1, 3]]),  # steady sounds
+        ([(1, 1, 5), (1, 2, 5), (2, 1, 5), (1, 0, 5), (0, 1, 5)], []),
+    ],
+)
+def test_copies_among_clips_that_share_one_modality(clips, same):
+    assert find_duplicates(coded(*clips)).clips == same
 
 
 def test_groups():

@@ -79,6 +79,18 @@ def test_offsets_and_index(folder):
     assert any("unreadable" in text for _, _, text in check_folder(folder).damages)
 
 
+def test_end_of_the_last_sample(folder):
+    """Training takes it from the offsets, too."""
+    patch(folder / "shard-000000.tar.idx", lambda raw: raw.__setitem__(slice(-8, None), bytes(8)))
+    damages = [(shard, place) for shard, place, _ in check_folder(folder).damages]
+    assert damages == [("shard-000000.tar.idx", "offsets")]
+
+
+def test_signs_of_addresses_in_the_name_of_a_folder(folder):
+    strange = folder.rename(folder.with_name("100%41 #1?"))
+    assert check_folder(strange).damages == []
+
+
 def test_order_of_rows(folder):
     patch(folder / "shard-000000.tar", swap)
     assert any("row number 0 after 1" in text for _, _, text in check_folder(folder).damages)
@@ -98,6 +110,7 @@ def test_key_in_two_shards(folder):
         "UPDATE samples SET byte_offset = byte_offset + 512 WHERE sample_index = 1",
         "UPDATE samples SET tar_file_id = 1 - tar_file_id",
         "UPDATE sample_parts SET content_byte_size = content_byte_size - 1 WHERE part_name = 'txt'",
+        "UPDATE samples SET tar_file_id = 2 WHERE tar_file_id = 1",
         "DELETE FROM sample_parts WHERE part_name = 'json' AND sample_index = 0",
     ],
 )

@@ -128,6 +128,19 @@ def test_command_writes_scores_and_a_manifest(halves, tmp_path, capsys):
     assert all(row.media.is_file() and row.meta["similarity"] >= least for row in rows)
 
 
+def test_without_rows_no_manifest_of_an_earlier_choice_stays(halves, tmp_path, capsys):
+    vectors_of_shards = tmp_path / "vectors"
+    x = np.eye(4, dtype="f4")
+    vectors(vectors_of_shards, tmp_path / "shards", [f"k-{k}" for k in range(4)], x, x)
+    (tmp_path / "kept.jsonl").write_text("old\n")
+    words = [str(vectors_of_shards), "--out", str(tmp_path), "--keep", "0.01"]
+    assert tool.main([*words, "--by", "similarity"]) == 0
+    told = capsys.readouterr().out
+    assert "1 of 4 clips" in told
+    assert "--manifest" in told
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
 def test_vectors_of_a_run(tmp_path):
     """From `mmssl embed` to a manifest; the score is the cosine of the vectors themselves."""
     (tmp_path / "media").mkdir()
@@ -163,6 +176,8 @@ def test_errors(halves, tmp_path, capsys):
         choose(audio, video, "similarity", 0.5, [4])
     assert tool.main([str(halves / "vectors"), "--out", str(tmp_path), "--keep", "0"]) == 2
     assert "--keep 0" in capsys.readouterr().err
+    assert tool.main([str(halves / "vectors"), "--out", str(tmp_path), "--keep", "inf"]) == 2
+    assert "--keep inf" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text('{"media": "elsewhere.mp4"}\n')
     words = [str(halves / "vectors"), "--out", str(tmp_path), "--keep", "9", "--by", "similarity"]
     assert tool.main([*words, "--manifest", str(tmp_path / "rows.jsonl")]) == 2

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmssl.eval import pictures
 from mmssl.eval.album import Album, Film, spectrogram
-from mmssl.eval.sections import read_log
+from mmssl.eval.sections import facts, read_log
 
 
 def decoded(uri):
@@ -111,3 +111,16 @@ def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
     path.write_text('{"step"\n{"step": 2}\n')
     with pytest.raises(ValueError, match="Expecting"):
         read_log(path)
+
+
+def test_lines_join_numbers_but_not_names():
+    drawn = {"title": "a", "x_name": "k", "x": [1, 5], "lines": {"one": [0.5, None], "two": [0, 1]}}
+    picture = pictures.lines(drawn)
+    assert (picture.count("<polyline"), picture.count("<circle")) == (2, 3)
+    picture = pictures.lines(drawn | {"x": ["<purity", "pnmi"]})
+    assert (picture.count("<polyline"), picture.count("<circle")) == (0, 3)
+    assert "&lt;purity" in picture
+
+
+def test_facts_tell_what_was_asked():
+    assert "label class, clusters 50" in facts({"options": {"label": "class", "clusters": 50}})
