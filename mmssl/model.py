@@ -161,7 +161,10 @@ class Model(nn.Module):
         """
         out: dict[str, ParamPolicy] = {}
         steady = {
-            id(p) for m in self.modules() if getattr(m, "constant_lr", False) for p in m.parameters()
+            id(p)
+            for m in self.modules()
+            if getattr(m, "constant_lr", False)
+            for p in m.parameters()
         }
         for name, parameter in self.named_parameters():
             scale, frozen = self._policy.get(name, (1.0, False))

@@ -237,7 +237,7 @@ def make_augments(run: RunSpec, towers: Mapping[str, AnyTower]) -> dict[str, Spe
         shapes = {data_shape(n, v) for n, v in run.views.items() if v.tower_name == name}
         if len(shapes) > 1:
             raise UserError(
-                f"towers.{name}.augment: its views have lengths of {sorted(s for s, in shapes)} "
+                f"towers.{name}.augment: its views have lengths of {sorted(s for (s,) in shapes)} "
                 "samples; give them one crop_s"
             )
         (samples,) = shapes.pop()

@@ -16,11 +16,16 @@ from mmssl.specs import Modality, SpaceSpec
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens, UserError
 
-POOLINGS = ("mean", "max", "mean_max", "peaks")  # beside the tower's global tokens, and `steps` in spaces
+POOLINGS = (
+    "mean",
+    "max",
+    "mean_max",
+    "peaks",
+)  # beside the tower's global tokens, and `steps` in spaces
 
 
 def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
-    """(P, D) by a global token's name, `mean`, `max`, `mean_max` or `peaks`; (P, steps, D) by `steps`.
+    """(P, D) by a global token's name or a pooling; (P, steps, D) by `steps`.
 
     `mean_max` is the sum of both (BYOL-A); `peaks` the mean over time of the strongest cell of each
     step.

@@ -224,15 +224,15 @@ class SiameseSpec(Spec):
     projector: MLPSpec
     predictor: MLPSpec | None = None
     decay: Number | None = None
-    objective: Annotated[
-        CosineSpec | QueueSpec | CrossCorrelationSpec, Field(discriminator="kind")
-    ]
+    objective: Annotated[CosineSpec | QueueSpec | CrossCorrelationSpec, Field(discriminator="kind")]
     weight: Number = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> SiameseSpec:
         if self.between[0] == self.between[1]:
-            raise ValueError("`between` needs two views: a second one of the same clips, or modality")
+            raise ValueError(
+                "`between` needs two views: another cut of the clip, or modality"
+            )
         predictor, width = self.predictor, self.projector.widths[-1]
         if isinstance(self.objective, CrossCorrelationSpec):
             if predictor is not None or self.decay is not None:

@@ -1,4 +1,4 @@
-"""`siamese`: two views of a row, a target that is a constant or a correlation, no other rows' views.
+"""`siamese`: two views of a row that predict each other, or correlate, over the rows of a batch.
 
 Hosts BYOL(-A), SimSiam, MoCo v2 and Barlow Twins; with views of two modalities the same methods
 relate sound, pictures and text. Letters: B rows of this rank, D width of a projection, K entries of
@@ -26,6 +26,7 @@ from mmssl.targets.teacher import Teacher
 from mmssl.tasks.base import Task
 from mmssl.towers import AnyTower, Passes, Tower, spread
 from mmssl.types import Batch, Term
+
 
 class Branch(nn.Module):
     """Towers, by name, with their projectors and a trunk they may share."""
@@ -134,9 +135,7 @@ class Siamese(Task):
         valid_BK = batch.source_B[:, None] != queue.source_K
         loss_B = queue_nce(z_BD, target_BD, queue.rows_K, objective.temperature, valid_BK)
         if self.training:
-            queue.offer(
-                F.normalize(target_BD, dim=-1), batch.source_B, both_B, passes.position
-            )
+            queue.offer(F.normalize(target_BD, dim=-1), batch.source_B, both_B, passes.position)
         return loss_B
 
 

@@ -75,9 +75,7 @@ def color_jitter(
     return x.permute(0, 2, 3, 1)
 
 
-def grayscale(
-    frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2
-) -> Tensor:
+def grayscale(frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2) -> Tensor:
     """Take the colours away."""
     if torch.rand((), generator=generator).item() >= probability:
         return frames_THWC

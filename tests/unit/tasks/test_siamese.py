@@ -187,7 +187,9 @@ def test_the_target_network_is_a_moving_average_with_statistics_of_its_own_batch
             p.add_(0.5)
     model.after_step(0, 10)
     for name, p in trained.items():
-        torch.testing.assert_close(twin.get_buffer(name), 0.9 * start[name] + 0.1 * p, atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            twin.get_buffer(name), 0.9 * start[name] + 0.1 * p, atol=1e-7, rtol=0
+        )
     assert all(m.training for m in twin.modules() if "Norm" in type(m).__name__)
     assert not any(m.training for m in model.eval().tasks["s"].teacher.twin.modules())
 
