@@ -141,8 +141,10 @@ class View:
     labels: dict[str, FrameLabels] = field(default_factory=dict)
 
 
-_COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
-_COLUMNS += ("signal",)
+_COLUMNS = (
+    *("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P"),
+    "signal",
+)
 
 
 @dataclass

@@ -230,9 +230,7 @@ class SiameseSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> SiameseSpec:
         if self.between[0] == self.between[1]:
-            raise ValueError(
-                "`between` needs two views: another cut of the clip, or modality"
-            )
+            raise ValueError("`between` needs two views: another cut of the clip, or modality")
         predictor, width = self.predictor, self.projector.widths[-1]
         if isinstance(self.objective, CrossCorrelationSpec):
             if predictor is not None or self.decay is not None:
@@ -246,8 +244,8 @@ class SiameseSpec(Spec):
             raise ValueError(f"`{self.objective.kind}` collapses without a `predictor`: give one")
         if predictor is not None and predictor.widths[-1] != width:
             raise ValueError(
-                f"the `predictor` ends at width {predictor.widths[-1]}, the `projector` at {width}; "
-                "make them equal"
+                f"the `predictor` ends at width {predictor.widths[-1]}, the `projector` at {width}; make "
+                "them equal"
             )
         return self
 

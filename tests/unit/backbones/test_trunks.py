@@ -53,16 +53,16 @@ def test_resnet_equals_torchvision(stride):
 
 
 def test_resnet_50_equals_torchvision_and_may_start_its_branches_at_zero():
-    net = ResNet50(3).eval()
-    reference = torchvision.models.resnet50(weights=None).eval()
+    net = ResNet50(3).double().eval()
+    reference = torchvision.models.resnet50(weights=None).double().eval()
     names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
     parts = torch.nn.Sequential(*(getattr(reference, name) for name in names))
     state = net.features.state_dict()
     parts.load_state_dict({k: v.reshape(parts.state_dict()[k].shape) for k, v in state.items()})
-    x = torch.randn(2, 3, 64, 96)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     tokens, grid = net(x)
     assert grid == (2, 3)
-    torch.testing.assert_close(tokens, parts(x).flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tokens, parts(x).flatten(2).transpose(1, 2), atol=1e-9, rtol=1e-9)
     zero = ResNet50(3, zero_init=True).features
     assert not any(block.bn3.weight.any() for layer in zero[4:] for block in layer)
 
