@@ -244,8 +244,8 @@ class SiameseSpec(Spec):
             raise ValueError(f"`{self.objective.kind}` collapses without a `predictor`: give one")
         if predictor is not None and predictor.widths[-1] != width:
             raise ValueError(
-                f"the `predictor` ends at width {predictor.widths[-1]}, the `projector` at {width}; make "
-                "them equal"
+                f"the `predictor` ends at width {predictor.widths[-1]}, the `projector` at "
+                f"{width}; make them equal"
             )
         return self
 
