@@ -15,14 +15,17 @@ from mmssl.specs.heads import (
     MapSpec,
     MatchMapSpec,
     MatchScoreSpec,
+    MLPSpec,
     ScoreSpec,
     SpaceSpec,
 )
 from mmssl.specs.networks import (
+    BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
     EfficientNetSpec,
     ResNet18Spec,
+    ResNet50Spec,
     ResNetSpec,
     S3DGSpec,
     SpeechConvSpec,
@@ -55,6 +58,8 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    CosineSpec,
+    CrossCorrelationSpec,
     FutureSpec,
     InfoNCESpec,
     LabelSpec,
@@ -65,6 +70,8 @@ from mmssl.specs.tasks import (
     PairObjective,
     PairSpec,
     PairsSpec,
+    QueueSpec,
+    SiameseSpec,
     SigmoidSpec,
     TaskSpec,
     TripletSpec,
@@ -86,6 +93,7 @@ from mmssl.specs.towers import (
     PatchSpec,
     PointwiseSpec,
     PositionSpec,
+    SpectrumAugmentSpec,
     SpectrumSpec,
     StemSpec,
     SummedSpec,

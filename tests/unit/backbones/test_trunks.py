@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from mmssl.backbones.convnets import MapBatchNorm
-from mmssl.backbones.trunks import VGG16, ResNet18, SpeechConv
+from mmssl.backbones.trunks import VGG16, ResNet18, ResNet50, SpeechConv
 from mmssl.specs import SpeechConvSpec
 from mmssl.types import UserError
 
@@ -20,6 +20,7 @@ def test_published_grids():
     assert ResNet18(3, 16).grid((1, 224, 224)) == (1, 14, 14)
     assert VGG16(3).grid((1, 224, 224)) == (1, 14, 14)
     assert ResNet18(3).width == VGG16(3).width == 512
+    assert (ResNet50(3).grid((1, 224, 224)), ResNet50(3).width) == ((1, 7, 7), 2048)
     assert VGG16(3, outputs=1024).width == 1024
     # matchmaps: 16 frames of 10 ms per step, each of which sees 265
     matchmaps = SpeechConv()
@@ -49,6 +50,21 @@ def test_resnet_equals_torchvision(stride):
         want = torch.nn.Sequential(*[getattr(reference, name) for name in names])(x)
         torch.testing.assert_close(tokens, want.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
     assert all(isinstance(m, MapBatchNorm) for m in net.modules() if "BatchNorm" in str(type(m)))
+
+
+def test_resnet_50_equals_torchvision_and_may_start_its_branches_at_zero():
+    net = ResNet50(3).double().eval()
+    reference = torchvision.models.resnet50(weights=None).double().eval()
+    names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    parts = torch.nn.Sequential(*(getattr(reference, name) for name in names))
+    state = net.features.state_dict()
+    parts.load_state_dict({k: v.reshape(parts.state_dict()[k].shape) for k, v in state.items()})
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    tokens, grid = net(x)
+    assert grid == (2, 3)
+    torch.testing.assert_close(tokens, parts(x).flatten(2).transpose(1, 2), atol=1e-9, rtol=1e-9)
+    zero = ResNet50(3, zero_init=True).features
+    assert not any(block.bn3.weight.any() for layer in zero[4:] for block in layer)
 
 
 def test_vgg_equals_torchvision():

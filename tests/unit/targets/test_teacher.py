@@ -77,3 +77,17 @@ def test_a_teacher_never_drops_out():
     assert student.training
     x = torch.randn(2, 5, 16)
     assert torch.equal(holder[1].twin(x)[0], holder[1].twin(x)[0])
+
+
+def test_a_teacher_that_follows_reads_its_own_batch_while_the_model_trains():
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    teacher = Teacher(student, 0.9, follows=True)
+    x = 5 + 3 * torch.randn(64, 3)
+    torch.testing.assert_close(teacher.twin(x).mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    holder = nn.ModuleList([student, teacher])
+    holder.eval()
+    assert float(teacher.twin(x).mean(0).abs().max()) > 0.1
+    holder.train()
+    assert all(part.training for part in teacher.modules())
+    teacher.update(0.5)
+    assert torch.equal(teacher.twin.get_buffer("1.running_mean"), student[1].running_mean)

@@ -15,6 +15,7 @@ class Rule(NamedTuple):
     lr_scale: float = 1.0
     decay: bool = True
     frozen: bool = False
+    constant_lr: bool = False
 
 
 def network() -> nn.Sequential:
@@ -59,7 +60,7 @@ def test_first_step_moves_by_the_scaled_learning_rate() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_learning_rate(optimizer.param_groups, 0.04)
+    set_learning_rate(optimizer.param_groups, 0.04, 0.1)
     optimizer.step()
     moved = [
         float((a - b).detach().mean()) for a, b in zip(before, model.parameters(), strict=True)
@@ -78,3 +79,31 @@ def test_adamw_decays_apart_from_the_gradient_and_adam_within_it() -> None:
         optimizer.step()
         ends[kind] = float(model.weight.detach())
     assert ends == pytest.approx({"adamw": 2.0 * (1 - 0.1 * 0.5), "adam": 2.0 - 0.1})
+
+
+def test_sgd_is_torchs_with_momentum() -> None:
+    ours, theirs = network(), network()
+    theirs.load_state_dict(ours.state_dict())
+    policy = {n: Rule(decay=False) for n, _ in ours.named_parameters()}
+    spec = OptimSpec(kind="sgd", lr=0.1, betas=(0.9, 0.999), weight_decay=0.1)
+    pair = (build_optimizer(ours, policy, spec), torch.optim.SGD(theirs.parameters(), 0.1, 0.9))
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), pair, strict=True):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_parameters_of_constant_rate_stay_at_the_peak() -> None:
+    model = network()
+    policy = {
+        n: Rule(0.5, decay=False, constant_lr=n.startswith("2."))
+        for n, _ in model.named_parameters()
+    }
+    optimizer = build_optimizer(model, policy, OptimSpec(kind="sgd"))
+    set_learning_rate(optimizer.param_groups, 0.01, 0.2)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    found = [rates[id(p)] for p in model.parameters()]
+    assert found == pytest.approx([0.005] * 4 + [0.1] * 2)

@@ -77,6 +77,43 @@ def test_brightness_equals_torchvision():
     assert torch.equal(out, expected.permute(0, 2, 3, 1))
 
 
+def noise(count=2, side=40):
+    return torch.randint(0, 256, (count, side, side, 3), generator=generator(1)).byte()
+
+
+@pytest.mark.parametrize(("name", "share"), [("grayscale", 0.2), ("blur", 0.5), ("solarize", 0.2)])
+def test_changes_of_colour_and_sharpness_happen_as_often_as_published(name, share):
+    changed = sum(
+        not torch.equal(getattr(video, name)(noise(1, 20), generator(seed)), noise(1, 20))
+        for seed in range(300)
+    )
+    assert changed / 300 == pytest.approx(share, abs=0.08)
+    same = getattr(video, name)(noise(), generator(), probability=0.0)
+    assert torch.equal(same, noise())
+
+
+def test_grayscale_has_the_luma_in_all_channels():
+    out = video.grayscale(noise(), generator(), probability=1.0)
+    luma = noise().double() @ torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64)
+    assert float((out - luma[..., None]).abs().max()) <= 1.0
+
+
+def test_blur_is_one_gaussian_of_a_tenth_of_the_height_for_all_frames():
+    spike = torch.zeros(2, 40, 40, 3, dtype=torch.uint8)
+    spike[:, 20, 20] = 255
+    out = video.blur(spike, generator(), sigma=(2.0, 2.0), probability=1.0)
+    assert torch.equal(out[0], out[1])
+    column = out[0, :, 20, 0].double()
+    assert column.nonzero().flatten().tolist() == [18, 19, 20, 21, 22]  # a kernel of 5
+    ratio = float(column[19] / column[20])
+    assert ratio == pytest.approx(torch.tensor(-1 / 8).exp().item(), abs=0.05)
+
+
+def test_solarize_inverts_what_is_bright():
+    out = video.solarize(noise(), generator(), probability=1.0)
+    assert torch.equal(out, torch.where(noise() < 128, noise(), 255 - noise()))
+
+
 def test_fit_refuses_small_frames():
     assert torch.equal(video.fit(ramp(), 0, None), ramp())
     with pytest.raises(UserError, match="12 x 8 cannot be cropped to 9 x 9"):
