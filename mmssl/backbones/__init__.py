@@ -4,6 +4,7 @@ from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
 from mmssl.backbones.trunks import VGG16, ResNet18, SpeechConv
+from mmssl.backbones.waves import SincNet, WaveResNet18
 
 NETWORKS = {
     "conv_av8": ConvAV8,
@@ -11,8 +12,10 @@ NETWORKS = {
     "resnet18": ResNet18,
     "resnet_v2": ResNetV2,
     "s3dg": S3DG,
+    "sincnet": SincNet,
     "speech_conv": SpeechConv,
     "vgg16": VGG16,
+    "wave_resnet18": WaveResNet18,
 }
 
 __all__ = [
@@ -23,5 +26,7 @@ __all__ = [
     "EfficientNetB0",
     "ResNet18",
     "ResNetV2",
+    "SincNet",
     "SpeechConv",
+    "WaveResNet18",
 ]

@@ -14,7 +14,7 @@ from mmssl.build.towers import data_shape, make_joint, make_towers, make_trunk, 
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
-from mmssl.specs import KaldiSpec, RunSpec, SpectrumSpec
+from mmssl.specs import KaldiSpec, RunSpec, SincNetSpec, SpectrumSpec
 from mmssl.types import UserError
 
 __all__ = ["build_model", "data_shape"]
@@ -85,10 +85,12 @@ def _check_names(spec: RunSpec) -> None:
             )
         _check_ids(name, tower, spec)
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
-        rate = found.frontend.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
+        part = found.backbone if isinstance(found.backbone, SincNetSpec) else found.frontend
+        spectrum = spectrum or part is found.backbone
+        rate = part.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:
             raise UserError(
-                f"views.{name}.hz: {view.hz} Hz, but towers.{tower}.frontend.sample_rate is {rate} "
+                f"views.{name}.hz: {view.hz} Hz, but sample_rate of towers.{tower} is {rate} "
                 "Hz; make them equal"
             )
 

@@ -25,8 +25,10 @@ from mmssl.specs.networks import (
     ResNet18Spec,
     ResNetSpec,
     S3DGSpec,
+    SincNetSpec,
     SpeechConvSpec,
     VGG16Spec,
+    WaveResNetSpec,
 )
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.run import (
@@ -55,6 +57,7 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    CriticSpec,
     FutureSpec,
     InfoNCESpec,
     LabelSpec,
@@ -65,6 +68,7 @@ from mmssl.specs.tasks import (
     PairObjective,
     PairSpec,
     PairsSpec,
+    SemiHardSpec,
     SigmoidSpec,
     TaskSpec,
     TripletSpec,

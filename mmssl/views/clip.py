@@ -18,14 +18,18 @@ from mmssl.views import segments, text, video, wave
 from mmssl.views.plan import Cut
 
 WAVE_OPS: dict[str, Callable[..., Tensor]] = {
+    "fade": wave.fade,
     "gain": wave.gain,
     "noise": wave.noise,
     "pitch": wave.pitch,
+    "time_mask": wave.time_mask,
 }
 VIDEO_OPS: dict[str, Callable[..., Tensor]] = {
     "horizontal_flip": video.horizontal_flip,
     "random_resized_crop": video.random_resized_crop,
     "color_jitter": video.color_jitter,
+    "grayscale": video.grayscale,
+    "blur": video.blur,
 }
 OPS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "audio": WAVE_OPS,

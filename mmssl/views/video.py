@@ -75,6 +75,32 @@ def color_jitter(
     return x.permute(0, 2, 3, 1)
 
 
+def grayscale(
+    frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2
+) -> Tensor:
+    """Luminance in all three channels."""
+    if torch.rand((), generator=generator).item() >= probability:
+        return frames_THWC
+    grey: Tensor = F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3)
+    return grey.permute(0, 2, 3, 1)
+
+
+def blur(
+    frames_THWC: Tensor,
+    generator: torch.Generator,
+    probability: float = 0.5,
+    sigma: tuple[float, float] = (0.1, 2.0),
+) -> Tensor:
+    """Gaussian blur with a random deviation in pixels and a kernel of a tenth of the side."""
+    u = torch.rand(2, generator=generator).tolist()
+    if u[0] >= probability:
+        return frames_THWC
+    kernel = min(frames_THWC.shape[1:3]) // 20 * 2 + 1  # SimCLR's 10 %, odd
+    deviation = sigma[0] + (sigma[1] - sigma[0]) * u[1]
+    out: Tensor = F.gaussian_blur(frames_THWC.permute(0, 3, 1, 2), [kernel] * 2, [deviation] * 2)
+    return out.permute(0, 2, 3, 1)
+
+
 def fit(frames_THWC: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """Crop frames to size x size: at the centre or, with a generator, anywhere.
 
