@@ -145,6 +145,13 @@ class TaskBuilder:
                 f"{where}.score: {'form two_n' if two_n else 'semi_hard'} compares unit vectors; "
                 "set score: {kind: dot}"
             )
+        if isinstance(objective, SemiHardSpec) and objective.negative == "mixed":
+            augments = self.spec.views[pair.between[1]].augment
+            if all(a.kind != "mel_mix" for a in augments):
+                raise UserError(
+                    f"{where}.objective.negative: `mixed` needs augmentation mel_mix in "
+                    f"views.{pair.between[1]}"
+                )
         if isinstance(score, FusionSpec) and not isinstance(objective, CriticSpec):
             raise UserError(f"{where}.score: a fusion of two vectors needs objective critic")
         if {*pair.penalties} - {"temperature"} and not is_map:

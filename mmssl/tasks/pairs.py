@@ -40,7 +40,7 @@ from mmssl.specs import (
     SigmoidSpec,
     TripletSpec,
 )
-from mmssl.tasks.base import Impostors, Task, gathered
+from mmssl.tasks.base import Impostors, Task, gathered, mixed_in
 from mmssl.towers import Passes
 from mmssl.types import Batch, Term
 
@@ -111,7 +111,7 @@ class Pairs(Task):
             if isinstance(pair.objective, TripletSpec | CriticSpec):
                 terms[name] = self._with_impostors(name, a, b, batch)
             elif isinstance(pair.objective, SemiHardSpec):
-                terms |= self._mined(name, a, b)
+                terms |= self._mined(name, a, b, batch)
             else:
                 terms[name] = self._term(name, a, b)
             terms |= self._penalties(name, a[0], b, batch)
@@ -204,10 +204,22 @@ class Pairs(Task):
         excess = (false - own_B + objective.margin for false in (false_a, false_b))
         return _mean_term(sum(e.clamp(min=0) for e in excess), found_a & found_b)
 
-    def _mined(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side]) -> dict[str, Term]:
-        """Triplets with a mined negative, and the watched shares."""
-        objective = self.pairs[name].objective
+    def _mined(
+        self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], batch: Batch
+    ) -> dict[str, Term]:
+        """Triplets with a mined negative, or the one that is mixed in, and the watched shares."""
+        objective, score = self.pairs[name].objective, self.scores[name]
         assert isinstance(objective, SemiHardSpec)
+        if objective.negative == "mixed":
+            index, found = mixed_in(batch, self.pairs[name].between[1])
+            own_B = score.pairs(a[0].parts, b[0].parts)  # type: ignore[operator]
+            false_B = score.pairs(a[0].parts, tuple(p[index] for p in a[1].parts))  # type: ignore[operator]
+            loss_B = (2 * (false_B - own_B) + objective.margin).clamp(min=0)
+            found = found & a[0].rows.present
+            return {
+                name: _mean_term(loss_B, found),
+                f"{name}.active": _mean_term((loss_B > 0).to(loss_B), found),
+            }
 
         def columns(rows: slice) -> Tensor:
             query = a[0][rows]

@@ -78,27 +78,38 @@ def color_jitter(
 def grayscale(
     frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2
 ) -> Tensor:
-    """Luminance in all three channels."""
+    """Take the colours away."""
     if torch.rand((), generator=generator).item() >= probability:
         return frames_THWC
-    grey: Tensor = F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3)
-    return grey.permute(0, 2, 3, 1)
+    return F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1)
 
 
 def blur(
     frames_THWC: Tensor,
     generator: torch.Generator,
-    probability: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
+    probability: float = 0.5,
 ) -> Tensor:
-    """Gaussian blur with a random deviation in pixels and a kernel of a tenth of the side."""
+    """Gaussian blur of random width, in pixels, by a kernel of a tenth of the height (SimCLR)."""
     u = torch.rand(2, generator=generator).tolist()
     if u[0] >= probability:
         return frames_THWC
-    kernel = min(frames_THWC.shape[1:3]) // 20 * 2 + 1  # SimCLR's 10 %, odd
-    deviation = sigma[0] + (sigma[1] - sigma[0]) * u[1]
-    out: Tensor = F.gaussian_blur(frames_THWC.permute(0, 3, 1, 2), [kernel] * 2, [deviation] * 2)
+    kernel = frames_THWC.shape[1] // 20 * 2 + 1
+    width = sigma[0] + (sigma[1] - sigma[0]) * u[1]
+    out: Tensor = F.gaussian_blur(frames_THWC.permute(0, 3, 1, 2), [kernel] * 2, [width] * 2)
     return out.permute(0, 2, 3, 1)
+
+
+def solarize(
+    frames_THWC: Tensor,
+    generator: torch.Generator,
+    threshold: int = 128,
+    probability: float = 0.2,
+) -> Tensor:
+    """Invert the values from `threshold` on (BYOL)."""
+    if torch.rand((), generator=generator).item() >= probability:
+        return frames_THWC
+    return torch.where(frames_THWC >= threshold, 255 - frames_THWC, frames_THWC)
 
 
 def fit(frames_THWC: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
