@@ -38,7 +38,7 @@ def critic_loss(
         return F.softplus(-own_P) + F.softplus(false_P)
     total = torch.logsumexp(wide(false_G).masked_fill(~rows_G, -math.inf), 0)
     if bound == "mine":
-        return total - rows_G.sum().clamp(min=1).log() - own_P
+        return total - rows_G.sum().clamp(min=1).to(total).log() - own_P
     return torch.logaddexp(own_P, total) - own_P
 
 
