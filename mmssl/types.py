@@ -141,7 +141,16 @@ class View:
     labels: dict[str, FrameLabels] = field(default_factory=dict)
 
 
-_COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
+_COLUMNS: tuple[str, ...] = (
+    "data",
+    "lengths_P",
+    "rows_P",
+    "slots_P",
+    "seeds_P",
+    "start_s_P",
+    "split_P",
+    "order_P",
+)
 _COLUMNS += ("signal",)
 
 

@@ -182,7 +182,10 @@ def compared() -> dict[str, Any]:
     pairs = {
         "two_n": {"objective": {"kind": "info_nce", "form": "two_n", "temperature": 0.5}},
         "mined": {"objective": {"kind": "semi_hard", "margin": 0.5}},
-        **{b: {**critic, "objective": {"kind": "critic", "bound": b}} for b in ("bce", "mine", "nce")},
+        **{
+            b: {**critic, "objective": {"kind": "critic", "bound": b}}
+            for b in ("bce", "mine", "nce")
+        },
     }
     towers = {name: TREE["towers"][name] for name in ("video", "audio")}
     return {

@@ -33,9 +33,9 @@ class TimeNorm(nn.Module):
 class SincNet(nn.Module):
     """SincNet (Ravanelli and Bengio 2018) and linear layers on chunks of a waveform (LIM, 2019).
 
-    Sinc filters and their absolute value, two convolutions of 60 channels and 5 taps, each followed
-    by a max-pool of 3, a norm over time and leaky ReLU; then linear layers with batch norm and leaky
-    ReLU. A token is one chunk of `samples`, every `shift` samples.
+    Sinc filters and their absolute value, two convolutions of 60 channels and 5 taps, each
+    followed by a max-pool of 3, a norm over time and leaky ReLU; then linear layers with batch norm
+    and leaky ReLU. A token is one chunk of `samples`, every `shift` samples.
 
     widths: of the linear layers; the last is the width of a token.
     """

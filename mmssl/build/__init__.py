@@ -87,7 +87,9 @@ def _check_names(spec: RunSpec) -> None:
         _check_ids(name, tower, spec)
         front = found.frontend
         if mel.chosen(view.augment) and view.crop_s <= 0:
-            raise UserError(f"views.{name}.crop_s: {mel.chosen(view.augment)[0].kind} needs seconds")
+            raise UserError(
+                f"views.{name}.crop_s: {mel.chosen(view.augment)[0].kind} needs seconds"
+            )
         if mel.chosen(view.augment) and (front.kind != "log_mel" or front.log != "ln_eps"):
             raise UserError(
                 f"views.{name}.augment: {mel.chosen(view.augment)[0].kind} changes mel energies, "

@@ -1,6 +1,7 @@
 """`pairs`: embed named views, score chosen pairs, apply a contrastive objective.
 
-Hosts COLA, SimCLR, CLAR, LIM, TRILL, MMV, VATT, CLAP, DAVEnet, matchmaps, EZ-VSL and the flagship's global and dense terms.
+Hosts COLA, SimCLR, CLAR, LIM, TRILL, MMV, VATT, CLAP, DAVEnet, matchmaps, EZ-VSL and the
+flagship's global and dense terms.
 Letters: B rows of this rank, G rows of all ranks, L slots of a row, D width of a space, Q and C the
 queries and candidates of one block of scores.
 
@@ -43,7 +44,6 @@ from mmssl.specs import (
 from mmssl.tasks.base import Impostors, Task, gathered, mixed_in
 from mmssl.towers import Passes
 from mmssl.types import Batch, Term
-
 
 WATCHED = ("active", "semi_hard")  # terms of mined triplets without weight
 

@@ -64,7 +64,8 @@ class Lars(torch.optim.SGD):
 
 
 def _square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
 
 
 def layout_of(zero: Any, stage: int) -> dict[Tensor, Pieces]:

@@ -54,7 +54,9 @@ def check_views(specs: dict[str, ViewSpec]) -> None:
             where = f"views.{name}.augment[{i}]"
             on_mel = spec.modality == "audio" and augment.kind in mel.OPS
             if augment.kind not in table and not on_mel:
-                known = ", ".join([*table, *(mel.OPS if spec.modality == "audio" else ())]) or "none"
+                known = (
+                    ", ".join([*table, *(mel.OPS if spec.modality == "audio" else ())]) or "none"
+                )
                 raise UserError(
                     f"{where}: no {spec.modality} augmentation {augment.kind!r} (known: {known})"
                 )

@@ -75,13 +75,12 @@ def color_jitter(
     return x.permute(0, 2, 3, 1)
 
 
-def grayscale(
-    frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2
-) -> Tensor:
+def grayscale(frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2) -> Tensor:
     """Take the colours away."""
     if torch.rand((), generator=generator).item() >= probability:
         return frames_THWC
-    return F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1)
+    out: Tensor = F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3)
+    return out.permute(0, 2, 3, 1)
 
 
 def blur(

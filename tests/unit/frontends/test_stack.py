@@ -10,7 +10,14 @@ from mmssl.frontends.spectra import SpectrumParams
 from mmssl.frontends.stack import SpectrumStack
 
 PARAMS = SpectrumParams(
-    n_fft=2048, win=2048, hop=128, n_mels=128, f_min=40, f_max=8000, mel_scale="slaney", mel_norm="slaney"
+    n_fft=2048,
+    win=2048,
+    hop=128,
+    n_mels=128,
+    f_min=40,
+    f_max=8000,
+    mel_scale="slaney",
+    mel_norm="slaney",
 )
 TIME = torch.arange(16000) / 16000
 
@@ -46,7 +53,14 @@ def test_the_third_picture_is_torchaudios_mel_in_decibels():
     g = torch.Generator().manual_seed(0)
     wave = 0.1 * torch.randn(1, 16000, generator=g)
     mel = torchaudio.transforms.MelSpectrogram(
-        16000, 2048, hop_length=128, f_min=40, f_max=8000, n_mels=128, norm="slaney", mel_scale="slaney"
+        16000,
+        2048,
+        hop_length=128,
+        f_min=40,
+        f_max=8000,
+        n_mels=128,
+        norm="slaney",
+        mel_scale="slaney",
     )(wave)[0].T
     want = 10 * mel.clamp(min=1e-5).log10() - 10
     torch.testing.assert_close(SpectrumStack(PARAMS)(wave)[0, 2], want, atol=1e-4, rtol=1e-4)

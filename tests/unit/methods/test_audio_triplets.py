@@ -114,8 +114,13 @@ def test_mel_energies_need_a_logarithm_that_can_be_taken_back():
     with pytest.raises(UserError, match="compares unit vectors"):
         small_model(small(TRILL, "tasks.trill.pairs.time.score={kind: bilinear}"))
     with pytest.raises(UserError, match="needs objective critic"):
-        small_model(small(TRILL, "tasks.trill.pairs.time.score={kind: fusion}",
-                          "tasks.trill.pairs.time.objective={kind: info_nce, margin: null}"))
+        small_model(
+            small(
+                TRILL,
+                "tasks.trill.pairs.time.score={kind: fusion}",
+                "tasks.trill.pairs.time.objective={kind: info_nce, margin: null}",
+            )
+        )
 
 
 # ---------------------------------------------------------------- the toy set
@@ -131,7 +136,7 @@ SMALL_NETWORK = (
 
 
 def toy_batch(clips: Tensor, seed: int) -> Batch:
-    """Windows of clips with a constant pitch each, and words (vowels in a random order) of their own."""
+    """Windows of clips that have a pitch each, and speak in their own random timbres."""
     g = torch.Generator().manual_seed(seed)
     pitch = 100 * 6 ** (clips.double() / CLIPS)
     views = {}
@@ -140,14 +145,17 @@ def toy_batch(clips: Tensor, seed: int) -> Batch:
         place = torch.arange(SAMPLES) // (SAMPLES // 6)
         time = torch.arange(SAMPLES).double() / HZ
         wave = sum(
-            strength[:, place.clamp(max=5), n] * torch.sin(2 * math.pi * (n + 1) * pitch[:, None] * time)
+            strength[:, place.clamp(max=5), n]
+            * torch.sin(2 * math.pi * (n + 1) * pitch[:, None] * time)
             for n in range(6)
         )
         wave = (0.1 * wave).float() + 0.01 * torch.randn(len(clips), SAMPLES, generator=g)
         rows = torch.arange(len(clips))
         zeros, one = torch.zeros_like(rows), torch.ones(len(clips), 1, dtype=torch.bool)
         start = torch.zeros(len(clips))
-        views[name] = ViewBatch("audio", wave, zeros + SAMPLES, rows, zeros, rows, start, one, float(HZ))
+        views[name] = ViewBatch(
+            "audio", wave, zeros + SAMPLES, rows, zeros, rows, start, one, float(HZ)
+        )
     rows = torch.arange(len(clips))
     return Batch(views, [str(i) for i in rows], clips.clone(), zeros, rows, [{}] * len(clips))
 

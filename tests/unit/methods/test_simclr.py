@@ -22,7 +22,9 @@ SHARED = (
 def flat(model, batch):
     """(2B, D) unit vectors, first the one side, then the other."""
     z = model.tasks["simclr"].vectors(model.passes(batch))
-    return torch.cat([F.normalize(z[view, "z"][0][:, 0], dim=1) for view in ("one", "two")]).detach()
+    return torch.cat(
+        [F.normalize(z[view, "z"][0][:, 0], dim=1) for view in ("one", "two")]
+    ).detach()
 
 
 def nt_xent(z_ND, temperature):

@@ -112,7 +112,9 @@ def test_the_loss_is_torchs_with_squared_distances():
     for i in range(16):
         others = [j for j in range(16) if j != i]
         farther = [j for j in others if d[i, j] > d[i, i]]
-        chosen.append(min(farther, key=lambda j: d[i, j]) if farther else max(others, key=lambda j: d[i, j]))
+        chosen.append(
+            min(farther, key=lambda j: d[i, j]) if farther else max(others, key=lambda j: d[i, j])
+        )
     reference = torch.nn.TripletMarginWithDistanceLoss(
         distance_function=lambda x, y: (x - y).square().sum(1), margin=0.2, reduction="none"
     )

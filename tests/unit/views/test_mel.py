@@ -17,7 +17,9 @@ def cells(seed=0):
 
 def items(steps=T, other=None):
     seeds = torch.arange(P) * 7919 + 1
-    return Items(seeds, torch.full((P,), steps), torch.zeros(P, 1, T, F) if other is None else other)
+    return Items(
+        seeds, torch.full((P,), steps), torch.zeros(P, 1, T, F) if other is None else other
+    )
 
 
 def test_noise_multiplies_by_one_and_a_half_normal():
