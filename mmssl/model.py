@@ -117,7 +117,7 @@ class Model(nn.Module):
             augments, view = mel.chosen(spec.augment), batch.views[name]
             if not augments:
                 continue
-            signal: Spectrum = self.towers[spec.tower_name].signal  # type: ignore[assignment, union-attr]
+            signal: Spectrum = self.towers[spec.tower_name].signal  # type: ignore[assignment]
             x = signal.linear(signal(view.data, view.lengths_P))
             # ranks may hold items of other lengths
             whole = signal.grid((round(spec.crop_s * spec.hz),))
