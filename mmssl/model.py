@@ -15,17 +15,19 @@ from torch.nn import functional as F
 
 from mmssl import dist
 from mmssl.frontends.augment import SpectrumAugment
+from mmssl.frontends.spectra import Spectrum
 from mmssl.heads.dense import Dense, MapScore, Parts
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
 from mmssl.targets.base import Stats
 from mmssl.targets.teacher import evaluating
-from mmssl.tasks.base import Task
+from mmssl.tasks.base import Task, mixed_in
 from mmssl.tasks.classify import Match
 from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Passes
 from mmssl.types import Batch, Floor, Term, UserError
+from mmssl.views import mel
 from mmssl.views.mix import mix_view
 
 Space = tuple[str, str]  # modality and name
@@ -109,6 +111,30 @@ class Model(nn.Module):
         """The batch with utterances mixed where a view asks for it, in training."""
         mixing = [n for n, v in self.spec.views.items() if v.mix is not None and self.training]
         views = {name: mix_view(batch.views[name], self.spec.views[name]) for name in mixing}
+        batch = replace(batch, views={**batch.views, **views}) if views else batch
+        return self._altered(batch) if self.training else batch
+
+    @torch.no_grad()
+    def _altered(self, batch: Batch) -> Batch:
+        """The batch with the mel spectrograms of views whose augmentations change them."""
+        views = {}
+        for name, spec in self.spec.views.items():
+            augments, view = mel.chosen(spec.augment), batch.views[name]
+            if not augments:
+                continue
+            signal: Spectrum = self.towers[spec.tower_name].signal  # type: ignore[assignment]
+            x = signal.linear(signal(view.data, view.lengths_P))
+            # ranks may hold items of other lengths
+            whole = signal.grid((round(spec.crop_s * spec.hz),))
+            rows_BTF = x.new_zeros(batch.size, *whole)
+            rows_BTF[view.rows_P, : x.shape[2]] = x[:, 0]
+            rows_GTF = dist.gather_no_grad(rows_BTF)
+            index_B, found_B = mixed_in(batch, name)
+            other_BTF = (rows_GTF[index_B] * found_B[:, None, None])[:, : x.shape[2]]
+            steps_P = signal.out_lengths(view.lengths_P)
+            items = mel.Items(view.seeds_P, steps_P, other_BTF[view.rows_P][:, None])
+            x = mel.apply(x, items, augments)
+            views[name] = replace(view, signal=signal.logarithmic(x))
         return replace(batch, views={**batch.views, **views}) if views else batch
 
     def _augmented(self, batch: Batch, position: float) -> Batch:

@@ -20,6 +20,7 @@ from mmssl.specs import (
     ResNetSpec,
     RunSpec,
     S3DGSpec,
+    SincNetSpec,
     SummedSpec,
     TowerSpec,
     TransformerSpec,
@@ -94,6 +95,8 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
         yield from (f"{key}.{k}" for k in ("hidden=16", "dropout=0"))
     if isinstance(backbone, ResNetSpec | S3DGSpec):
         yield f"{key}.channels=8"
+    if isinstance(backbone, SincNetSpec):
+        yield f"{key}.widths=[16, 16]"
     if isinstance(backbone, ResNetSpec):
         yield f"{key}.blocks=[1, 1, 1, 1]"
     if isinstance(backbone, TransformerSpec):

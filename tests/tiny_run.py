@@ -199,7 +199,32 @@ def siamese() -> dict[str, Any]:
     }
 
 
+def compared() -> dict[str, Any]:
+    """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss."""
+    between = {"between": ["video", "audio"]}
+    # light: the gradient of MINE's last bias is a rounding error, which must stay one
+    critic = {"score": {"kind": "fusion", "hidden": 8}, "weight": 0.25}
+    pairs = {
+        "two_n": {"objective": {"kind": "info_nce", "form": "two_n", "temperature": 0.5}},
+        "mined": {"objective": {"kind": "semi_hard", "margin": 0.5}},
+        **{
+            b: {**critic, "objective": {"kind": "critic", "bound": b}}
+            for b in ("bce", "mine", "nce")
+        },
+    }
+    towers = {name: TREE["towers"][name] for name in ("video", "audio")}
+    return {
+        "towers": towers,
+        "views": {name: TREE["views"][name] for name in towers},
+        "joints": {},
+        "tasks": {
+            "align": {"kind": "pairs", "pairs": {n: {**between, **p} for n, p in pairs.items()}},
+        },
+    }
+
+
 RECIPES = {
+    "compared": compared,
     "every_part": dict,
     "flagship": recipe,
     "localizers": localizers,

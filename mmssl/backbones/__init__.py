@@ -5,6 +5,7 @@ from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
 from mmssl.backbones.trunks import VGG16, ResNet18, ResNet50, SpeechConv
+from mmssl.backbones.waves import SincNet, WaveResNet18
 
 NETWORKS = {
     "byol_a": BYOLA,
@@ -14,8 +15,10 @@ NETWORKS = {
     "resnet50": ResNet50,
     "resnet_v2": ResNetV2,
     "s3dg": S3DG,
+    "sincnet": SincNet,
     "speech_conv": SpeechConv,
     "vgg16": VGG16,
+    "wave_resnet18": WaveResNet18,
 }
 
 __all__ = [
@@ -28,5 +31,7 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "ResNetV2",
+    "SincNet",
     "SpeechConv",
+    "WaveResNet18",
 ]

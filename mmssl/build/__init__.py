@@ -21,8 +21,9 @@ from mmssl.build.towers import (
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
-from mmssl.specs import KaldiSpec, RunSpec, SpectrumSpec
+from mmssl.specs import KaldiSpec, RunSpec, SincNetSpec, SpectrumSpec
 from mmssl.types import UserError
+from mmssl.views import mel
 
 __all__ = ["build_model", "data_shape"]
 
@@ -91,11 +92,23 @@ def _check_names(spec: RunSpec) -> None:
                 f"views.{name}: tower {tower!r} reads {found.modality}, the view is {view.modality}"
             )
         _check_ids(name, tower, spec)
+        front = found.frontend
+        if mel.chosen(view.augment) and view.crop_s <= 0:
+            raise UserError(
+                f"views.{name}.crop_s: {mel.chosen(view.augment)[0].kind} needs seconds"
+            )
+        if mel.chosen(view.augment) and (front.kind != "log_mel" or front.log != "ln_eps"):
+            raise UserError(
+                f"views.{name}.augment: {mel.chosen(view.augment)[0].kind} changes mel energies, "
+                f"which towers.{tower}.frontend must give as kind log_mel with log ln_eps"
+            )
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
-        rate = found.frontend.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
+        part = found.backbone if isinstance(found.backbone, SincNetSpec) else found.frontend
+        spectrum = spectrum or part is found.backbone
+        rate = part.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:
             raise UserError(
-                f"views.{name}.hz: {view.hz} Hz, but towers.{tower}.frontend.sample_rate is {rate} "
+                f"views.{name}.hz: {view.hz} Hz, but sample_rate of towers.{tower} is {rate} "
                 "Hz; make them equal"
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 from mmssl.backbones.causal import CausalConvs
@@ -25,6 +25,7 @@ from mmssl.objectives.contrastive import LogitScale
 from mmssl.specs import (
     BilinearSpec,
     ClassifySpec,
+    CriticSpec,
     DistanceSpec,
     DotSpec,
     FusionSpec,
@@ -38,6 +39,7 @@ from mmssl.specs import (
     PairSpec,
     PairsSpec,
     RunSpec,
+    SemiHardSpec,
     SiameseSpec,
     TaskSpec,
     TowerSpec,
@@ -141,6 +143,22 @@ class TaskBuilder:
                 f"{where}.objective: the background of a `soft` map is one more negative of "
                 "info_nce; use that or another score.space"
             )
+        two_n = isinstance(objective, InfoNCESpec) and objective.form == "two_n"
+        unit = isinstance(score, DotSpec) and score.normalize
+        if (two_n or isinstance(objective, SemiHardSpec)) and not unit:
+            raise UserError(
+                f"{where}.score: {'form two_n' if two_n else 'semi_hard'} compares unit vectors; "
+                "set score: {kind: dot}"
+            )
+        if isinstance(objective, SemiHardSpec) and objective.negative == "mixed":
+            augments = self.spec.views[pair.between[1]].augment
+            if all(a.kind != "mel_mix" for a in augments):
+                raise UserError(
+                    f"{where}.objective.negative: `mixed` needs augmentation mel_mix in "
+                    f"views.{pair.between[1]}"
+                )
+        if isinstance(score, FusionSpec) and not isinstance(objective, CriticSpec):
+            raise UserError(f"{where}.score: a fusion of two vectors needs objective critic")
         if {*pair.penalties} - {"temperature"} and not is_map:
             raise UserError(f"{where}.penalties: they are for map scores; set score.kind: map")
         learned = isinstance(objective, InfoNCESpec | MilNCESpec) and objective.learned
@@ -199,6 +217,9 @@ class TaskBuilder:
             return VectorScore(Dot(score.normalize))
         if isinstance(score, BilinearSpec):
             return VectorScore(Bilinear(task.heads.spaces[pair.space].dim, score.std))
+        if isinstance(score, FusionSpec):
+            width = task.heads.spaces[pair.space].dim
+            return VectorScore(FusionMLP(width, width, score.hidden))
         return VectorScore(Distance(score.slope, score.threshold))
 
     def _tower_spec(self, view: str) -> TowerSpec:
@@ -279,8 +300,7 @@ class TaskBuilder:
 
     def _classify(self, name: str, task: ClassifySpec) -> Task:
         if isinstance(task.target, LabelSpec):
-            need_view(self.spec, task.target.view, f"tasks.{name}.target.view")
-            return Label(task.target, self.widths[task.target.view], task.pool, task.weight)
+            return self._label(name, task, task.target)
         for view in (*task.target.between, *([task.target.shifted] if task.target.shifted else [])):
             need_view(self.spec, view, f"tasks.{name}.target")
         score, where = self._match_score(name, task), f"tasks.{name}.target.similar"
@@ -293,6 +313,15 @@ class TaskBuilder:
                 "hard ones; name a space, or set hard: 0"
             )
         return Match(name, task.target, score, task.weight, similar)
+
+    def _label(self, name: str, task: ClassifySpec, target: LabelSpec) -> Task:
+        views = (target.view, *target.also)
+        for view in views:
+            need_view(self.spec, view, f"tasks.{name}.target")
+        width, reader = self.widths[target.view], None
+        if task.space:
+            reader, width = self._space(f"tasks.{name}.space", task.space, views)
+        return Label(target, width, task.pool, task.weight, reader)
 
     def _match_score(self, name: str, task: ClassifySpec) -> MatchScore:
         assert not isinstance(task.target, LabelSpec)
@@ -338,7 +367,7 @@ class TaskBuilder:
         found, width = self._space(f"tasks.{name}.space", task.space, views)
         return found, [width] * 2
 
-    def _space(self, where: str, path: str, views: tuple[str, str]) -> tuple[SpaceReader, int]:
+    def _space(self, where: str, path: str, views: Sequence[str]) -> tuple[SpaceReader, int]:
         """Reader of a space of a pairs task above, and its width."""
         owner, _, space = path.partition(".")
         embedder = self.embedders.get(owner)

@@ -13,7 +13,14 @@ from mmssl.backbones import NETWORKS
 from mmssl.backbones.causal import CausalConvs, Pointwise, Trunk
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
-from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.frontends import (
+    SIGNALS,
+    STEMS,
+    TEXTS,
+    FactorisedPositions,
+    SpectrumParams,
+    SpectrumStack,
+)
 from mmssl.frontends.augment import SpectrumAugment
 from mmssl.frontends.conv_positions import ConvPositions, ConvStackPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
@@ -62,7 +69,7 @@ def channels(spec: TowerSpec) -> int:
     """Channels of the signal that a tower's stem reads."""
     if isinstance(spec.frontend, FramesSpec):
         return CHANNELS[spec.frontend.channels]
-    return 1
+    return SpectrumStack.channels if spec.frontend.kind == "spectrum_stack" else 1
 
 
 def need_view(spec: RunSpec, name: str, where: str) -> ViewSpec:
@@ -296,7 +303,7 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
             stem = STEMS["video_conv"](width, **options, **time, in_channels=channels(spec))
             return stem
         rank = 1 if spec.frontend.kind == "waveform" else 2
-        stem = STEMS["conv"](width, **options, rank=rank)
+        stem = STEMS["conv"](width, **options, in_channels=channels(spec), rank=rank)
         return stem
     raise UserError(f"towers.{name}.cut: `whole` needs a convolutional backbone")
 

@@ -3,6 +3,7 @@
 from mmssl.frontends.patches import PatchEmbed
 from mmssl.frontends.positions import FactorisedPositions
 from mmssl.frontends.spectra import LogMel, LogSpectrogram, SpectrumParams
+from mmssl.frontends.stack import SpectrumStack
 from mmssl.frontends.stems import ConvStem, VideoConvStem
 from mmssl.frontends.text import FrozenTextEmbedding, TextEmbedding
 from mmssl.frontends.video import Frames
@@ -11,6 +12,7 @@ from mmssl.frontends.waveform import Waveform
 SIGNALS = {
     "log_mel": LogMel,
     "log_spectrogram": LogSpectrogram,
+    "spectrum_stack": SpectrumStack,
     "waveform": Waveform,
     "frames": Frames,
 }
@@ -29,6 +31,7 @@ __all__ = [
     "LogSpectrogram",
     "PatchEmbed",
     "SpectrumParams",
+    "SpectrumStack",
     "TextEmbedding",
     "VideoConvStem",
     "Waveform",

@@ -145,6 +145,15 @@ class Spectrum(nn.Module):
             out = _compress(bands_PFT, self.params)
         return ((out - self.params.mean) / self.params.std).transpose(1, 2).unsqueeze(1)
 
+    def linear(self, x: Tensor) -> Tensor:
+        """Bands before their logarithm, of what `forward` returned; for log rule ln_eps."""
+        p = self.params
+        return ((x * p.std + p.mean).exp() - p.floor).clamp(min=0)
+
+    def logarithmic(self, bands: Tensor) -> Tensor:
+        """The inverse of `linear`."""
+        return (_compress(bands, self.params) - self.params.mean) / self.params.std
+
     def _framed(self, wave_PS: Tensor) -> Tensor:
         """Pad so that the window, which lies centred in n_fft, meets the framing's samples."""
         p = self.params

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.heads.embed import pool
 from mmssl.heads.project import Head
-from mmssl.heads.score import Bilinear, Distance, Dot, ScoreMap
+from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP, ScoreMap
 from mmssl.objectives.dense import PENALTIES
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens
@@ -40,7 +40,7 @@ class Dense:
 class VectorScore(nn.Module):
     """Adapts a score of vectors to sides with slots: a (A, 1, D) and b (C, L, D)."""
 
-    def __init__(self, score: Dot | Bilinear | Distance) -> None:
+    def __init__(self, score: Dot | Bilinear | Distance | FusionMLP) -> None:
         super().__init__()
         self.score = score
 

@@ -20,6 +20,7 @@ FORMS: dict[str, Callable[[int, int, int, bool], list[nn.Module]]] = {
     "linear": lambda d, s, h, b: [nn.Linear(d, s)],
     "norm_linear": lambda d, s, h, b: [nn.LayerNorm(d, eps=1e-6), nn.Linear(d, s)],
     "bn_linear": lambda d, s, h, b: [MaskedSyncBatchNorm(d), nn.Linear(d, s, bias=False)],
+    "bn_relu_linear": lambda d, s, h, b: [MaskedSyncBatchNorm(d), nn.ReLU(), nn.Linear(d, s)],
     "mlp": lambda d, s, h, b: [nn.Linear(d, h), nn.ReLU(), nn.Linear(h, s)],
     "mlp_bn": lambda d, s, h, b: [
         nn.Linear(d, h, bias=b),
@@ -33,6 +34,12 @@ FORMS: dict[str, Callable[[int, int, int, bool], list[nn.Module]]] = {
         nn.Linear(d, s, bias=False),
         MaskedSyncBatchNorm(s),
     ],
+    "mlp_bn_linear": lambda d, s, h, b: [
+        nn.Linear(d, h, bias=b),
+        MaskedSyncBatchNorm(h),
+        nn.ReLU(),
+        nn.Linear(h, s),
+    ],
     "linear_norm_tanh": lambda d, s, h, b: [nn.Linear(d, s), nn.LayerNorm(s), nn.Tanh()],
 }
 GRAPHS = ("linear", "shared", "disjoint", "fac")
@@ -41,8 +48,10 @@ GRAPHS = ("linear", "shared", "disjoint", "fac")
 class Head(nn.Module):
     """One projection, by form.
 
-    none: the vector itself; linear; norm_linear = LayerNorm, Linear; bn_linear = BN, Linear; mlp =
-    Linear, ReLU, Linear (AVE-Net); mlp_bn = Linear, BN, ReLU, Linear, BN (MMV, VATT);
+    none: the vector itself; linear; norm_linear = LayerNorm, Linear; bn_linear = BN, Linear;
+    bn_relu_linear = BN, ReLU, Linear (CLAR's classes); mlp = Linear, ReLU, Linear (AVE-Net); mlp_bn
+    = Linear, BN, ReLU, Linear, BN (MMV, VATT, SimCLR); mlp_bn_linear = the same without the last BN
+    (CLAR with classes);
     relu_linear_bn = ReLU, Linear, BN (VATT's joint head); linear_norm_tanh = Linear, LayerNorm,
     tanh (COLA). hidden 0 means the output width.
     """

@@ -28,8 +28,10 @@ from mmssl.specs.networks import (
     ResNet50Spec,
     ResNetSpec,
     S3DGSpec,
+    SincNetSpec,
     SpeechConvSpec,
     VGG16Spec,
+    WaveResNetSpec,
 )
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.run import (
@@ -59,6 +61,7 @@ from mmssl.specs.targets import (
 from mmssl.specs.tasks import (
     ClassifySpec,
     CosineSpec,
+    CriticSpec,
     CrossCorrelationSpec,
     FutureSpec,
     InfoNCESpec,
@@ -71,6 +74,7 @@ from mmssl.specs.tasks import (
     PairSpec,
     PairsSpec,
     QueueSpec,
+    SemiHardSpec,
     SiameseSpec,
     SigmoidSpec,
     TaskSpec,

@@ -73,7 +73,7 @@ class DistanceSpec(Spec):
 
 
 class FusionSpec(Spec):
-    """MLP on the concatenated vectors (L3-Net)."""
+    """MLP on the concatenated vectors (L3-Net, LIM)."""
 
     kind: Literal["fusion"]
     hidden: int = Field(128, gt=0)
@@ -134,7 +134,9 @@ class MatchMapSpec(MapSpec):
     bias: float = 0.0
 
 
-ScoreSpec = Annotated[DotSpec | BilinearSpec | DistanceSpec | MapSpec, Field(discriminator="kind")]
+ScoreSpec = Annotated[
+    DotSpec | BilinearSpec | DistanceSpec | FusionSpec | MapSpec, Field(discriminator="kind")
+]
 MatchScoreSpec = Annotated[
     DistanceSpec | FusionSpec | JointScoreSpec | MatchMapSpec, Field(discriminator="kind")
 ]

@@ -103,6 +103,38 @@ class S3DGSpec(Spec):
     deflated: bool = False
 
 
+class SincNetSpec(Spec):
+    """SincNet and linear layers on chunks of a waveform (LIM).
+
+    The fields are explained at `mmssl.backbones.waves.SincNet`.
+    """
+
+    kind: Literal["sincnet"]
+    sample_rate: int = Field(16000, gt=0)  # Hz; must equal the view's `hz`
+    samples: int = Field(3200, gt=0)
+    shift: int = Field(160, gt=0)
+    filters: int = Field(80, gt=0)
+    kernel: int = Field(251, gt=0)
+    widths: list[Annotated[int, Field(gt=0)]] = Field([2048, 2048], min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SincNetSpec:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"`kernel` ({self.kernel}) must be odd: a filter has a middle tap")
+        if self.samples < self.kernel + 74:
+            raise ValueError(
+                f"`samples` ({self.samples}) must be at least `kernel` + 74: three poolings by 3"
+            )
+        return self
+
+
+class WaveResNetSpec(Spec):
+    """ResNet-18 in one dimension on the waveform (CLAR)."""
+
+    kind: Literal["wave_resnet18"]
+    channels: int = Field(64, gt=0)
+
+
 ConvSpec = (
     ConvAV8Spec
     | EfficientNetSpec
@@ -113,4 +145,6 @@ ConvSpec = (
     | SpeechConvSpec
     | ResNetSpec
     | S3DGSpec
+    | SincNetSpec
+    | WaveResNetSpec
 )

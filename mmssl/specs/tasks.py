@@ -12,10 +12,13 @@ from mmssl.specs.targets import TargetSpec
 
 
 class InfoNCESpec(Spec):
-    """Softmax over the global batch. `max_scale` caps the learned 1/temperature."""
+    """Softmax over the global batch. `max_scale` caps the learned 1/temperature.
+
+    `two_n`: symmetric, and the other rows of a query's own side are negatives, too (NT-Xent).
+    """
 
     kind: Literal["info_nce"] = "info_nce"
-    form: Literal["symmetric", "one_way"] = "symmetric"
+    form: Literal["symmetric", "one_way", "two_n"] = "symmetric"
     temperature: float = Field(0.07, gt=0)
     learned: bool = True
     max_scale: float = Field(100.0, gt=0)
@@ -50,8 +53,31 @@ class TripletSpec(Spec):
     equal_text: Literal[False] = False
 
 
+class SemiHardSpec(Spec):
+    """Triplets of first view, second view and the nearest farther row of the batch's second views.
+
+    `margin`: in squared distances of unit vectors. `negative: mixed`: not mined, but the sound that
+    the augmentation `mix` of the second view has laid over it (Jansen et al. 2018). Watched:
+    `active`, the share of triplets with a loss; `semi_hard`, of those with a farther row.
+    """
+
+    kind: Literal["semi_hard"]
+    margin: float = Field(0.1, ge=0)
+    negative: Literal["mined", "mixed"] = "mined"
+    equal_text: Literal[False] = False
+
+
+class CriticSpec(Spec):
+    """Mutual information by a critic of own and random pairs; see `mmssl.objectives.critic`."""
+
+    kind: Literal["critic"]
+    bound: Literal["bce", "mine", "nce"] = "bce"
+    equal_text: Literal[False] = False
+
+
 PairObjective = Annotated[
-    InfoNCESpec | MilNCESpec | SigmoidSpec | TripletSpec, Field(discriminator="kind")
+    InfoNCESpec | MilNCESpec | SigmoidSpec | TripletSpec | SemiHardSpec | CriticSpec,
+    Field(discriminator="kind"),
 ]
 
 
@@ -99,10 +125,16 @@ class MatchSpec(Spec):
 
 
 class LabelSpec(Spec):
-    """A label carried by the samples' metadata."""
+    """A label carried by the samples' metadata.
+
+    `also`: further views, whose label the same head says in terms of their own. `form`: of the
+    head, as in `mmssl.heads.project`.
+    """
 
     kind: Literal["label"]
     view: str
+    also: list[str] = []
+    form: Literal["linear", "bn_relu_linear"] = "linear"
     field: str
     classes: list[str] = Field(min_length=2)
 
@@ -111,7 +143,8 @@ class ClassifySpec(Spec):
     """Cross-entropy on a label.
 
     A match compares what `pool` and `embed` make of each view, or its vectors in the `space` of a
-    pairs task above ("task.space"), whose heads both tasks then train.
+    pairs task above ("task.space"), whose heads both tasks then train. A label is read from what
+    `pool` makes, or from such a vector.
     """
 
     kind: Literal["classify"]

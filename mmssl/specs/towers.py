@@ -43,10 +43,11 @@ class KaldiSpec(Spec):
 class SpectrumSpec(Spec):
     """Log-mel (`log_mel`) or linear (`log_spectrogram`) spectrogram; lengths in samples.
 
-    The log rules and framings are explained at `mmssl.frontends.spectra.SpectrumParams`.
+    `spectrum_stack`: three channels, see `mmssl.frontends.stack` (CLAR). The log rules and framings
+    are explained at `mmssl.frontends.spectra.SpectrumParams`.
     """
 
-    kind: Literal["log_mel", "log_spectrogram"]
+    kind: Literal["log_mel", "log_spectrogram", "spectrum_stack"]
     sample_rate: int = Field(16000, gt=0)  # Hz; must equal the view's `hz`
     n_fft: int = Field(1024, gt=0)
     win: int = Field(400, gt=0)

@@ -66,6 +66,13 @@ def row_seeds(batch: Batch, view: str) -> Tensor:
     return seeds.index_put((v.rows_P,), v.seeds_P * weight, accumulate=True)
 
 
+def mixed_in(batch: Batch, view: str) -> tuple[Tensor, Tensor]:
+    """(B,) place in the gathered batch of the row that `mel_mix` lays over each row's item of a
+    view, and whether there is one.
+    """
+    return Impostors(batch, view, batch.views[view].present_B).draw(f"mel_mix/{view}")
+
+
 class Impostors:
     """Rows of all ranks, among which every row finds one of another source.
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mmssl import dist
 from mmssl.heads.dense import MapScore
 from mmssl.heads.embed import Embedder, pool
+from mmssl.heads.project import Head
 from mmssl.heads.score import Distance, FusionMLP
 from mmssl.objectives.classification import binary_cross_entropy, softmax_cross_entropy
 from mmssl.objectives.contrastive import LogitScale
@@ -208,18 +209,34 @@ class Match(Task):
 class Label(Task):
     """Cross-entropy on a metadata field; rows without a listed value are left out."""
 
-    def __init__(self, spec: LabelSpec, width: int, how: str, weight: Number) -> None:
+    def __init__(
+        self,
+        spec: LabelSpec,
+        width: int,
+        how: str,
+        weight: Number,
+        reader: SpaceReader | None = None,
+    ) -> None:
         super().__init__(weight)
-        self.spec, self.how = spec, how
-        self.out = nn.Linear(width, len(spec.classes))
+        self.spec, self.how, self.reader = spec, how, reader
+        self.out = Head(spec.form, width, len(spec.classes))
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
-        """One term over the labelled rows."""
-        tokens = passes.tokens(self.spec.view)
-        logits = spread(self.out(pool(tokens, self.how)), tokens.view)[:, 0]
+        """One term over the labelled rows, and one more for each further view."""
+        views = {"": self.spec.view} | {view: view for view in self.spec.also}
+        return {name: self._term(passes, batch, view) for name, view in views.items()}
+
+    def _term(self, passes: Passes, batch: Batch, view: str) -> Term:
+        found = passes.tokens(view)
+        if self.reader is None:
+            x_BD = spread(pool(found, self.how), found.view)[:, 0]
+        else:
+            x_BD = self.reader(passes, view, view)[0]
+        present_B = found.view.present_B
+        logits = self.out(x_BD, present_B)
         target = torch.tensor([self._label(m) for m in batch.meta], device=logits.device)
-        valid = (target >= 0) & tokens.view.present_B
-        return {"": Term(softmax_cross_entropy(logits, target, valid).sum(), valid.sum())}
+        valid = (target >= 0) & present_B
+        return Term(softmax_cross_entropy(logits, target, valid).sum(), valid.sum())
 
     def _label(self, meta: dict[str, Any]) -> int:
         value = meta.get(self.spec.field)

@@ -1,6 +1,7 @@
 """`pairs`: embed named views, score chosen pairs, apply a contrastive objective.
 
-Hosts COLA, MMV, VATT, CLAP, DAVEnet, matchmaps, EZ-VSL and the flagship's global and dense terms.
+Hosts COLA, SimCLR, CLAR, LIM, TRILL, MMV, VATT, CLAP, DAVEnet, matchmaps, EZ-VSL and the
+flagship's global and dense terms.
 Letters: B rows of this rank, G rows of all ranks, L slots of a row, D width of a space, Q and C the
 queries and candidates of one block of scores.
 
@@ -29,10 +30,22 @@ from mmssl.objectives.contrastive import (
     mil_nce,
     sigmoid_pairs,
 )
-from mmssl.specs import InfoNCESpec, MilNCESpec, Number, PairSpec, SigmoidSpec, TripletSpec
-from mmssl.tasks.base import Impostors, Task, gathered
+from mmssl.objectives.critic import critic_loss, semi_hard
+from mmssl.specs import (
+    CriticSpec,
+    InfoNCESpec,
+    MilNCESpec,
+    Number,
+    PairSpec,
+    SemiHardSpec,
+    SigmoidSpec,
+    TripletSpec,
+)
+from mmssl.tasks.base import Impostors, Task, gathered, mixed_in
 from mmssl.towers import Passes
 from mmssl.types import Batch, Term
+
+WATCHED = ("active", "semi_hard")  # terms of mined triplets without weight
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Pairs(Task):
         name, _, penalty = term.partition(".")
         pair = self.pairs[name]
         own = [p for n, p in pair.penalties.items() if n == penalty]
+        own += [0.0] if penalty in WATCHED else []
         return [self._weight, pair.weight, *own]
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
@@ -94,8 +108,10 @@ class Pairs(Task):
         for name, pair in self.pairs.items():
             keys = [self._key(name, view) for view in pair.between]
             a, b = ((sides[key], everyone[key]) for key in keys)
-            if isinstance(pair.objective, TripletSpec):
-                terms[name] = self._triplet(name, a, b, batch)
+            if isinstance(pair.objective, TripletSpec | CriticSpec):
+                terms[name] = self._with_impostors(name, a, b, batch)
+            elif isinstance(pair.objective, SemiHardSpec):
+                terms |= self._mined(name, a, b, batch)
             else:
                 terms[name] = self._term(name, a, b)
             terms |= self._penalties(name, a[0], b, batch)
@@ -164,18 +180,58 @@ class Pairs(Task):
         both = a[0].rows.present & b[0].rows.present
         return Term(torch.where(both, loss_B, torch.zeros_like(loss_B)).sum(), both.sum())
 
-    def _triplet(self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], batch: Batch) -> Term:
-        """Margin to one random impostor on each side, of other sources (Harwath et al. 2016)."""
+    def _with_impostors(
+        self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], batch: Batch
+    ) -> Term:
+        """Own pairs against pairs with one random impostor, of another source.
+
+        Triplets: a margin to one on each side (Harwath et al. 2016). Critics: one on the second.
+        """
         objective, score = self.pairs[name].objective, self.scores[name]
-        assert isinstance(objective, TripletSpec)
         both = a[0].rows.present & b[0].rows.present
         others = Impostors(batch, self.pairs[name].between[0], both)
         (index_a, found_a), (index_b, found_b) = (others.draw(f"{name}/{s}") for s in "ab")
         own_B = score.pairs(a[0].parts, b[0].parts)  # type: ignore[operator]
+        if isinstance(objective, CriticSpec):
+            false_B = score.pairs(a[0].parts, tuple(p[index_b] for p in b[1].parts))  # type: ignore[operator]
+            false_G, found_G = dist.gather(false_B), dist.gather_no_grad(found_b)
+            return _mean_term(
+                critic_loss(own_B, false_B, false_G, found_G, objective.bound), found_b
+            )
+        assert isinstance(objective, TripletSpec)
         false_a = score.pairs(tuple(p[index_a] for p in a[1].parts), b[0].parts)  # type: ignore[operator]
         false_b = score.pairs(a[0].parts, tuple(p[index_b] for p in b[1].parts))  # type: ignore[operator]
         excess = (false - own_B + objective.margin for false in (false_a, false_b))
         return _mean_term(sum(e.clamp(min=0) for e in excess), found_a & found_b)
+
+    def _mined(
+        self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], batch: Batch
+    ) -> dict[str, Term]:
+        """Triplets with a mined negative, or the one that is mixed in, and the watched shares."""
+        objective, score = self.pairs[name].objective, self.scores[name]
+        assert isinstance(objective, SemiHardSpec)
+        if objective.negative == "mixed":
+            index, found = mixed_in(batch, self.pairs[name].between[1])
+            own_B = score.pairs(a[0].parts, b[0].parts)  # type: ignore[operator]
+            false_B = score.pairs(a[0].parts, tuple(p[index] for p in a[1].parts))  # type: ignore[operator]
+            loss_B = (2 * (false_B - own_B) + objective.margin).clamp(min=0)
+            found = found & a[0].rows.present
+            return {
+                name: _mean_term(loss_B, found),
+                f"{name}.active": _mean_term((loss_B > 0).to(loss_B), found),
+            }
+
+        def columns(rows: slice) -> Tensor:
+            query = a[0][rows]
+            cosines = self._logits(name, query, b[1], flip=False).flatten(1)
+            masks = self._masks(name, query, b[1])
+            loss, found = semi_hard(cosines, *masks, objective.margin)
+            return torch.stack([loss, (loss > 0).to(loss), found.to(loss)], 1)
+
+        both = a[0].rows.present & b[0].rows.present
+        values = in_row_chunks(columns, len(a[0].rows), self.chunk).unbind(1)
+        names = (name, *(f"{name}.{watched}" for watched in WATCHED))
+        return {key: _mean_term(value, both) for key, value in zip(names, values, strict=True)}
 
     def _penalties(self, name: str, a: Side, b: tuple[Side, Side], batch: Batch) -> dict[str, Term]:
         """Penalties on the own pairs; `negative` on as many pairs that do not match, too."""
@@ -215,16 +271,30 @@ class Pairs(Task):
     def _info_nce(
         self, name: str, a: tuple[Side, Side], b: tuple[Side, Side], rows: slice
     ) -> Tensor:
-        forward = self._one_way(name, a[0][rows], b[1], flip=False, own=b[0][rows])
         spec = self.pairs[name].objective
-        if isinstance(spec, InfoNCESpec) and spec.form == "one_way":
+        assert isinstance(spec, InfoNCESpec)
+        also = spec.form == "two_n"
+        forward = self._one_way(
+            name, a[0][rows], b[1], flip=False, own=b[0][rows], same=a[1] if also else None
+        )
+        if spec.form == "one_way":
             return forward
-        return (forward + self._one_way(name, b[0][rows], a[1], flip=True)) / 2
+        backward = self._one_way(name, b[0][rows], a[1], flip=True, same=b[1] if also else None)
+        return (forward + backward) / 2
 
     def _one_way(
-        self, name: str, query: Side, keys: Side, flip: bool, own: Side | None = None
+        self,
+        name: str,
+        query: Side,
+        keys: Side,
+        flip: bool,
+        own: Side | None = None,
+        same: Side | None = None,
     ) -> Tensor:
-        """own: the queries' partners, whose background in a `soft` map is one more negative."""
+        """own: the queries' partners, whose background in a `soft` map is one more negative.
+
+        same: the queries' own side, whose other rows are negatives, too (NT-Xent).
+        """
         logits = self._logits(name, query, keys, flip).flatten(1)
         positive, valid = self._masks(name, query, keys)
         score = self.scores[name]
@@ -234,6 +304,11 @@ class Pairs(Task):
             logits = torch.cat([logits, behind[:, None]], 1)
             positive = torch.cat([positive, torch.zeros_like(there)], 1)
             valid = torch.cat([valid, there], 1)
+        if same is not None:
+            itself, there = self._masks(name, query, same)
+            logits = torch.cat([logits, self._logits(name, query, same, flip).flatten(1)], 1)
+            positive = torch.cat([positive, torch.zeros_like(itself)], 1)
+            valid = torch.cat([valid, there & ~itself], 1)
         return info_nce(logits, positive, valid)
 
     def _sigmoid(
@@ -274,8 +349,8 @@ def _mean_term(value_B: Tensor, rows_B: Tensor) -> Term:
 
 def _logit_scale(pair: PairSpec) -> nn.Module:
     spec = pair.objective
-    if isinstance(spec, TripletSpec):
-        return nn.Identity()  # the margin is in the units of the score
+    if isinstance(spec, TripletSpec | SemiHardSpec | CriticSpec):
+        return nn.Identity()  # margins are in the units of the score, critics have their own scale
     if isinstance(spec, SigmoidSpec):
         return LogitScale(spec.scale, bias=spec.bias)
     if pair.score.kind == "bilinear":

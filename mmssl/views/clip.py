@@ -14,13 +14,15 @@ from torch import Tensor
 from mmssl import rng
 from mmssl.specs import AugmentSpec, ViewSpec
 from mmssl.types import Clip, UserError, View
-from mmssl.views import segments, text, video, wave
+from mmssl.views import mel, segments, text, video, wave
 from mmssl.views.plan import Cut
 
 WAVE_OPS: dict[str, Callable[..., Tensor]] = {
+    "fade": wave.fade,
     "gain": wave.gain,
     "noise": wave.noise,
     "pitch": wave.pitch,
+    "time_mask": wave.time_mask,
 }
 VIDEO_OPS: dict[str, Callable[..., Tensor]] = {
     "horizontal_flip": video.horizontal_flip,
@@ -50,13 +52,21 @@ def check_views(specs: dict[str, ViewSpec]) -> None:
         sample = torch.zeros(8) if spec.modality == "audio" else torch.zeros(1, 8, 8, 3).byte()
         for i, augment in enumerate(spec.augment):
             where = f"views.{name}.augment[{i}]"
-            if augment.kind not in table:
-                known = ", ".join(table) or "none"
+            on_mel = spec.modality == "audio" and augment.kind in mel.OPS
+            if augment.kind not in table and not on_mel:
+                known = (
+                    ", ".join([*table, *(mel.OPS if spec.modality == "audio" else ())]) or "none"
+                )
                 raise UserError(
                     f"{where}: no {spec.modality} augmentation {augment.kind!r} (known: {known})"
                 )
             try:
-                _apply(sample, augment, spec, rng.generator(0))
+                if on_mel:
+                    one = torch.ones(1, 1, 2, 2)
+                    two = torch.full((1,), 2)
+                    mel.apply(one, mel.Items(two, two, one), [augment])
+                else:
+                    _apply(sample, augment, spec, rng.generator(0))
             except (TypeError, ValueError, ZeroDivisionError) as error:
                 raise UserError(f"{where} {augment.kind}: bad options ({error})") from error
 
@@ -122,6 +132,8 @@ def _window(wave_S: Tensor, first: int, length: int) -> Tensor:
 
 def _augment(data: Tensor, cut: Cut) -> Tensor:
     for i, augment in enumerate(cut.spec.augment):
+        if augment.kind in mel.OPS:
+            continue  # the model does it, behind the front-end
         data = _apply(data, augment, cut.spec, rng.generator(cut.seed, "augment", i))
     return data
 

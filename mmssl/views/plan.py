@@ -82,7 +82,8 @@ def plan(
     """Decide the cuts of all views whose modality the clip has.
 
     In training, the start of a window is uniform over the places where its longest crop fits; views
-    of one window share it. In evaluation every window starts at 0.
+    of one window share it. Windows named NAME.1, NAME.2 ... do not overlap where the clip is long
+    enough. In evaluation every window starts at 0.
 
     Args:
         specs: views by name.
@@ -93,14 +94,13 @@ def plan(
         grid_s: sorted times of the stored video frames; starts snap to them, so that a view whose
             frame rate divides the stored one shows exact frames.
     """
-    starts: dict[str, float] = {}
+    longest: dict[str, float] = {}
     for spec in specs.values():
-        if spec.window not in starts:
-            group = [s for s in specs.values() if s.window == spec.window]
-            longest = max(s.crop_s for s in group)
-            starts[spec.window] = (
-                _start(spec.window, longest, duration_s, seeds, grid_s) if training else 0.0
-            )
+        longest[spec.window] = max(spec.crop_s, longest.get(spec.window, 0.0))
+    starts = dict.fromkeys(longest, 0.0)
+    if training:
+        starts = {w: _start(w, s, duration_s, seeds, grid_s) for w, s in longest.items()}
+        starts |= _apart(longest, duration_s, seeds)
     cuts = {
         name: _cut(name, spec, starts[spec.window], duration_s, seeds)
         for name, spec in specs.items()
@@ -122,6 +122,27 @@ def _start(
         return start
     # Equal shares of [0, room] for every stored frame at which the crop still fits.
     return max(0.0, grid_s[min(fitting - 1, int(start / room * fitting))])
+
+
+def _apart(crops_s: Mapping[str, float], duration_s: float, seeds: Seeds) -> dict[str, float]:
+    """Starts of the windows NAME.1, NAME.2 ..., in random order, what is left between them."""
+    families: dict[str, list[str]] = {}
+    for window in crops_s:
+        name, dot, _ = window.rpartition(".")
+        if dot:
+            families.setdefault(name, []).append(window)
+    starts: dict[str, float] = {}
+    for windows in families.values():
+        room = duration_s - sum(crops_s[w] for w in windows)
+        if len(windows) < 2 or room < -_EPSILON_S or min(crops_s[w] for w in windows) <= 0:
+            continue
+        gaps = sorted(seeds.of("window", w) / 2**63 * max(room, 0.0) for w in windows)
+        before = 0.0
+        order = sorted(windows, key=lambda w: seeds.of("order", w))
+        for window, gap in zip(order, gaps, strict=True):
+            starts[window] = before + gap
+            before += crops_s[window]
+    return starts
 
 
 def _cut(name: str, spec: ViewSpec, start_s: float, duration_s: float, seeds: Seeds) -> Cut:

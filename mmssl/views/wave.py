@@ -26,6 +26,34 @@ def noise(
     return wave_S + share * peak * torch.randn(wave_S.shape, generator=generator)
 
 
+FADES = ("linear", "exponential", "logarithmic", "quarter_sine", "half_sine")
+
+
+def fade(wave_S: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:
+    """Fade in and out, each over up to half of the crop, along one of five curves (CLAR)."""
+    u = torch.rand(4, generator=generator).tolist()
+    if u[0] >= probability:
+        return wave_S
+    half = len(wave_S) // 2
+    curve = FADES[int(u[3] * len(FADES))]
+    out: Tensor = torchaudio.transforms.Fade(int(u[1] * half), int(u[2] * half), curve)(wave_S)
+    return out
+
+
+def time_mask(
+    wave_S: Tensor, generator: torch.Generator, probability: float = 0.5, share: float = 1 / 8
+) -> Tensor:
+    """Replace a stretch of that share of the crop by noise of standard deviation 0.01 (CLAR)."""
+    u = torch.rand(2, generator=generator).tolist()
+    length = int(share * len(wave_S))
+    if u[0] >= probability or not length:
+        return wave_S
+    first = int(u[1] * (len(wave_S) - length + 1))
+    out = wave_S.clone()
+    out[first : first + length] = 0.01 * torch.randn(length, generator=generator)
+    return out
+
+
 _PITCH_STEP = 20  # ratios are multiples of 1/20: resampling by larger numbers is slow
 
 

@@ -61,7 +61,7 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize("recipe", ["every_part", "flagship", "localizers", "siamese"])
+@pytest.mark.parametrize("recipe", ["compared", "every_part", "flagship", "localizers", "siamese"])
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
     layouts = SIAMESE if recipe == "siamese" else LAYOUTS
     for layout, stage, error in measured(tmp_path, recipe, layouts):

@@ -124,3 +124,25 @@ def test_random_resized_crop_needs_the_stored_pixels():
 
 def test_text_alone_needs_no_pass():
     assert cuts({"t": T}, duration=0.0, has={"text"}).needs == ()
+
+
+def test_numbered_windows_lie_beside_each_other():
+    specs = {n: ViewSpec(modality="audio", window=f"near.{n}", crop_s=1.0) for n in "12"}
+    starts = []
+    for k in range(500):
+        made = cuts(specs, duration=3.0, key=str(k)).cuts
+        a, b = (made[n].start_s for n in "12")
+        assert min(a, b) >= 0
+        assert max(a, b) <= 2.0
+        assert abs(a - b) >= 1.0 - 1e-9
+        starts.append((a, b))
+    a, b = np.array(starts).T
+    assert 0.4 < (a < b).mean() < 0.6
+    assert a.min() < 0.05
+    assert a.max() > 1.95
+
+
+def test_numbered_windows_overlap_where_the_clip_is_too_short():
+    specs = {n: ViewSpec(modality="audio", window=f"near.{n}", crop_s=1.0) for n in "12"}
+    made = cuts(specs, duration=1.5).cuts
+    assert all(0 <= c.start_s <= 0.5 for c in made.values())

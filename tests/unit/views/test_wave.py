@@ -66,3 +66,27 @@ def test_pitch_multiplies_frequencies_and_keeps_the_tempo():
     assert seen == set(range(16, 26))  # twentieths of 500 Hz from 0.8 to 1.25
     assert wave.pitch(tone, torch.Generator(), (1.0, 1.0)) is tone
     assert not wave.pitch(torch.zeros(0), torch.Generator()).numel()
+
+
+def test_a_fade_keeps_the_middle_and_silences_the_ends():
+    ramps = [wave.fade(torch.ones(1000), generator(s), probability=1.0) for s in range(40)]
+    assert len({tuple(r.tolist()) for r in ramps}) == 40
+    for ramp in ramps:
+        assert ramp[499:501].eq(1).all()
+        assert ramp.min() >= 0
+        assert ramp[0] < 0.1
+        assert ramp[-1] < 0.1
+    kept = [wave.fade(torch.ones(100), generator(s)).eq(1).all().item() for s in range(400)]
+    assert sum(kept) / 400 == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_mask_replaces_an_eighth_by_faint_noise():
+    first = set()
+    for s in range(40):
+        out = wave.time_mask(torch.ones(8000), generator(s), probability=1.0)
+        hidden = (out != 1).nonzero()[:, 0]
+        assert len(hidden) == 1000 == hidden[-1] - hidden[0] + 1
+        assert out[hidden].std().item() == pytest.approx(0.01, rel=0.1)
+        first.add(int(hidden[0]))
+    assert len(first) > 35
+    assert wave.time_mask(torch.ones(4), generator(), probability=1.0).eq(1).all()
