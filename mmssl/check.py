@@ -335,6 +335,9 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
         elif task.kind == "future":
             what = f"{task.target.kind}, {task.steps} steps"
             rows.append((name, "future", task.view, what, str(task.weight)))
+        elif task.kind == "siamese":
+            what = f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
+            rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
         elif task.target.kind == "match":
             what = f"match by {task.score.kind}"
             rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))

@@ -181,16 +181,26 @@ class MaskedSyncBatchNorm(nn.Module):
     statistics stay fp32 when the module is cast to a 16-bit type.
     """
 
+    weight: Tensor
+    bias: Tensor
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        """Set up `dim` channels; `momentum` is the weight of the newest batch."""
+    def __init__(
+        self, dim: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True
+    ) -> None:
+        """Set up `dim` channels; `momentum` is the weight of the newest batch.
+
+        affine: scale and shift are trained.
+        """
         super().__init__()
         self.dim, self.momentum, self.eps = dim, momentum, eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        for name, start in (("weight", torch.ones(dim)), ("bias", torch.zeros(dim))):
+            if affine:
+                self.register_parameter(name, nn.Parameter(start))
+            else:
+                self.register_buffer(name, start)
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
         self.register_buffer("num_batches_tracked", torch.zeros(1, dtype=torch.int64))
@@ -207,7 +217,7 @@ class MaskedSyncBatchNorm(nn.Module):
         wide_PD = rows_PD.double()
         wide_PD = torch.where(valid_P1, wide_PD, torch.zeros_like(wide_PD))
         if self.training:
-            mean_D, var_D, count = _moments(wide_PD, valid_P1)
+            mean_D, var_D, count = moments(wide_PD, valid_P1)
             self._track(mean_D.detach(), var_D.detach(), count.detach())
         else:
             mean_D, var_D = self.running_mean.to(wide_PD), self.running_var.to(wide_PD)
@@ -296,7 +306,7 @@ def _row_mask(rows_PD: Tensor, valid_P: Tensor | None) -> Tensor:
     return valid_P.reshape(-1, 1)
 
 
-def _moments(x_PD: Tensor, valid_P1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moments(x_PD: Tensor, valid_P1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (D,), biased variance (D,) and count (1,) over the valid rows of all ranks.
 
     Rows that are not valid hold zeros.

@@ -160,6 +160,8 @@ class Tower(nn.Module):
 
     def inputs(self, view: ViewBatch) -> Tensor:
         """The stem's input: (P, C, *axes) signal, or (P, N) ids; zero behind an item's end."""
+        if view.signal is not None:
+            return view.signal
         if self.signal is None:
             return view.data
         out: Tensor = self.signal(view.data, _shorter(view))
@@ -420,7 +422,7 @@ class ConvTower(nn.Module):
                 "a convolutional backbone has no masked pass; use a transformer tower for `masked`"
             )
         lengths = _shorter(view)
-        signal = self.signal(view.data, lengths)
+        signal = self.signal(view.data, lengths) if view.signal is None else view.signal
         frames = None if lengths is None else self.signal.out_lengths(lengths)  # type: ignore[operator]
         x, grid = self.network(signal, frames, item_weight(view) > 0 if view.dummy else None)
         pad = None

@@ -112,6 +112,7 @@ class View:
 
 
 _COLUMNS = ("data", "lengths_P", "rows_P", "slots_P", "seeds_P", "start_s_P", "split_P", "order_P")
+_COLUMNS += ("signal",)
 
 
 @dataclass
@@ -124,6 +125,8 @@ class ViewBatch:
     seeds_P: int64 seeds of masks and dropped tokens, equal on every batch layout.
     split_P, order_P: of text in segments, as in `View`; None elsewhere.
     labels: frame labels by name (`data.frame_labels`), padded with -1; none for text.
+    signal: what a tower reads instead of what its front-end makes of the data, e.g. an augmented
+    spectrogram.
     A batch without any present item holds one dummy item and `dummy=True`: it is encoded with
     weight 0, so that every rank runs the same modules in the same order.
     """
@@ -141,6 +144,7 @@ class ViewBatch:
     split_P: Tensor | None = None
     order_P: Tensor | None = None
     labels: dict[str, FrameLabels] = field(default_factory=dict)
+    signal: Tensor | None = None
 
     def columns(self) -> dict[str, Tensor]:
         """The tensors whose first axis is that of the P items, by field."""

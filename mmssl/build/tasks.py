@@ -7,6 +7,7 @@ from math import ceil
 
 from mmssl.backbones.causal import CausalConvs
 from mmssl.build.scores import check_map, make_map
+from mmssl.build.siamese import make_siamese
 from mmssl.build.targets import (
     TARGETS,
     TargetContext,
@@ -37,6 +38,7 @@ from mmssl.specs import (
     PairSpec,
     PairsSpec,
     RunSpec,
+    SiameseSpec,
     TaskSpec,
     TowerSpec,
 )
@@ -86,6 +88,9 @@ class TaskBuilder:
             return self._masked(name, task)
         if isinstance(task, FutureSpec):
             return self._future(name, task)
+        if isinstance(task, SiameseSpec):
+            widths = self.widths
+            return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)
         return self._classify(name, task)
 
     def _modality(self, view: str, where: str) -> str:

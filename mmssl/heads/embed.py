@@ -12,23 +12,26 @@ from torch import Tensor, nn
 
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import to_bins
-from mmssl.specs import SpaceSpec
+from mmssl.specs import Modality, SpaceSpec
 from mmssl.towers import Passes, item_weight, spread, time_steps
 from mmssl.types import Tokens, UserError
 
-POOLINGS = ("mean", "max", "peaks")  # beside the tower's global tokens, and `steps` in spaces
+POOLINGS = ("mean", "max", "mean_max", "peaks")  # beside the tower's global tokens, and `steps` in spaces
 
 
 def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
-    """(P, D) by a global token's name, `mean`, `max` or `peaks`; (P, steps, D) by `steps`.
+    """(P, D) by a global token's name, `mean`, `max`, `mean_max` or `peaks`; (P, steps, D) by `steps`.
 
-    `peaks` is the mean over time of the strongest cell of each step.
+    `mean_max` is the sum of both (BYOL-A); `peaks` the mean over time of the strongest cell of each
+    step.
 
     Raises:
         UserError: neither a pooling nor one of the tower's global tokens.
     """
     if how in tokens.extra:
         return tokens.extra[how]
+    if how == "mean_max":
+        return pool(tokens, "mean") + pool(tokens, "max")
     pad = tokens.pad_PN[..., None]
     if how == "mean":
         keep = (~pad).to(tokens.x_PND.dtype)
@@ -54,18 +57,18 @@ def poolings(spec: SpaceSpec) -> set[str]:
     return {spec.pool} if isinstance(spec.pool, str) else set(spec.pool.values())
 
 
-def pooling_for(spec: SpaceSpec, modality: str) -> str:
-    """How a modality is pooled in a space.
+def pooling_for(pool: str | Mapping[Modality, str], modality: str) -> str:
+    """How a modality is pooled.
 
     Raises:
-        UserError: the space says nothing about this modality.
+        UserError: nothing is said about this modality.
     """
-    if isinstance(spec.pool, str):
-        return spec.pool
-    for known, how in spec.pool.items():
+    if isinstance(pool, str):
+        return pool
+    for known, how in pool.items():
         if known == modality:
             return how
-    raise UserError(f"pool: {dict(spec.pool)} says nothing about {modality}; add it")
+    raise UserError(f"pool: {dict(pool)} says nothing about {modality}; add it")
 
 
 class Embedder(nn.Module):
@@ -99,7 +102,7 @@ class Embedder(nn.Module):
         for name in spaces:
             spec = self.spaces[name]
             if (id(self), view, name) not in kept:
-                how = pooling_for(spec, tokens.view.modality)
+                how = pooling_for(spec.pool, tokens.view.modality)
                 by_pool.setdefault((how, spec.steps), []).append(name)
         for (how, steps), names in by_pool.items():
             if how == "steps":  # an empty step is no row of a batch norm

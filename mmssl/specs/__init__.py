@@ -15,6 +15,7 @@ from mmssl.specs.heads import (
     MapSpec,
     MatchMapSpec,
     MatchScoreSpec,
+    MLPSpec,
     ScoreSpec,
     SpaceSpec,
 )
@@ -55,6 +56,8 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    CosineSpec,
+    CrossCorrelationSpec,
     FutureSpec,
     InfoNCESpec,
     LabelSpec,
@@ -65,6 +68,8 @@ from mmssl.specs.tasks import (
     PairObjective,
     PairSpec,
     PairsSpec,
+    QueueSpec,
+    SiameseSpec,
     SigmoidSpec,
     TaskSpec,
     TripletSpec,

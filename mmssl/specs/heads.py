@@ -35,6 +35,14 @@ class HeadsSpec(Spec):
     audio_norm: bool = False  # fac: lets audio->vat be trained, with a batch norm of its own
 
 
+class MLPSpec(Spec):
+    """Linear maps with ReLU between them; the fields are explained at `mmssl.heads.mlp.MLP`."""
+
+    widths: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    norm: Literal["none", "hidden", "all"] = "hidden"
+    bias: bool = True
+
+
 class DotSpec(Spec):
     """Dot product, of unit vectors unless `normalize` is off."""
 

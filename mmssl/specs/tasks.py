@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mmssl.specs.base import Number, Spec
-from mmssl.specs.heads import DotSpec, FusionSpec, HeadsSpec, MatchScoreSpec, ScoreSpec
+from mmssl.specs.base import Modality, Number, Spec
+from mmssl.specs.heads import DotSpec, FusionSpec, HeadsSpec, MatchScoreSpec, MLPSpec, ScoreSpec
 from mmssl.specs.targets import TargetSpec
 
 
@@ -183,6 +183,81 @@ class FutureSpec(Spec):
     weights: dict[str, Number] = {}
 
 
+class CosineSpec(Spec):
+    """Regression of the other view's vector: `cosine`, -cos, the mean of both directions (SimSiam);
+    `byol`, 2 - 2 cos, their sum.
+    """
+
+    kind: Literal["cosine", "byol"]
+
+
+class QueueSpec(Spec):
+    """InfoNCE against keys of earlier steps (MoCo).
+
+    The first view asks for the second; `symmetric` also the other way round, with a queue of its
+    own.
+    """
+
+    kind: Literal["queue"]
+    size: int = Field(65536, gt=0)
+    temperature: float = Field(0.07, gt=0)
+    symmetric: bool = False
+
+
+class CrossCorrelationSpec(Spec):
+    """Channels of the two views correlate with themselves and with no other (Barlow Twins)."""
+
+    kind: Literal["cross_correlation"]
+    off_diagonal: float = Field(0.0051, ge=0)
+
+
+class SiameseSpec(Spec):
+    """Two views of a row, compared without the other rows' views.
+
+    `pool`: as in a space of `pairs`, one for all or one per modality. `decay`: the target is the
+    moving average of the towers and projectors; null: the network itself, behind a stop-gradient.
+    """
+
+    kind: Literal["siamese"]
+    between: tuple[str, str]
+    pool: str | dict[Modality, str] = "agg"
+    projector: MLPSpec
+    predictor: MLPSpec | None = None
+    decay: Number | None = None
+    objective: Annotated[
+        CosineSpec | QueueSpec | CrossCorrelationSpec, Field(discriminator="kind")
+    ]
+    weight: Number = 1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> SiameseSpec:
+        if self.between[0] == self.between[1]:
+            raise ValueError("`between` needs two views: a second one of the same clips, or modality")
+        predictor, width = self.predictor, self.projector.widths[-1]
+        if isinstance(self.objective, CrossCorrelationSpec):
+            if predictor is not None or self.decay is not None:
+                raise ValueError(
+                    "`cross_correlation` trains both sides: leave `predictor` and `decay` out"
+                )
+        elif isinstance(self.objective, QueueSpec):
+            if self.decay is None:
+                raise ValueError("a `queue` needs keys that change slowly: give `decay`")
+        elif predictor is None:
+            raise ValueError(f"`{self.objective.kind}` collapses without a `predictor`: give one")
+        if predictor is not None and predictor.widths[-1] != width:
+            raise ValueError(
+                f"the `predictor` ends at width {predictor.widths[-1]}, the `projector` at {width}; "
+                "make them equal"
+            )
+        return self
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The views that ask for the other one."""
+        one_way = isinstance(self.objective, QueueSpec) and not self.objective.symmetric
+        return self.between[:1] if one_way else self.between
+
+
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec, Field(discriminator="kind")
+    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec, Field(discriminator="kind")
 ]

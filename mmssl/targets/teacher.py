@@ -23,23 +23,24 @@ class Teacher(nn.Module):
 
     student: is read after every step and is not owned. decay: share of the old weights that stays;
     may be a schedule over the run. Running statistics of the student are copied, not averaged.
-    Runs in evaluation mode, whatever mode the model is in.
+    Runs in evaluation mode, whatever mode the model is in, unless it `follows` that mode: then
+    its batch norms read its own batch and its dropout is on while the model trains (BYOL, MoCo).
 
     lag: () distance of its weights from the student's after the last update, over the norm of the
     student's; 0 before the first one.
     """
 
-    def __init__(self, student: nn.Module, decay: Number) -> None:
+    def __init__(self, student: nn.Module, decay: Number, follows: bool = False) -> None:
         super().__init__()
         self._student = (student,)  # a tuple hides it from this module's parameters
-        self.decay = decay
-        self.twin = as_buffers(copy.deepcopy(student)).eval()
+        self.decay, self.follows = decay, follows
+        self.twin = as_buffers(copy.deepcopy(student)).train(follows)
         self.lag = torch.zeros(())
 
     def train(self, mode: bool = True) -> Teacher:
-        """A teacher never drops anything out."""
+        """A teacher that does not follow never drops anything out."""
         super().train(mode)
-        self.twin.eval()
+        self.twin.train(mode and self.follows)
         return self
 
     @torch.no_grad()

@@ -1,0 +1,53 @@
+"""Siamese tasks from their specs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mmssl.build.towers import need_view
+from mmssl.heads.embed import pooling_for
+from mmssl.heads.mlp import MLP
+from mmssl.specs import MLPSpec, RunSpec, SiameseSpec
+from mmssl.tasks.siamese import Branch, Siamese
+from mmssl.towers import AnyTower
+from mmssl.types import UserError
+
+
+def make_siamese(
+    name: str,
+    task: SiameseSpec,
+    run: RunSpec,
+    towers: Mapping[str, AnyTower],
+    widths: Mapping[str, int],
+    check_pool: Callable[[str, str, str], None],
+) -> Siamese:
+    """A siamese task; towers by name, widths by view.
+
+    check_pool: refuses a pooling that a view does not have.
+
+    Raises:
+        UserError: names that do not exist, or parts that do not fit together.
+    """
+    views = {v: need_view(run, v, f"tasks.{name}.between") for v in task.between}
+    view_of = {view.tower_name: v for v, view in views.items()}
+    for v, view in views.items():
+        if view.candidates > 1:
+            raise UserError(f"views.{v}.candidates: tasks.{name} reads one per row; set 1")
+    if len(task.queries) < len(view_of):
+        raise UserError(
+            f"tasks.{name}.objective.symmetric: the second view has a tower of its own, which is "
+            "trained only if it asks, too; set true"
+        )
+    pools = {t: pooling_for(task.pool, views[v].modality) for t, v in view_of.items()}
+    for tower, v in view_of.items():
+        check_pool(f"tasks.{name}.pool", v, pools[tower])
+    projectors = _mlps(task.projector, {t: widths[v] for t, v in view_of.items()})
+    online = Branch({t: towers[t] for t in view_of}, projectors, pools)
+    predictors = {}
+    if task.predictor is not None:
+        predictors = _mlps(task.predictor, dict.fromkeys(view_of, task.projector.widths[-1]))
+    return Siamese(task, online, predictors)
+
+
+def _mlps(spec: MLPSpec, inputs: Mapping[str, int]) -> dict[str, MLP]:
+    return {t: MLP(width, spec.widths, spec.norm, spec.bias) for t, width in inputs.items()}

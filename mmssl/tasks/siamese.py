@@ -1,0 +1,147 @@
+"""`siamese`: two views of a row, a target that is a constant or a correlation, no other rows' views.
+
+Hosts BYOL(-A), SimSiam, MoCo v2 and Barlow Twins; with views of two modalities the same methods
+relate sound, pictures and text. Letters: B rows of this rank, D width of a projection, K entries of
+a queue.
+
+Each view is encoded, pooled and projected by the online network; a predictor, where there is one,
+says what the target network makes of the other view. That is the online network itself behind a
+stop-gradient, or its moving average, which is never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmssl.banks import Fifo
+from mmssl.heads.embed import pool
+from mmssl.heads.mlp import MLP
+from mmssl.objectives.siamese import cross_correlation, negative_cosine, queue_nce, redundancy
+from mmssl.specs import CrossCorrelationSpec, QueueSpec, SiameseSpec
+from mmssl.targets.teacher import Teacher
+from mmssl.tasks.base import Task
+from mmssl.towers import AnyTower, Passes, Tower, spread
+from mmssl.types import Batch, Term
+
+class Branch(nn.Module):
+    """Towers, by name, with their projectors and a trunk they may share."""
+
+    def __init__(
+        self,
+        towers: Mapping[str, AnyTower],
+        projectors: Mapping[str, MLP],
+        pools: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.pools = dict(pools)
+        self.towers, self.projectors = nn.ModuleDict(towers), nn.ModuleDict(projectors)
+        shared = [t.trunk for t in towers.values() if isinstance(t, Tower) and t.own_trunk is None]
+        self.trunk = shared[0] if shared else None  # hidden in the towers, yet part of the copy
+
+    def forward(self, passes: Passes, view: str) -> Tensor:
+        """(B, D) projections of a view; rows without it hold nothing of meaning."""
+        tower, tokens = passes.tower_of[view], passes.tokens(view)
+        pooled_BD = spread(pool(tokens, self.pools[tower]), tokens.view)[:, 0]
+        out: Tensor = self.projectors[tower](pooled_BD, tokens.view.present_B)
+        return out
+
+    def passes(self, online: Passes) -> Passes:
+        """The passes of this branch's own towers over the batch of others."""
+        towers: Mapping[str, AnyTower] = dict(self.towers.items())  # type: ignore[arg-type]
+        where = (online.tower_of, online.batch, online.position, online.chunk)
+        return Passes(towers, {}, *where)
+
+
+class Siamese(Task):
+    """One term over the rows that have both views.
+
+    online: is read, its towers belong to the model. predictors: by tower, none without.
+    """
+
+    def __init__(self, spec: SiameseSpec, online: Branch, predictors: Mapping[str, MLP]) -> None:
+        super().__init__(spec.weight)
+        self.spec, self.queries = spec, spec.queries
+        self._online = (online,)  # a tuple hides the towers from this module's parameters
+        self.projectors, self.predictors = online.projectors, nn.ModuleDict(predictors)
+        self.teacher = None if spec.decay is None else Teacher(online, spec.decay, follows=True)
+        sizes = [spec.objective.size] if isinstance(spec.objective, QueueSpec) else []
+        self.queues = nn.ModuleDict(
+            {f"of_{view}": _queue(size, spec) for view in self.queries for size in sizes}
+        )
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """{"": the objective}, summed over the rows that have both views."""
+        first, second = self.spec.between
+        both_B = batch.views[first].present_B & batch.views[second].present_B
+        read = self.spec.between if self.teacher is None else self.queries
+        online = {view: self._online[0](passes, view) for view in read}
+        self.last = {view: z_BD[both_B].detach() for view, z_BD in online.items()}
+        objective = self.spec.objective
+        if isinstance(objective, CrossCorrelationSpec):
+            c_DD = cross_correlation(online[first], online[second], both_B)
+            loss_B = redundancy(c_DD, objective.off_diagonal).expand(len(both_B))
+        else:
+            targets = self._targets(passes, online)
+            loss_B = torch.stack(
+                [
+                    self._regress(passes, batch, view, online[view], targets[view], both_B)
+                    for view in self.queries
+                ]
+            ).mean(0)
+        if objective.kind == "byol":
+            loss_B = 4 + 4 * loss_B  # the sum of both squared distances, each 2 - 2 cos
+        return {"": Term(loss_B.where(both_B, 0.0).sum(), both_B.sum())}
+
+    def after_step(self, position: float) -> None:
+        """Let the teacher follow, and take the step's keys into the queues."""
+        if self.teacher is not None:
+            self.teacher.update(position)
+        for queue in self.queues.values():
+            queue.write()  # type: ignore[operator]
+
+    def _targets(self, passes: Passes, online: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{query view: (B, D) the constant it is asked for, of the other view}."""
+        other = dict(zip(self.spec.between, reversed(self.spec.between), strict=True))
+        if self.teacher is None:
+            return {view: online[other[view]].detach() for view in self.queries}
+        with torch.no_grad():
+            twin = self.teacher.twin
+            own = twin.passes(passes)  # type: ignore[operator]
+            return {view: twin(own, other[view]) for view in self.queries}
+
+    def _regress(
+        self,
+        passes: Passes,
+        batch: Batch,
+        view: str,
+        z_BD: Tensor,
+        target_BD: Tensor,
+        both_B: Tensor,
+    ) -> Tensor:
+        """(B,) loss of one direction."""
+        if self.predictors:
+            z_BD = self.predictors[passes.tower_of[view]](z_BD, both_B)
+        objective = self.spec.objective
+        if not isinstance(objective, QueueSpec):
+            return negative_cosine(z_BD, target_BD)
+        queue = self.queues[f"of_{view}"]
+        assert isinstance(queue, Fifo)
+        # Entries of a row's own recording are no negatives of it.
+        valid_BK = batch.source_B[:, None] != queue.source_K
+        loss_B = queue_nce(z_BD, target_BD, queue.rows_K, objective.temperature, valid_BK)
+        if self.training:
+            queue.offer(
+                F.normalize(target_BD, dim=-1), batch.source_B, both_B, passes.position
+            )
+        return loss_B
+
+
+def _queue(size: int, spec: SiameseSpec) -> Fifo:
+    """Random unit vectors to begin with, as many negatives as later on."""
+    queue = Fifo(size, (spec.projector.widths[-1],))
+    queue.rows_K.copy_(F.normalize(torch.randn_like(queue.rows_K), dim=-1))
+    return queue
