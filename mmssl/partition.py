@@ -18,6 +18,14 @@ def piece(parameter: Tensor) -> Tensor:
     return kept.data
 
 
+def own_length(parameter: Tensor) -> int:
+    """Elements of `piece` that are not padding."""
+    length = piece(parameter).numel()
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    start = dist.rank() * length if hasattr(parameter, "ds_tensor") else 0
+    return min(max(0, size - start), length)
+
+
 def assemble(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """The whole tensor from all ranks' pieces (laid out as `piece`); a collective at ZeRO-3."""
     shape: torch.Size | None = getattr(parameter, "ds_shape", None)

@@ -42,9 +42,12 @@ class DataSpec(Spec):
 
 
 class OptimSpec(Spec):
-    """AdamW/Adam with warm-up and decay; lr is the peak value."""
+    """AdamW, Adam or LARS with warm-up and decay; lr is the peak value.
 
-    kind: Literal["adamw", "adam"] = "adamw"
+    LARS (see `mmssl.train.lars`): the first of `betas` is its momentum, `eps` is not read.
+    """
+
+    kind: Literal["adamw", "adam", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)

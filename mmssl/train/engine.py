@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import config, dist
-from mmssl.partition import piece
+from mmssl.partition import own_length, piece
 from mmssl.specs import OptimSpec, TrainSpec
 from mmssl.train.commit import Writer, on_rank0
+from mmssl.train.lars import Lars, layout_of
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain, plain_loads, quiet
 from mmssl.types import Batch, Floor, Term, UserError
@@ -165,6 +166,7 @@ def deepspeed_config(optim: OptimSpec, train: TrainSpec, world: int) -> dict[str
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": micro_batch(train, world),
         "gradient_accumulation_steps": train.accumulate,
+        "zero_allow_untested_optimizer": optim.kind == "lars",  # `Lars` knows of ZeRO
         # At stage 0 DeepSpeed clips without telling the norm, so the engine below clips itself.
         "gradient_clipping": optim.clip if train.zero else 0.0,
     }
@@ -203,7 +205,7 @@ class Engine:
         Raises:
             UserError: the batch cannot be split evenly, or nothing is left to train.
         """
-        self.stage, self.clip = int(train.zero), optim.clip
+        self.stage, self.clip, self.lars = int(train.zero), optim.clip, optim.kind == "lars"
         self.model, self.device = model.to(device), device
         settings = deepspeed_config(optim, train, dist.world_size())
         policy = cast("Trainable", model).parameter_policy()
@@ -213,6 +215,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if isinstance(optimizer, Lars) and self.stage:
+            optimizer.layout = layout_of(self._engine.optimizer, self.stage)
         self._engine.checkpoint_engine = self._files = _shard_files()
         # a script that would load pickles without a check; no part of the data
         self._engine._copy_recovery_script = lambda save_path: None
@@ -258,12 +262,18 @@ class Engine:
         removed again; buffers and frozen parameters are not in them.
 
         Raises:
-            UserError: a file could run code.
+            UserError: a file could run code; LARS on another number of ranks, as DeepSpeed's
+                converter knows Adam's states only.
         """
         if ranks == dist.world_size() or not self.stage:
             with plain_loads(_allowed()):
                 self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
             return
+        if self.lars:
+            raise UserError(
+                f"{folder}: written by {ranks} processes, here are {dist.world_size()}; with "
+                "optim.kind: lars and train.zero above 0 go on with as many"
+            )
         whole = folder.parent.with_name(f"{folder.parent.name}-whole.tmp")
         settings = self._engine._config
         on_rank0(lambda: _put_together(folder, whole))
@@ -319,9 +329,7 @@ def _clear_padding(model: nn.Module, tools: Any) -> None:
     """
     parameter: Any
     for parameter in model.parameters():
-        kept = piece(parameter)
-        size: int = parameter.ds_numel
-        real = max(0, size - dist.rank() * kept.numel())
+        kept, real = piece(parameter), own_length(parameter)
         if real < kept.numel():
             kept[real:] = 0
             if parameter.requires_grad:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmssl.specs import OptimSpec
+from mmssl.train.lars import Lars
 from mmssl.types import UserError
 
 
@@ -29,37 +30,43 @@ class Policy(Protocol):
 
 
 def parameter_groups(
-    model: nn.Module, policy: Mapping[str, Policy], weight_decay: float
+    model: nn.Module, policy: Mapping[str, Policy], weight_decay: float, layerwise: bool = False
 ) -> list[dict[str, Any]]:
     """Groups of equal (lr_scale, weight decay), in the order in which the model lists them.
 
     Frozen parameters lose `requires_grad` and belong to no group. Biases, norms and other
-    one-dimensional parameters are not decayed.
+    one-dimensional parameters are not decayed. layerwise: those with more dimensions are groups of
+    their own, which have `adapt` on (LARS).
 
     Raises:
         UserError: nothing is left to train.
         KeyError: the policy lacks a parameter.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rule = policy[name]
         if rule.frozen or not parameter.requires_grad:
             parameter.requires_grad_(False)
             continue
         decay = weight_decay if rule.decay and parameter.dim() > 1 else 0.0
-        groups.setdefault((rule.lr_scale, decay), []).append(parameter)
+        adapt = layerwise and parameter.dim() > 1
+        groups.setdefault((rule.lr_scale, decay, adapt), []).append(parameter)
     if not groups:
         raise UserError("`towers`: every parameter is frozen; nothing is left to train")
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
+        | ({"adapt": adapt} if layerwise else {})
+        for (scale, decay, adapt), parameters in groups.items()
     ]
 
 
 def build_optimizer(
     model: nn.Module, policy: Mapping[str, Policy], spec: OptimSpec
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or Adam over the model's groups."""
+    """AdamW (Loshchilov and Hutter 2019), Adam or LARS over the model's groups."""
+    if spec.kind == "lars":
+        groups = parameter_groups(model, policy, spec.weight_decay, layerwise=True)
+        return Lars(groups, spec.lr, momentum=spec.betas[0])
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
     groups = parameter_groups(model, policy, spec.weight_decay)
     return kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
