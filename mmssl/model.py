@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmssl import dist
+from mmssl.frontends.augment import SpectrumAugment
 from mmssl.heads.dense import Dense, MapScore, Parts
 from mmssl.schedules import resolve
 from mmssl.specs import RunSpec
@@ -37,11 +38,13 @@ class ParamPolicy:
     lr_scale: float
     decay: bool
     frozen: bool
+    constant_lr: bool = False
 
 
 class Model(nn.Module):
     """The only module the training engine sees.
 
+    augments: what is done to spectrograms in training, by tower.
     towers, joints, trunk: the encoders; a shared trunk is registered here, once. tower_of: view ->
     tower. `last_embeddings` holds the last training step's vectors by name for the health monitors.
     """
@@ -53,9 +56,11 @@ class Model(nn.Module):
         joints: Mapping[str, JointTower],
         trunk: nn.Module | None,
         tasks: Mapping[str, Task],
+        augments: Mapping[str, SpectrumAugment],
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.augments = nn.ModuleDict(augments)
         self.towers = nn.ModuleDict(towers)
         self.joints = nn.ModuleDict(joints)
         self.trunk = trunk
@@ -73,7 +78,7 @@ class Model(nn.Module):
         without any row is 0.
         """
         need_tasks(self.spec)
-        batch = self._mixed(batch)
+        batch = self._augmented(self._mixed(batch), step / max(1, total))
         passes = self.passes(batch, step / max(1, total))
         terms = {
             _join(task_name, name): (term, weight)
@@ -106,6 +111,14 @@ class Model(nn.Module):
         views = {name: mix_view(batch.views[name], self.spec.views[name]) for name in mixing}
         return replace(batch, views={**batch.views, **views}) if views else batch
 
+    def _augmented(self, batch: Batch, position: float) -> Batch:
+        """The batch with the spectrograms of augmented towers, in training."""
+        views = dict(batch.views)
+        for name, augment in self.augments.items() if self.training else ():
+            own = {view: batch.views[view] for view, t in self.tower_of.items() if t == name}
+            views |= augment(own, self.towers[name].signal, batch.source_B, position)
+        return replace(batch, views=views)
+
     def passes(self, batch: Batch, position: float = 1.0) -> Passes:
         """Encodings of one batch, each made when first asked for."""
         chunk = self.spec.train.chunk
@@ -129,9 +142,11 @@ class Model(nn.Module):
         }
 
     def after_step(self, step: int, total: int) -> None:
-        """Let every task update its own buffers after an optimiser step."""
+        """Let tasks and augmentations update their own buffers after an optimiser step."""
         for task in self.tasks.values():
             task.after_step(step / max(1, total))  # type: ignore[operator]
+        for augment in self.augments.values():
+            augment.write()  # type: ignore[operator]
 
     def set_policy(self, policy: Mapping[str, tuple[float, bool]]) -> None:
         """{parameter: (learning-rate factor, frozen)}; freezes what is to be frozen."""
@@ -145,10 +160,14 @@ class Model(nn.Module):
         Vectors and scalars, positions and extra tokens are trained without weight decay.
         """
         out: dict[str, ParamPolicy] = {}
+        steady = {
+            id(p) for m in self.modules() if getattr(m, "constant_lr", False) for p in m.parameters()
+        }
         for name, parameter in self.named_parameters():
             scale, frozen = self._policy.get(name, (1.0, False))
             table = any(part in name for part in (".positions.", ".extra.", ".kinds"))
-            out[name] = ParamPolicy(scale, parameter.ndim > 1 and not table, frozen)
+            decay = parameter.ndim > 1 and not table
+            out[name] = ParamPolicy(scale, decay, frozen, id(parameter) in steady)
         return out
 
     # ------------------------------------------------------------ evaluation

@@ -13,6 +13,7 @@ from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
 from mmssl.specs import (
+    BYOLASpec,
     CausalConvSpec,
     GumbelSpec,
     PointwiseSpec,
@@ -71,6 +72,8 @@ def _towers(spec: RunSpec) -> Iterator[str]:
             yield f"towers.{name}.post=16"
         if isinstance(tower.cut, SummedSpec):
             yield f"towers.{name}.cut.dropout=0"
+        if tower.augment is not None:
+            yield f"towers.{name}.augment.bank=8"
         if tower.cut.kind in LATENTS:
             yield f"towers.{name}.cut.{LATENTS[tower.cut.kind]}=8"
         yield from _backbone(name, tower)
@@ -87,6 +90,8 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
         yield from (f"{key}.{k}" for k in ("width=16", "kernels=[2, 3]"))
     if isinstance(backbone, PointwiseSpec):
         yield f"{key}.width=16"
+    if isinstance(backbone, BYOLASpec):
+        yield from (f"{key}.{k}" for k in ("hidden=16", "dropout=0"))
     if isinstance(backbone, ResNetSpec | S3DGSpec):
         yield f"{key}.channels=8"
     if isinstance(backbone, ResNetSpec):
@@ -125,6 +130,12 @@ def _masked(spec: RunSpec) -> Iterator[str]:
 
 def _heads(spec: RunSpec) -> Iterator[str]:
     for name, task in spec.tasks.items():
+        if task.kind == "siamese":
+            yield f"tasks.{name}.projector.widths={[16] * len(task.projector.widths)}"
+            if task.predictor is not None:
+                yield f"tasks.{name}.predictor.widths={[16] * len(task.predictor.widths)}"
+            if task.objective.kind == "queue":
+                yield f"tasks.{name}.objective.size=16"
         if task.kind != "pairs":
             continue
         for space, s in task.heads.spaces.items():

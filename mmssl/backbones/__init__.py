@@ -1,14 +1,17 @@
 """Backbones: token sequences to token sequences, and convolutional encoders."""
 
+from mmssl.backbones.byola import BYOLA
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
-from mmssl.backbones.trunks import VGG16, ResNet18, SpeechConv
+from mmssl.backbones.trunks import VGG16, ResNet18, ResNet50, SpeechConv
 
 NETWORKS = {
+    "byol_a": BYOLA,
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
     "resnet18": ResNet18,
+    "resnet50": ResNet50,
     "resnet_v2": ResNetV2,
     "s3dg": S3DG,
     "speech_conv": SpeechConv,
@@ -16,12 +19,14 @@ NETWORKS = {
 }
 
 __all__ = [
+    "BYOLA",
     "NETWORKS",
     "S3DG",
     "VGG16",
     "ConvAV8",
     "EfficientNetB0",
     "ResNet18",
+    "ResNet50",
     "ResNetV2",
     "SpeechConv",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmssl.dist import MaskedSyncBatchNorm, merged_moments, sum_over_ranks, world_size
 from mmssl.frontends.lengths import Field, stack_field, stack_length
-from mmssl.frontends.patches import stack_lengths, zero_behind
+from mmssl.frontends.patches import dtype_of, stack_lengths, zero_behind
 from mmssl.types import UserError
 
 Grid = tuple[int, ...]
@@ -215,7 +215,7 @@ class ConvNet(nn.Module):
         which then enter no batch statistics.
         """
         grid, items = self.grid(x.shape[2:]), x.shape[0]
-        x = zero_behind(x.to(next(self.parameters()).dtype), lengths_P)
+        x = zero_behind(x.to(dtype_of(self)), lengths_P)
         frames = 1
         if x.ndim == 5 and self.frame_wise:
             frames = x.shape[2]

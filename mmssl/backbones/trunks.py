@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mmssl.backbones.convnets import ConvNet, MapBatchNorm, he_normal, spatial_stack
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.frontends.lengths import Field, stack_field, stack_length
-from mmssl.frontends.patches import stack_lengths, zero_behind
+from mmssl.frontends.patches import dtype_of, stack_lengths, zero_behind
 from mmssl.types import UserError
 
 
@@ -36,6 +36,24 @@ class ResNet18(ConvNet):
             for layer in stage[0].modules():
                 if isinstance(layer, nn.Conv2d):
                     layer.stride = (1, 1)
+        self.features = nn.Sequential(first, net.bn1, net.relu, net.maxpool, *stages)
+        self.stack = spatial_stack(self.features)
+        self.width = net.fc.in_features
+
+
+class ResNet50(ConvNet):
+    """ResNet-50 up to its last block: 7x7x2048 for a 224x224 image (BYOL, MoCo, SimSiam).
+
+    Strides are in the 3x3 convolutions. zero_init: residual branches start at 0.
+    """
+
+    def __init__(self, in_channels: int = 3, zero_init: bool = False) -> None:
+        super().__init__()
+        net = torchvision.models.resnet50(
+            weights=None, norm_layer=MapBatchNorm, zero_init_residual=zero_init
+        )
+        first = he_normal(nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False))
+        stages = [net.layer1, net.layer2, net.layer3, net.layer4]
         self.features = nn.Sequential(first, net.bn1, net.relu, net.maxpool, *stages)
         self.stack = spatial_stack(self.features)
         self.width = net.fc.in_features
@@ -118,7 +136,7 @@ class SpeechConv(ConvNet):
     ) -> tuple[Tensor, tuple[int, ...]]:
         """(P, 1, T, F) to tokens (P, T', D) and their grid, as `ConvNet`."""
         grid = self.grid(x.shape[2:])
-        x = self._normed(x[:, 0].to(next(self.convs.parameters()).dtype), lengths_P, valid_P)
+        x = self._normed(x[:, 0].to(dtype_of(self.convs)), lengths_P, valid_P)
         x = x.transpose(1, 2)
         for conv, pool in zip(self.convs, self.pools, strict=True):
             x = zero_behind(F.relu(conv(zero_behind(x, lengths_P))), lengths_P)

@@ -10,7 +10,14 @@ from mmssl.backbones.transformer import Transformer
 from mmssl.build.policy import policy_of
 from mmssl.build.targets import Vocabulary
 from mmssl.build.tasks import TaskBuilder
-from mmssl.build.towers import data_shape, make_joint, make_towers, make_trunk, shared_by
+from mmssl.build.towers import (
+    data_shape,
+    make_augments,
+    make_joint,
+    make_towers,
+    make_trunk,
+    shared_by,
+)
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
@@ -44,7 +51,7 @@ def build_model(
     joints = {name: make_joint(name, t, widths, spec) for name, t in spec.joints.items()}
     make = TaskBuilder(spec, towers, joints, widths, vocabulary)
     tasks = {name: make(name, t) for name, t in spec.tasks.items()}
-    model = Model(spec, towers, joints, trunk, tasks)
+    model = Model(spec, towers, joints, trunk, tasks, make_augments(spec, towers))
     if checkpointing and not any(isinstance(part, Transformer) for part in model.modules()):
         raise UserError(
             "train.checkpoint_activations: only layers of transformers can be computed again, and "

@@ -50,4 +50,5 @@ def make_siamese(
 
 
 def _mlps(spec: MLPSpec, inputs: Mapping[str, int]) -> dict[str, MLP]:
-    return {t: MLP(width, spec.widths, spec.norm, spec.bias) for t, width in inputs.items()}
+    options = (spec.widths, spec.norm, spec.bias, spec.constant_lr)
+    return {tower: MLP(width, *options) for tower, width in inputs.items()}

@@ -14,6 +14,7 @@ from mmssl.backbones.causal import CausalConvs, Pointwise, Trunk
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import SIGNALS, STEMS, TEXTS, FactorisedPositions, SpectrumParams
+from mmssl.frontends.augment import SpectrumAugment
 from mmssl.frontends.conv_positions import ConvPositions, ConvStackPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
 from mmssl.frontends.frame_stem import FrameStem
@@ -215,6 +216,34 @@ def _signal(spec: TowerSpec) -> nn.Module | None:
 
 def _whole(spectrum: Spectrum | Kaldi, spec: UtteranceSpec | None) -> nn.Module:
     return spectrum if spec is None else UtteranceFeatures(spectrum, **spec.model_dump())
+
+
+def make_augments(run: RunSpec, towers: Mapping[str, AnyTower]) -> dict[str, SpectrumAugment]:
+    """What is done to the spectrograms of a tower's views in training, by tower.
+
+    Raises:
+        UserError: the tower makes no spectrogram, or its views differ in length.
+    """
+    found: dict[str, SpectrumAugment] = {}
+    for name, spec in run.towers.items():
+        if spec.augment is None:
+            continue
+        signal = towers[name].signal
+        if not isinstance(signal, Spectrum | Kaldi | UtteranceFeatures):
+            raise UserError(
+                f"towers.{name}.augment: changes spectrograms, but the front-end is "
+                f"{spec.frontend.kind}; use log_mel, or `augment` of the views"
+            )
+        shapes = {data_shape(n, v) for n, v in run.views.items() if v.tower_name == name}
+        if len(shapes) > 1:
+            raise UserError(
+                f"towers.{name}.augment: its views have lengths of {sorted(s for s, in shapes)} "
+                "samples; give them one crop_s"
+            )
+        (samples,) = shapes.pop()
+        shape = (samples, *signal.grid((samples,)))
+        found[name] = SpectrumAugment(shape, **spec.augment.model_dump())
+    return found
 
 
 def _text_stem(

@@ -8,6 +8,7 @@ order of the grid. Lengths count valid inputs along the first axis (time).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 
 import torch
@@ -56,6 +57,11 @@ def unpatchify(x_PNK: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tens
         order += [1 + i, rank + 2 + i]
     axes = [count * size for count, size in zip(grid, patch, strict=True)]
     return cells.permute(order).reshape(x_PNK.shape[0], -1, *axes)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Type of a module's weights, also where they are buffers (`mmssl.targets.teacher`)."""
+    return next(chain(module.parameters(), module.buffers())).dtype
 
 
 def zero_behind(x: Tensor, lengths_P: Tensor | None, axis: int = 2) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmssl.frontends.lengths import Field, conv_length, stack_field, stack_length
 from mmssl.frontends.norms import TimeGroupNorm
-from mmssl.frontends.patches import padding_mask, stack_lengths
+from mmssl.frontends.patches import dtype_of, padding_mask, stack_lengths
 from mmssl.frontends.stems import ACTIVATIONS
 from mmssl.types import UserError
 
@@ -146,7 +146,7 @@ class WaveStem(nn.Module):
             UserError: the waveform is too short.
         """
         grid = self.grid(x_P1S.shape[2:])
-        x_P1S = x_P1S.to(next(self.convs.parameters()).dtype)
+        x_P1S = x_P1S.to(dtype_of(self.convs))
         if self.kind == "layer":
             raw = self._channels_last(x_P1S.transpose(1, 2))
         else:

@@ -16,7 +16,8 @@ class MLP(nn.Module):
 
     widths: outputs of every map. norm: `hidden`, batch norm before each ReLU (BYOL); `all`, behind
     the last map, too, there without scale and shift (SimSiam); or `none` (MoCo v2). bias: of the
-    maps that no norm follows; the others have none, which a norm would take away.
+    maps that no norm follows; the others have none, which a norm would take away. constant_lr: of
+    the optimiser's groups.
     """
 
     def __init__(
@@ -25,8 +26,10 @@ class MLP(nn.Module):
         widths: Sequence[int],
         norm: Literal["none", "hidden", "all"] = "hidden",
         bias: bool = True,
+        constant_lr: bool = False,
     ) -> None:
         super().__init__()
+        self.constant_lr = constant_lr
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise([inputs, *widths])):
             last = i == len(widths) - 1

@@ -20,10 +20,12 @@ from mmssl.specs.heads import (
     SpaceSpec,
 )
 from mmssl.specs.networks import (
+    BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
     EfficientNetSpec,
     ResNet18Spec,
+    ResNet50Spec,
     ResNetSpec,
     S3DGSpec,
     SpeechConvSpec,
@@ -91,6 +93,7 @@ from mmssl.specs.towers import (
     PatchSpec,
     PointwiseSpec,
     PositionSpec,
+    SpectrumAugmentSpec,
     SpectrumSpec,
     StemSpec,
     SummedSpec,

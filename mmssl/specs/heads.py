@@ -36,11 +36,15 @@ class HeadsSpec(Spec):
 
 
 class MLPSpec(Spec):
-    """Linear maps with ReLU between them; the fields are explained at `mmssl.heads.mlp.MLP`."""
+    """Linear maps with ReLU between them; the fields are explained at `mmssl.heads.mlp.MLP`.
+
+    `constant_lr`: they learn at the peak rate all the time (SimSiam's predictor).
+    """
 
     widths: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     norm: Literal["none", "hidden", "all"] = "hidden"
     bias: bool = True
+    constant_lr: bool = False
 
 
 class DotSpec(Spec):

@@ -32,6 +32,23 @@ class ResNet18Spec(Spec):
     stride: Literal[8, 16, 32] = 32
 
 
+class ResNet50Spec(Spec):
+    """ResNet-50 up to its last block; `zero_init`: residual branches start at 0."""
+
+    kind: Literal["resnet50"]
+    zero_init: bool = False
+
+
+class BYOLASpec(Spec):
+    """BYOL-A's encoders; see `mmssl.backbones.byola.BYOLA`."""
+
+    kind: Literal["byol_a"]
+    version: Literal[1, 2] = 1
+    bands: int = Field(64, gt=0)
+    hidden: int = Field(2048, gt=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+
+
 class VGG16Spec(Spec):
     """VGG-16 up to conv5, and a 3x3 convolution to `outputs` channels unless 0."""
 
@@ -90,6 +107,8 @@ ConvSpec = (
     ConvAV8Spec
     | EfficientNetSpec
     | ResNet18Spec
+    | ResNet50Spec
+    | BYOLASpec
     | VGG16Spec
     | SpeechConvSpec
     | ResNetSpec

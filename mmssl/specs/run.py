@@ -42,12 +42,12 @@ class DataSpec(Spec):
 
 
 class OptimSpec(Spec):
-    """AdamW, Adam or LARS with warm-up and decay; lr is the peak value.
+    """AdamW, Adam, SGD or LARS with warm-up and decay; lr is the peak value.
 
-    LARS (see `mmssl.train.lars`): the first of `betas` is its momentum, `eps` is not read.
+    SGD and LARS (see `mmssl.train.lars`): the first of `betas` is the momentum, `eps` is not read.
     """
 
-    kind: Literal["adamw", "adam", "lars"] = "adamw"
+    kind: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)

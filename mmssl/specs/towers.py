@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mmssl.specs.base import Modality, Number, Spec
 from mmssl.specs.networks import ConvSpec
@@ -337,10 +337,12 @@ class TowerSpec(Trainable):
 
     `quantizer`: the backbone reads the codes of the stem's cells instead of the cells (vq-wav2vec).
     `pre` and `post`: a linear map with GELU before and after the backbone (VATT-MA); 0 = none.
+    `augment`: of the spectrograms of all its views, each by itself.
     """
 
     modality: Modality
     frontend: FrontendSpec
+    augment: SpectrumAugmentSpec | None = None
     cut: CutSpec
     quantizer: QuantizerSpec | None = None
     positions: AnyPositionSpec = PositionSpec()
@@ -350,6 +352,29 @@ class TowerSpec(Trainable):
     drop_tokens: Number = 0.0  # share of tokens left out in training
     pre: bool = False
     post: int = Field(0, ge=0)
+
+
+class SpectrumAugmentSpec(Spec):
+    """What training does to spectrograms in the log domain (BYOL-A); for a normalised front-end.
+
+    The fields are explained at `mmssl.frontends.augment.SpectrumAugment`.
+    """
+
+    mix: float = Field(0.4, ge=0, lt=1)
+    bank: int = Field(2048, gt=0)
+    canvas: float = Field(1.5, ge=0)
+    time: tuple[float, float] = (0.6, 1.5)
+    bands: tuple[float, float] = (0.6, 1.5)
+    fader: float = Field(0.0, ge=0)
+    standardize: bool = True
+
+    @model_validator(mode="after")
+    def _can_crop(self) -> SpectrumAugmentSpec:
+        if 0 < self.canvas < 1:
+            raise ValueError("`canvas` is at least 1 (as large as the input), or 0 for no crop")
+        if any(low <= 0 or high < low for low, high in (self.time, self.bands)):
+            raise ValueError("`time` and `bands` are shares [low, high] above 0 with low <= high")
+        return self
 
 
 class JointSpec(Trainable):

@@ -166,7 +166,8 @@ def deepspeed_config(optim: OptimSpec, train: TrainSpec, world: int) -> dict[str
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": micro_batch(train, world),
         "gradient_accumulation_steps": train.accumulate,
-        "zero_allow_untested_optimizer": optim.kind == "lars",  # `Lars` knows of ZeRO
+        # `Lars` knows of ZeRO, and SGD treats every number by itself
+        "zero_allow_untested_optimizer": optim.kind in ("lars", "sgd"),
         # At stage 0 DeepSpeed clips without telling the norm, so the engine below clips itself.
         "gradient_clipping": optim.clip if train.zero else 0.0,
     }
@@ -205,7 +206,8 @@ class Engine:
         Raises:
             UserError: the batch cannot be split evenly, or nothing is left to train.
         """
-        self.stage, self.clip, self.lars = int(train.zero), optim.clip, optim.kind == "lars"
+        self.stage, self.clip = int(train.zero), optim.clip
+        self.kind, self.peak = optim.kind, optim.lr
         self.model, self.device = model.to(device), device
         settings = deepspeed_config(optim, train, dist.world_size())
         policy = cast("Trainable", model).parameter_policy()
@@ -239,7 +241,7 @@ class Engine:
 
         Where the norm is not finite nothing is updated.
         """
-        set_learning_rate(self._engine.optimizer.param_groups, lr)
+        set_learning_rate(self._engine.optimizer.param_groups, lr, self.peak)
         if self.stage:
             self._engine.step()  # leaves out the update by itself
             norm = float(self._engine.get_global_grad_norm())
@@ -262,17 +264,17 @@ class Engine:
         removed again; buffers and frozen parameters are not in them.
 
         Raises:
-            UserError: a file could run code; LARS on another number of ranks, as DeepSpeed's
+            UserError: a file could run code; SGD or LARS on another number of ranks, as DeepSpeed's
                 converter knows Adam's states only.
         """
         if ranks == dist.world_size() or not self.stage:
             with plain_loads(_allowed()):
                 self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
             return
-        if self.lars:
+        if self.kind in ("lars", "sgd"):
             raise UserError(
                 f"{folder}: written by {ranks} processes, here are {dist.world_size()}; with "
-                "optim.kind: lars and train.zero above 0 go on with as many"
+                f"optim.kind: {self.kind} and train.zero above 0 go on with as many"
             )
         whole = folder.parent.with_name(f"{folder.parent.name}-whole.tmp")
         settings = self._engine._config

@@ -28,11 +28,15 @@ class Policy(Protocol):
     def frozen(self) -> bool:
         """Keeps its value."""
 
+    @property
+    def constant_lr(self) -> bool:
+        """Learns at the peak rate all the time."""
+
 
 def parameter_groups(
     model: nn.Module, policy: Mapping[str, Policy], weight_decay: float, layerwise: bool = False
 ) -> list[dict[str, Any]]:
-    """Groups of equal (lr_scale, weight decay), in the order in which the model lists them.
+    """Groups of parameters that learn alike, in the order in which the model lists them.
 
     Frozen parameters lose `requires_grad` and belong to no group. Biases, norms and other
     one-dimensional parameters are not decayed. layerwise: those with more dimensions are groups of
@@ -42,7 +46,7 @@ def parameter_groups(
         UserError: nothing is left to train.
         KeyError: the policy lacks a parameter.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rule = policy[name]
         if rule.frozen or not parameter.requires_grad:
@@ -50,29 +54,35 @@ def parameter_groups(
             continue
         decay = weight_decay if rule.decay and parameter.dim() > 1 else 0.0
         adapt = layerwise and parameter.dim() > 1
-        groups.setdefault((rule.lr_scale, decay, adapt), []).append(parameter)
+        key = (rule.lr_scale, decay, adapt, rule.constant_lr)
+        groups.setdefault(key, []).append(parameter)
     if not groups:
         raise UserError("`towers`: every parameter is frozen; nothing is left to train")
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         | ({"adapt": adapt} if layerwise else {})
-        for (scale, decay, adapt), parameters in groups.items()
+        | ({"constant_lr": True} if steady else {})
+        for (scale, decay, adapt, steady), parameters in groups.items()
     ]
 
 
 def build_optimizer(
     model: nn.Module, policy: Mapping[str, Policy], spec: OptimSpec
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), Adam or LARS over the model's groups."""
+    """AdamW (Loshchilov and Hutter 2019), Adam, SGD or LARS over the model's groups."""
     if spec.kind == "lars":
         groups = parameter_groups(model, policy, spec.weight_decay, layerwise=True)
         return Lars(groups, spec.lr, momentum=spec.betas[0])
+    if spec.kind == "sgd":
+        groups = parameter_groups(model, policy, spec.weight_decay)
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.betas[0])
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
     groups = parameter_groups(model, policy, spec.weight_decay)
     return kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
 
 
-def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
-    """Give every group `lr` times its own scale."""
+def set_learning_rate(groups: list[dict[str, Any]], lr: float, peak: float) -> None:
+    """Give every group `lr` times its own scale, those of constant rate the peak instead."""
     for group in groups:
-        group["lr"] = lr * float(group["lr_scale"])
+        rate = peak if group.get("constant_lr") else lr
+        group["lr"] = rate * float(group["lr_scale"])

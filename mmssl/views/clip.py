@@ -26,6 +26,9 @@ VIDEO_OPS: dict[str, Callable[..., Tensor]] = {
     "horizontal_flip": video.horizontal_flip,
     "random_resized_crop": video.random_resized_crop,
     "color_jitter": video.color_jitter,
+    "grayscale": video.grayscale,
+    "blur": video.blur,
+    "solarize": video.solarize,
 }
 OPS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "audio": WAVE_OPS,

@@ -75,6 +75,43 @@ def color_jitter(
     return x.permute(0, 2, 3, 1)
 
 
+def grayscale(
+    frames_THWC: Tensor, generator: torch.Generator, probability: float = 0.2
+) -> Tensor:
+    """Take the colours away."""
+    if torch.rand((), generator=generator).item() >= probability:
+        return frames_THWC
+    return F.rgb_to_grayscale(frames_THWC.permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1)
+
+
+def blur(
+    frames_THWC: Tensor,
+    generator: torch.Generator,
+    sigma: tuple[float, float] = (0.1, 2.0),
+    probability: float = 0.5,
+) -> Tensor:
+    """Gaussian blur of random width, in pixels, by a kernel of a tenth of the height (SimCLR)."""
+    u = torch.rand(2, generator=generator).tolist()
+    if u[0] >= probability:
+        return frames_THWC
+    kernel = frames_THWC.shape[1] // 20 * 2 + 1
+    width = sigma[0] + (sigma[1] - sigma[0]) * u[1]
+    out: Tensor = F.gaussian_blur(frames_THWC.permute(0, 3, 1, 2), [kernel] * 2, [width] * 2)
+    return out.permute(0, 2, 3, 1)
+
+
+def solarize(
+    frames_THWC: Tensor,
+    generator: torch.Generator,
+    threshold: int = 128,
+    probability: float = 0.2,
+) -> Tensor:
+    """Invert the values from `threshold` on (BYOL)."""
+    if torch.rand((), generator=generator).item() >= probability:
+        return frames_THWC
+    return torch.where(frames_THWC >= threshold, 255 - frames_THWC, frames_THWC)
+
+
 def fit(frames_THWC: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """Crop frames to size x size: at the centre or, with a generator, anywhere.
 

@@ -60,6 +60,7 @@ class Policy(NamedTuple):
     lr_scale: float
     decay: bool
     frozen: bool
+    constant_lr: bool = False
 
 
 @dataclass

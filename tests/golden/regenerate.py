@@ -52,11 +52,12 @@ def losses(name: str) -> list[dict[str, float]]:
     from tiny_run import tiny_spec
 
     from mmssl.check import fake_batch
-    from mmssl.specs import ResNetSpec, S3DGSpec
+    from mmssl.specs import ResNet50Spec, ResNetSpec, S3DGSpec
 
     spec = tiny_spec() if name == "tiny" else small(name)
     # Many batch norms over few places magnify rounding: fp64 and short steps leave little of it.
-    fine = any(isinstance(t.backbone, ResNetSpec | S3DGSpec) for t in spec.towers.values())
+    deep = ResNet50Spec | ResNetSpec | S3DGSpec
+    fine = any(isinstance(t.backbone, deep) for t in spec.towers.values())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = small_model(spec, dtype=torch.float64 if fine else torch.float32).train()

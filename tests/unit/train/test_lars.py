@@ -15,6 +15,7 @@ class Rule(NamedTuple):
     lr_scale: float = 1.0
     decay: bool = True
     frozen: bool = False
+    constant_lr: bool = False
 
 
 def stepped(scale: float, weight_decay: float) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ class Rule(NamedTuple):
     lr_scale: float = 1.0
     decay: bool = True
     frozen: bool = False
+    constant_lr: bool = False
 
 
 def network() -> nn.Sequential:
@@ -59,7 +60,7 @@ def test_first_step_moves_by_the_scaled_learning_rate() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_learning_rate(optimizer.param_groups, 0.04)
+    set_learning_rate(optimizer.param_groups, 0.04, 0.1)
     optimizer.step()
     moved = [
         float((a - b).detach().mean()) for a, b in zip(before, model.parameters(), strict=True)
