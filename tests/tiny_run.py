@@ -175,7 +175,36 @@ def localizers() -> dict[str, Any]:
     }
 
 
-RECIPES = {"every_part": dict, "flagship": recipe, "localizers": localizers}
+def siamese() -> dict[str, Any]:
+    """Changes that wire the tiny run as the siamese methods, between modalities.
+
+    Sounds are augmented as spectrograms; targets are averages of the towers and their shared
+    transformer.
+    """
+    head = {"widths": [16, 8]}
+    task = {"kind": "siamese", "projector": head}
+    byol = {"predictor": head, "decay": 0.9, "objective": {"kind": "byol"}}
+    simsiam = {"predictor": head, "objective": {"kind": "cosine"}}
+    moco = {"decay": 0.9, "objective": {"kind": "queue", "size": 6, "symmetric": True}}
+    barlow = {"objective": {"kind": "cross_correlation"}, "weight": 0.1}
+    return {
+        "towers": TREE["towers"] | {"audio": TREE["towers"]["audio"] | {"augment": {"bank": 6}}},
+        "joints": {},
+        "tasks": {
+            "byol": {**task, **byol, "between": ["audio", "video"]},
+            "simsiam": {**task, **simsiam, "between": ["video", "text"]},
+            "moco": {**task, **moco, "between": ["video", "audio"]},
+            "barlow": {**task, **barlow, "between": ["audio", "text"]},
+        },
+    }
+
+
+RECIPES = {
+    "every_part": dict,
+    "flagship": recipe,
+    "localizers": localizers,
+    "siamese": siamese,
+}
 
 
 def tiny_model(

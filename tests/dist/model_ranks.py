@@ -1,4 +1,4 @@
-"""Loss and gradients of the tiny run on every rank's rows, for test_model_ranks.py.
+"""Loss, gradients and memories of the tiny run on every rank's rows, for test_model_ranks.py.
 
     python -m torch.distributed.run ... model_ranks.py JSON
 
@@ -37,10 +37,13 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     loss, _ = engine.forward(batch, 0, 10)
     engine.backward(loss)
     grads = {name: safe_get_full_grad(p) for name, p in zip(names, model.parameters(), strict=True)}
+    model.after_step(0, 10)
+    memory = {n: b.float() for n, b in model.named_buffers() if "queues." in n or ".bank." in n}
     # the mean over ranks is the loss of the global batch
     total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
     if dist.rank() == 0:
-        save_file({"loss": total, **{n: g.float().contiguous() for n, g in grads.items()}}, str(call["file"]))
+        found = {n: g.float().contiguous() for n, g in grads.items()}
+        save_file({"loss": total, **found, **memory}, str(call["file"]))
     engine.close()
 
 
