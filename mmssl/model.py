@@ -29,6 +29,7 @@ from mmssl.types import Batch, Floor, Term, UserError
 from mmssl.views.mix import mix_view
 
 Space = tuple[str, str]  # modality and name
+_TABLES = (".positions.", ".extra.", ".kinds", ".prototypes")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Model(nn.Module):
     def parameter_policy(self) -> dict[str, ParamPolicy]:
         """Learning-rate factor, weight decay and freezing of every parameter by name.
 
-        Vectors and scalars, positions and extra tokens are trained without weight decay.
+        Vectors and scalars, positions, extra tokens and prototypes are trained without weight decay.
         """
         out: dict[str, ParamPolicy] = {}
         steady = {
@@ -165,7 +166,7 @@ class Model(nn.Module):
         }
         for name, parameter in self.named_parameters():
             scale, frozen = self._policy.get(name, (1.0, False))
-            table = any(part in name for part in (".positions.", ".extra.", ".kinds"))
+            table = any(part in name for part in _TABLES)
             decay = parameter.ndim > 1 and not table
             out[name] = ParamPolicy(scale, decay, frozen, id(parameter) in steady)
         return out

@@ -20,6 +20,7 @@ from mmssl.specs.heads import (
     SpaceSpec,
 )
 from mmssl.specs.networks import (
+    AlexNetSpec,
     BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
@@ -58,6 +59,7 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    ClusterSpec,
     CosineSpec,
     CrossCorrelationSpec,
     FutureSpec,
@@ -67,10 +69,13 @@ from mmssl.specs.tasks import (
     MaskSpec,
     MatchSpec,
     MilNCESpec,
+    OrderSpec,
     PairObjective,
     PairSpec,
     PairsSpec,
+    PrototypesSpec,
     QueueSpec,
+    RotationSpec,
     SiameseSpec,
     SigmoidSpec,
     TaskSpec,
