@@ -31,11 +31,11 @@ def sinkhorn(
     log_BK = wide(scores_BK) / epsilon
     if valid_B is None:
         valid_B = torch.ones_like(log_BK[:, 0], dtype=torch.bool)
-    log_BK = log_BK.masked_fill(~valid_B[:, None], -torch.inf)
+    absent_B1 = ~valid_B[:, None]
     for _ in range(iterations):
-        log_BK = log_BK - log_BK.logsumexp(0, keepdim=True)
+        log_BK = log_BK - log_BK.masked_fill(absent_B1, -torch.inf).logsumexp(0, keepdim=True)
         log_BK = log_BK - log_BK.logsumexp(1, keepdim=True)
-    return log_BK.exp().where(valid_B[:, None], 0.0)
+    return log_BK.exp().masked_fill(absent_B1, 0.0)
 
 
 def soft_cross_entropy(scores_BK: Tensor, target_BK: Tensor, temperature: float) -> Tensor:

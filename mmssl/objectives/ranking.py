@@ -16,7 +16,7 @@ _HALF_STEP = 2.0**-25  # keeps uniform numbers, multiples of 2^-24, away from 0 
 
 def ranks(scores: Tensor) -> Tensor:
     """(..., N) ranks of scores, N for the highest, in their dtype; equal ones in their order."""
-    return scores.argsort(-1, stable=True).argsort(-1).to(scores.dtype) + 1
+    return scores.argsort(dim=-1, stable=True).argsort(-1).to(scores.dtype) + 1
 
 
 def normal_noise(seeds_P: Tensor, draws: int, things: int, stream: str) -> Tensor:
