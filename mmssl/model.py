@@ -158,7 +158,7 @@ class Model(nn.Module):
     def parameter_policy(self) -> dict[str, ParamPolicy]:
         """Learning-rate factor, weight decay and freezing of every parameter by name.
 
-        Vectors and scalars, positions, extra tokens and prototypes are trained without weight decay.
+        Vectors and scalars, positions, extra tokens and prototypes have no weight decay.
         """
         out: dict[str, ParamPolicy] = {}
         steady = {

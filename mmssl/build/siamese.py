@@ -80,6 +80,12 @@ def make_prototypes(
         UserError: names that do not exist, or parts that do not fit together.
     """
     views = {v: need_view(run, v, f"tasks.{name}.assigned") for v in task.views}
+    first, *rest = (view.tower_name for view in views.values())
+    if len(task.assigned) == 1 and first not in rest:
+        raise UserError(
+            f"tasks.{name}.others: no gradient would reach the tower {first}, whose assignments are "
+            "constants; assign a second view, or let another view of it predict"
+        )
     online = make_branch(name, task, views, encoders, check_pool)
     return Prototypes(task, online, task.projector.widths[-1])
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from math import ceil
 
 from mmssl.backbones.causal import CausalConvs
-from mmssl.build.scores import check_map, make_map
 from mmssl.build.pretext import make_pretext
+from mmssl.build.scores import check_map, make_map
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
     TARGETS,
@@ -288,9 +288,7 @@ class TaskBuilder:
             need_view(self.spec, task.target.view, f"tasks.{name}.target.view")
             return Label(task.target, self.widths[task.target.view], task.pool, task.weight)
         if not isinstance(task.target, MatchSpec):
-            return make_pretext(
-                name, task, self.spec, self.towers, self.widths, self._check_pool
-            )
+            return make_pretext(name, task, self.spec, self.towers, self.widths, self._check_pool)
         for view in (*task.target.between, *([task.target.shifted] if task.target.shifted else [])):
             need_view(self.spec, view, f"tasks.{name}.target")
         score, where = self._match_score(name, task), f"tasks.{name}.target.similar"

@@ -30,9 +30,9 @@ def perturbed_ranking(
 ) -> Tensor:
     """(P,) Fenchel-Young loss of perturbed ranks: F(theta) - <theta, y>.
 
-    F(theta) is the mean over the draws Z of max over permutations r of <r, theta + epsilon Z>, which
-    ranks(theta + epsilon Z) attain, so that its gradient is their mean, and that of the loss the
-    mean minus y (Berthet et al. 2020, eq. 9 and proposition 3.1; Carr et al. 2021). Nothing is
+    F(theta) is the mean over the draws Z of max over permutations r of <r, theta + epsilon Z>,
+    which ranks(theta + epsilon Z) attain, so that its gradient is their mean, and that of the loss
+    the mean minus y (Berthet et al. 2020, eq. 9 and proposition 3.1; Carr et al. 2021). Nothing is
     differentiated through a sort. The same draws serve value and gradient.
 
     Args:

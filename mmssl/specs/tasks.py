@@ -312,10 +312,10 @@ class PrototypesSpec(Spec):
     """Swapped prediction of balanced assignments to prototypes (SwAV).
 
     `assigned`: views whose assignments every other view predicts; `others` only predict (small
-    crops). `pool`, `projector`: as in `siamese`; what it gives is made unit vectors. `frozen`: share
-    of the run's steps in which the prototypes stay as they are. `queue`: vectors of earlier steps,
-    for each of `assigned`, that take part in the assignment once there are so many; collected from
-    the share `queue_from` of the run on.
+    crops). `pool`, `projector`: as in `siamese`; what it gives is made unit vectors. `frozen`: the
+    share of the run's steps in which the prototypes stay as they are. `queue`: vectors of earlier
+    steps, for each of `assigned`, that take part in the assignment once there are so many;
+    collected from the share `queue_from` of the run on.
     """
 
     kind: Literal["prototypes"]

@@ -25,7 +25,7 @@ _WATCHED = ("accuracy", "tau")
 
 
 class Pretext(Task):
-    """A view's own signal, altered, encoded in the view's place; the name of the pass is the task's.
+    """A view's own signal, altered, encoded in the view's place in a pass named like the task.
 
     Terms that are only watched have weight 0.
     """
@@ -75,7 +75,7 @@ class Rotation(Pretext):
 
 
 class Order(Pretext):
-    """In which order do shuffled tiles of a signal belong? (Carr et al. 2021)
+    """In which order shuffled tiles of a signal belong (Carr et al. 2021).
 
     Every tile is encoded by itself, so that nothing tells its place but what it holds; an MLP reads
     the vectors of all slots and gives each a score, whose ranks are those the tiles had.

@@ -1,7 +1,7 @@
 """What pretext tasks do to the signals that a tower reads.
 
-Letters in shapes: P items, C channels, T frames, N tiles, A axes of a signal (P, C, *axes): time and
-bands of a spectrogram, samples of a waveform, or time, height and width of a video.
+Letters in shapes: P items, C channels, T frames, N tiles, A axes of a signal (P, C, *axes): time
+and bands of a spectrogram, samples of a waveform, or time, height and width of a video.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TURNS = 4
 
 
 def turned(x: Tensor, quarter: int) -> Tensor:
-    """Pictures turned by so many quarters of a circle, counter-clockwise; exact, all frames alike."""
+    """Pictures turned by so many quarters of a circle, counter-clockwise: exact copies of pixels."""
     return torch.rot90(x, quarter, (-2, -1))
 
 

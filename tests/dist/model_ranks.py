@@ -23,6 +23,8 @@ from tiny_run import RECIPES, absent_rows, take_rows, tiny_batch, tiny_model, ti
 from mmssl import dist  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
 
+KEPT = ("queues.", ".bank.", ".features_ND", ".known_N")
+
 
 def measure(call: dict[str, object], device: torch.device) -> None:
     """One step of one layout; rank 0 saves loss and gradients."""
@@ -38,7 +40,7 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     engine.backward(loss)
     grads = {name: safe_get_full_grad(p) for name, p in zip(names, model.parameters(), strict=True)}
     model.after_step(0, 10)
-    memory = {n: b.float() for n, b in model.named_buffers() if "queues." in n or ".bank." in n}
+    memory = {n: b.float() for n, b in model.named_buffers() if any(k in n for k in KEPT)}
     # the mean over ranks is the loss of the global batch
     total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
     if dist.rank() == 0:

@@ -137,7 +137,9 @@ def test_swapped_prediction_learns_what_views_share():
         picked = torch.randint(2000, (256,), generator=g)
         views = toy(centroids, rotation, rows[picked], g, 2)
         a, b = (F.normalize(head(encoder(view)), dim=-1) @ table.T for view in views)
-        loss = (soft_cross_entropy(a, sinkhorn(b), 0.1) + soft_cross_entropy(b, sinkhorn(a), 0.1)) / 2
+        loss = (
+            soft_cross_entropy(a, sinkhorn(b), 0.1) + soft_cross_entropy(b, sinkhorn(a), 0.1)
+        ) / 2
         optimiser.zero_grad()
         loss.mean().backward()
         optimiser.step()

@@ -60,7 +60,9 @@ def test_tiles_have_no_level_and_cut_every_axis():
     torch.testing.assert_close(
         found.flatten(2).std(-1, correction=0), torch.ones(2, 9), atol=1e-3, rtol=0
     )
-    constant = tiles(torch.ones_like(x), torch.tensor([6, 6]), [1, 3, 3], sizes, torch.arange(2), "p")
+    constant = tiles(
+        torch.ones_like(x), torch.tensor([6, 6]), [1, 3, 3], sizes, torch.arange(2), "p"
+    )
     assert not constant.any()
 
 
