@@ -65,7 +65,7 @@ def _sizes(where: str, target: OrderSpec, axes: Sequence[int]) -> tuple[int, ...
     sizes = tile_sizes(axes, target.tiles, target.cover) if fits else (0,)
     if not prod(sizes):
         raise UserError(
-            f"{where}: {target.tiles} of a signal of {' x '.join(map(str, axes))} cells; use fewer, "
-            "or a longer view"
+            f"{where}: {target.tiles} of a signal of {' x '.join(map(str, axes))} cells; use "
+            "fewer, or a longer view"
         )
     return sizes

@@ -83,8 +83,8 @@ def make_prototypes(
     first, *rest = (view.tower_name for view in views.values())
     if len(task.assigned) == 1 and first not in rest:
         raise UserError(
-            f"tasks.{name}.others: no gradient would reach the tower {first}, whose assignments are "
-            "constants; assign a second view, or let another view of it predict"
+            f"tasks.{name}.others: no gradient would reach the tower {first}, whose assignments "
+            "are constants; assign a second view, or let another view of it predict"
         )
     online = make_branch(name, task, views, encoders, check_pool)
     return Prototypes(task, online, task.projector.widths[-1])

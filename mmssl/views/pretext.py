@@ -19,7 +19,7 @@ TURNS = 4
 
 
 def turned(x: Tensor, quarter: int) -> Tensor:
-    """Pictures turned by so many quarters of a circle, counter-clockwise: exact copies of pixels."""
+    """Pictures turned by so many quarters of a circle, counter-clockwise, bit for bit."""
     return torch.rot90(x, quarter, (-2, -1))
 
 
