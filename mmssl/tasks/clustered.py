@@ -29,10 +29,10 @@ class Clustered(Task):
     """Cross-entropy with the clusters of an epoch's features (Caron et al. 2018).
 
     During an epoch the features of every clip are kept as they come by. At its end, when as many
-    rows were read as there are clips, they are whitened, normalised and clustered anew, and the top
-    layer starts again, for labels of two epochs have nothing to do with each other. The first epoch
-    has no labels: it keeps features of the untrained network. Rows weigh the inverse of their
-    cluster's size, as if clusters were drawn uniformly.
+    rows were read as there are clips, whether they have the view or not, features are whitened,
+    normalised and clustered anew, and the top layer starts again, for labels of two epochs have
+    nothing to do with each other. The first epoch has no labels: it keeps features of the untrained
+    network. Rows weigh the inverse of their cluster's size, as if clusters were drawn uniformly.
 
     Features are those that the last hidden layer of `embed` gives before its ReLU, or the pooled
     ones. Buffers: features_ND, known_N, labels_N (-1: none), seen (1,) rows of this epoch, epoch
@@ -68,7 +68,7 @@ class Clustered(Task):
         self.register_buffer("labels_N", torch.full((spec.clips,), -1))
         self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("epoch", torch.zeros(1, dtype=torch.int64))
-        self._read: list[tuple[Tensor, Tensor]] = []
+        self._read: list[tuple[Tensor, Tensor, int]] = []
         self._position = -1.0
 
     def weight(self, term: str) -> list[Number]:
@@ -101,11 +101,11 @@ class Clustered(Task):
     @torch.no_grad()
     def after_step(self, position: float) -> None:
         """Keep the step's features, and cluster at the end of an epoch; a collective then."""
-        for features, index in self._read:
+        for features, index, rows in self._read:
             finite = features.isfinite().all(1)
             features, index = _last(features[finite], index[finite])
             self.features_ND[index], self.known_N[index] = features, True
-            self.seen += len(finite)
+            self.seen += rows
         self._read = []
         if int(self.seen) >= self.spec.clips:
             self._relabel()
@@ -122,7 +122,7 @@ class Clustered(Task):
                 f"tasks.{self.name}.target.clips: {self.spec.clips}, but the data has a clip of "
                 f"number {highest}; give the number of clips of data.train"
             )
-        self._read.append((features[there], index[there]))
+        self._read.append((features[there], index[there], len(there)))
 
     def _weights(self) -> Tensor:
         """(K,) weight of a row by its cluster: 1 on average over the labelled clips."""
