@@ -87,7 +87,7 @@ class Clustered(Task):
         there_B = tokens.view.present_B
         if self.training:
             self._keep(features_BD, batch.index_B, there_B, passes.position)
-            label_B = self.labels_N[batch.index_B]
+            label_B = self.labels_N[batch.index_B.where(there_B, 0)]
         else:  # of other data, whose clips have other numbers
             label_B = torch.full_like(batch.index_B, -1)
         valid_B = there_B & (label_B >= 0)
@@ -116,7 +116,7 @@ class Clustered(Task):
             self._read, self._position = [], position
         parts = (features_BD.to(self.features_ND.dtype), index_B, there_B)
         features, index, there = (dist.gather_no_grad(x) for x in parts)
-        highest = int(index.max())
+        highest = int(index.where(there, 0).max())
         if highest >= self.spec.clips:
             raise UserError(
                 f"tasks.{self.name}.target.clips: {self.spec.clips}, but the data has a clip of "

@@ -50,6 +50,7 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     keys' biases nothing else): values below a hundredth of the model's largest count as that.
     """
     assert got.keys() == expected.keys()
+    assert not got["lost"].any()
     floor = 1e-2 * max(float(g.abs().max()) for n, g in expected.items() if n != "loss")
     return max(
         float((got[name] - value).abs().max()) / max(float(value.abs().max()), floor)
