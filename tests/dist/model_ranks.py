@@ -31,7 +31,9 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     """One step of one layout; rank 0 saves loss and gradients."""
     rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
     changes = RECIPES[call["recipe"]]()
-    spec = tiny_spec(train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes)
+    spec = tiny_spec(
+        train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes
+    )
     model = tiny_model(spec).train()
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)
