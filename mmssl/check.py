@@ -340,11 +340,15 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
                 f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
             )
             rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
+        elif task.kind == "prototypes":
+            what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
+            rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
         elif task.target.kind == "match":
             what = f"match by {task.score.kind}"
             rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))
         else:
-            what = f"label {task.target.field}"
+            named = task.target.kind == "label"
+            what = f"label {task.target.field}" if named else task.target.kind
             rows.append((name, "classify", task.target.view, what, str(task.weight)))
     return rows
 

@@ -31,6 +31,7 @@ from mmssl.views import mel
 from mmssl.views.mix import mix_view
 
 Space = tuple[str, str]  # modality and name
+_TABLES = (".positions.", ".extra.", ".kinds", ".prototypes")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Model(nn.Module):
     def parameter_policy(self) -> dict[str, ParamPolicy]:
         """Learning-rate factor, weight decay and freezing of every parameter by name.
 
-        Vectors and scalars, positions and extra tokens are trained without weight decay.
+        Vectors and scalars, positions, extra tokens and prototypes have no weight decay.
         """
         out: dict[str, ParamPolicy] = {}
         steady = {
@@ -194,7 +195,7 @@ class Model(nn.Module):
         }
         for name, parameter in self.named_parameters():
             scale, frozen = self._policy.get(name, (1.0, False))
-            table = any(part in name for part in (".positions.", ".extra.", ".kinds"))
+            table = any(part in name for part in _TABLES)
             decay = parameter.ndim > 1 and not table
             out[name] = ParamPolicy(scale, decay, frozen, id(parameter) in steady)
         return out

@@ -6,6 +6,8 @@ At ZeRO-3 each rank keeps a flat piece of every parameter (`ds_tensor`): rank r 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +51,21 @@ def cut(parameter: Tensor, whole: Tensor) -> Tensor:
     flat = whole.new_zeros(length * dist.world_size())
     flat[:size] = whole.reshape(-1)
     return flat.narrow(0, dist.rank() * length, length).clone()
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Give a parameter new values, wherever ZeRO keeps a copy or a piece of them.
+
+    Raises:
+        ValueError: the whole has another number of elements than the parameter.
+    """
+    part = cut(parameter, whole)
+    piece(parameter).copy_(part)
+    zero: Any = parameter
+    if hasattr(zero, "_z3_optimizer"):
+        if parameter.shape == whole.shape:  # small parameters stay gathered between the steps
+            parameter.data.copy_(whole)
+        zero._z3_optimizer.set_local_hp_param(part, parameter)
+    elif hasattr(zero, "_hp_mapping"):
+        zero.set_full_hp_param(whole)

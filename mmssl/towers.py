@@ -411,6 +411,16 @@ class ConvTower(nn.Module):
             return self.network.time_field()  # type: ignore[no-any-return, operator]
         return self.network.fields()[0]  # type: ignore[no-any-return, operator]
 
+    def inputs(self, view: ViewBatch) -> Tensor:
+        """The network's input: (P, C, *axes) signal, zero behind an item's end."""
+        out: Tensor = self.signal(view.data, _shorter(view)) if view.signal is None else view.signal
+        return out
+
+    def frames(self, view: ViewBatch) -> Tensor:
+        """(P,) valid inputs of the network along time."""
+        lengths: Tensor = self.signal.out_lengths(view.lengths_P)  # type: ignore[operator]
+        return lengths
+
     def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
         """Encode the P items of a view.
 
@@ -421,9 +431,8 @@ class ConvTower(nn.Module):
             raise UserError(
                 "a convolutional backbone has no masked pass; use a transformer tower for `masked`"
             )
-        lengths = _shorter(view)
-        signal = self.signal(view.data, lengths) if view.signal is None else view.signal
-        frames = None if lengths is None else self.signal.out_lengths(lengths)  # type: ignore[operator]
+        signal, shorter = self.inputs(view), _shorter(view) is not None
+        frames = self.frames(view) if shorter else None
         x, grid = self.network(signal, frames, item_weight(view) > 0 if view.dummy else None)
         pad = None
         if frames is not None:
@@ -499,10 +508,13 @@ class Passes:
         return self.towers[self.tower_of[view]]
 
     def tokens(
-        self, view: str, mask: Mask | None = None, source: ViewBatch | None = None
+        self, view: str, mask: Mask | None = None, source: ViewBatch | None = None, name: str = ""
     ) -> Tokens:
-        """Tokens of a view; `source` stands in for the view, e.g. with a part of its items."""
-        key = (view, "" if mask is None else mask.name)
+        """Tokens of a view; `source` stands in for the view, e.g. with a part of its items.
+
+        name: distinguishes passes of one view without a mask.
+        """
+        key = (view, name if mask is None else mask.name)
         if key not in self._done:
             data = self.batch.views[view] if source is None else source
             tower = self.tower(view)

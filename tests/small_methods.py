@@ -52,7 +52,7 @@ def small(name: str, *overrides: str) -> RunSpec:
 
 def shrinking(spec: RunSpec) -> list[str]:
     """The overrides that make a run small."""
-    return [*_towers(spec), *_views(spec), *_heads(spec), *_masked(spec)]
+    return [*_towers(spec), *_views(spec), *_heads(spec), *_masked(spec), *_unlabelled(spec)]
 
 
 def _transformer(key: str, spec: TransformerSpec) -> list[str]:
@@ -129,6 +129,21 @@ def _masked(spec: RunSpec) -> Iterator[str]:
             yield f"tasks.{name}.target.layers=1"
         if task.target.kind == "patches" and task.target.decoder is not None:
             yield from _transformer(f"tasks.{name}.target.decoder", task.target.decoder)
+
+
+def _unlabelled(spec: RunSpec) -> Iterator[str]:
+    for name, task in spec.tasks.items():
+        key = f"tasks.{name}"
+        if task.kind == "prototypes":
+            yield from (f"{key}.{k}" for k in ("projector.widths=[16, 16]", "prototypes=8"))
+            yield f"{key}.queue={min(task.queue, 8)}"
+        if task.kind != "classify" or task.target.kind in ("match", "label"):
+            continue
+        yield f"{key}.embed={[16] * len(task.embed)}"
+        if task.target.kind == "clusters":
+            yield from (f"{key}.target.{k}" for k in ("clips=6", "clusters=2", "components=3"))
+        if task.target.kind == "order":
+            yield f"{key}.target.tiles=[2]"
 
 
 def _heads(spec: RunSpec) -> Iterator[str]:

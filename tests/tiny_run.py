@@ -223,12 +223,42 @@ def compared() -> dict[str, Any]:
     }
 
 
+def unlabelled() -> dict[str, Any]:
+    """Changes that wire the tiny run with prototypes, turns, order and clusters."""
+    towers = {name: TREE["towers"][name] for name in ("video", "audio")}
+    targets = {
+        "turn": {"kind": "rotation", "view": "video"},
+        "order": {"kind": "order", "view": "audio", "tiles": [2]},
+        "cluster": {"kind": "clusters", "view": "audio", "clips": 20, "clusters": 2},
+    }
+    swav = {
+        "kind": "prototypes",
+        "assigned": ["video", "audio"],
+        "projector": {"widths": [16, 8]},
+        "prototypes": 4,
+        # SwAV's own amplify the rounding of fp32
+        "temperature": 0.5,
+        "epsilon": 0.5,
+        "queue": 6,
+    }
+    return {
+        "towers": towers,
+        "views": {name: TREE["views"][name] for name in towers},
+        "joints": {},
+        "tasks": {
+            "swav": swav,
+            **{name: {"kind": "classify", "target": t} for name, t in targets.items()},
+        },
+    }
+
+
 RECIPES = {
     "compared": compared,
     "every_part": dict,
     "flagship": recipe,
     "localizers": localizers,
     "siamese": siamese,
+    "unlabelled": unlabelled,
 }
 
 

@@ -4,10 +4,11 @@ from mmssl.backbones.byola import BYOLA
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
-from mmssl.backbones.trunks import VGG16, ResNet18, ResNet50, SpeechConv
+from mmssl.backbones.trunks import VGG16, AlexNet, ResNet18, ResNet50, SpeechConv
 from mmssl.backbones.waves import SincNet, WaveResNet18
 
 NETWORKS = {
+    "alexnet": AlexNet,
     "byol_a": BYOLA,
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
@@ -26,6 +27,7 @@ __all__ = [
     "NETWORKS",
     "S3DG",
     "VGG16",
+    "AlexNet",
     "ConvAV8",
     "EfficientNetB0",
     "ResNet18",

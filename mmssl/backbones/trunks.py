@@ -1,12 +1,13 @@
 """torchvision's image networks and speech networks without their poolings and classifiers.
 
 P items, C channels, N tokens, T frames, F bands. Weights are random. Images and spectrograms alike:
-`ResNet18` and `VGG16` read any number of channels.
+`ResNet18`, `VGG16` and `AlexNet` read any number of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -76,6 +77,29 @@ class VGG16(ConvNet):
             layers.append(nn.Conv2d(512, outputs, 3, padding=1))
         self.features = nn.Sequential(*layers)
         self.stack = spatial_stack(self.features)
+
+
+class AlexNet(ConvNet):
+    """AlexNet with batch norm up to its last convolution: 13x13 for a 224x224 image.
+
+    channels: of its five convolutions: 64, 192, 384, 256, 256 in RotNet (Krizhevsky 2014), 96, 256,
+    384, 384, 256 in DeepCluster.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, channels: Sequence[int] = (64, 192, 384, 256, 256)
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        shapes = [(11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1)]
+        widths = pairwise([in_channels, *channels])
+        for i, ((before, after), shape) in enumerate(zip(widths, shapes, strict=True)):
+            layers += [nn.MaxPool2d(3, 2)] if i in (1, 2) else []
+            layers += [he_normal(nn.Conv2d(before, after, *shape, bias=False))]
+            layers += [MapBatchNorm(after), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.stack = spatial_stack(self.features)
+        self.width = channels[-1]
 
 
 class SpeechConv(ConvNet):

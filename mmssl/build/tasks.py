@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 
 from mmssl.backbones.causal import CausalConvs
+from mmssl.build.pretext import make_pretext
 from mmssl.build.scores import check_map, make_map
-from mmssl.build.siamese import make_siamese
+from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
     TARGETS,
     TargetContext,
@@ -35,9 +36,11 @@ from mmssl.specs import (
     MapSpec,
     MaskedSpec,
     MatchMapSpec,
+    MatchSpec,
     MilNCESpec,
     PairSpec,
     PairsSpec,
+    PrototypesSpec,
     RunSpec,
     SemiHardSpec,
     SiameseSpec,
@@ -93,6 +96,9 @@ class TaskBuilder:
         if isinstance(task, SiameseSpec):
             widths = self.widths
             return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)
+        if isinstance(task, PrototypesSpec):
+            encoders = (self.towers, self.widths)
+            return make_prototypes(name, task, self.spec, encoders, self._check_pool)
         return self._classify(name, task)
 
     def _modality(self, view: str, where: str) -> str:
@@ -301,6 +307,8 @@ class TaskBuilder:
     def _classify(self, name: str, task: ClassifySpec) -> Task:
         if isinstance(task.target, LabelSpec):
             return self._label(name, task, task.target)
+        if not isinstance(task.target, MatchSpec):
+            return make_pretext(name, task, self.spec, self.towers, self.widths, self._check_pool)
         for view in (*task.target.between, *([task.target.shifted] if task.target.shifted else [])):
             need_view(self.spec, view, f"tasks.{name}.target")
         score, where = self._match_score(name, task), f"tasks.{name}.target.similar"
@@ -324,7 +332,7 @@ class TaskBuilder:
         return Label(target, width, task.pool, task.weight, reader)
 
     def _match_score(self, name: str, task: ClassifySpec) -> MatchScore:
-        assert not isinstance(task.target, LabelSpec)
+        assert isinstance(task.target, MatchSpec)
         views, score = task.target.between, task.score
         if isinstance(score, MatchMapSpec):
             _only_defaults(name, task, "a map score has its own `query`", "pool", "embed", "space")
@@ -354,7 +362,7 @@ class TaskBuilder:
         self, name: str, task: ClassifySpec
     ) -> tuple[PooledReader | SpaceReader, list[int]]:
         """What a match compares, and the widths of its two vectors."""
-        assert not isinstance(task.target, LabelSpec)
+        assert isinstance(task.target, MatchSpec)
         views = task.target.between
         if not task.space:
             if task.pool == "steps":

@@ -20,6 +20,7 @@ from mmssl.specs.heads import (
     SpaceSpec,
 )
 from mmssl.specs.networks import (
+    AlexNetSpec,
     BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
@@ -60,6 +61,7 @@ from mmssl.specs.targets import (
 )
 from mmssl.specs.tasks import (
     ClassifySpec,
+    ClusterSpec,
     CosineSpec,
     CriticSpec,
     CrossCorrelationSpec,
@@ -70,10 +72,13 @@ from mmssl.specs.tasks import (
     MaskSpec,
     MatchSpec,
     MilNCESpec,
+    OrderSpec,
     PairObjective,
     PairSpec,
     PairsSpec,
+    PrototypesSpec,
     QueueSpec,
+    RotationSpec,
     SemiHardSpec,
     SiameseSpec,
     SigmoidSpec,

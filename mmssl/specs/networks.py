@@ -56,6 +56,15 @@ class VGG16Spec(Spec):
     outputs: int = Field(0, ge=0)
 
 
+class AlexNetSpec(Spec):
+    """AlexNet with batch norm up to its last convolution; `channels` of its five."""
+
+    kind: Literal["alexnet"]
+    channels: list[Annotated[int, Field(gt=0)]] = Field(
+        [64, 192, 384, 256, 256], min_length=5, max_length=5
+    )
+
+
 class SpeechConvSpec(Spec):
     """Convolutions along time over all `bands` (DAVEnet, matchmaps); see `SpeechConv`.
 
@@ -142,6 +151,7 @@ ConvSpec = (
     | ResNet50Spec
     | BYOLASpec
     | VGG16Spec
+    | AlexNetSpec
     | SpeechConvSpec
     | ResNetSpec
     | S3DGSpec

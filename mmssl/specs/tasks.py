@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -139,8 +140,55 @@ class LabelSpec(Spec):
     classes: list[str] = Field(min_length=2)
 
 
+class RotationSpec(Spec):
+    """Which of four turns a view has made: by 0, 90, 180 or 270 degrees; of a spectrogram: none,
+    backwards, upside down, both.
+    """
+
+    kind: Literal["rotation"]
+    view: str
+
+
+class OrderSpec(Spec):
+    """The order in which shuffled tiles of a view's signal belong, by perturbed ranks.
+
+    `tiles`: how many along each axis of the signal, time first; axes left out are not cut. `cover`:
+    share of its stretch that a tile covers, at a random place in it, so that tiles do not touch.
+    `noise`, `samples`: size and number of draws of the noise that makes ranks differentiable.
+    """
+
+    kind: Literal["order"]
+    view: str
+    tiles: list[Annotated[int, Field(gt=0)]] = Field([10], min_length=1, max_length=3)
+    cover: float = Field(0.8, gt=0, le=1)
+    noise: float = Field(1.0, ge=0)
+    samples: int = Field(100, gt=0)
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return prod(self.tiles)
+
+
+class ClusterSpec(Spec):
+    """The cluster of a clip's features of the last epoch, see `mmssl.tasks.clustered.Clustered`.
+
+    `clips`: of `data.train`, one folder. `components`: principal components that are whitened.
+    `sweeps`: iterations of k-means.
+    """
+
+    kind: Literal["clusters"]
+    view: str
+    clips: int = Field(gt=1)
+    clusters: int = Field(10_000, gt=1)
+    components: int = Field(256, gt=0)
+    sweeps: int = Field(20, ge=0)
+
+
 class ClassifySpec(Spec):
-    """Cross-entropy on a label.
+    """Cross-entropy on a label; `order` has a loss of ranks.
+
+    `embed` are widths of an MLP: before the last layer, too, where that is no match.
 
     A match compares what `pool` and `embed` make of each view, or its vectors in the `space` of a
     pairs task above ("task.space"), whose heads both tasks then train. A label is read from what
@@ -148,11 +196,13 @@ class ClassifySpec(Spec):
     """
 
     kind: Literal["classify"]
-    target: Annotated[MatchSpec | LabelSpec, Field(discriminator="kind")]
+    target: Annotated[
+        MatchSpec | LabelSpec | RotationSpec | OrderSpec | ClusterSpec, Field(discriminator="kind")
+    ]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
     space: str = ""
     pool: str = "agg"
-    embed: list[int] = []  # widths of an MLP between pooling and score (AVE-Net: 128, 128)
+    embed: list[int] = []  # between pooling and score (AVE-Net: 128, 128)
     weight: Number = 1.0
 
 
@@ -289,6 +339,43 @@ class SiameseSpec(Spec):
         return self.between[:1] if one_way else self.between
 
 
+class PrototypesSpec(Spec):
+    """Swapped prediction of balanced assignments to prototypes (SwAV).
+
+    `assigned`: views whose assignments every other view predicts; `others` only predict (small
+    crops). `pool`, `projector`: as in `siamese`; what it gives is made unit vectors. `frozen`: the
+    share of the run's steps in which the prototypes stay as they are. `queue`: vectors of earlier
+    steps, for each of `assigned`, that take part in the assignment once there are so many;
+    collected from the share `queue_from` of the run on.
+    """
+
+    kind: Literal["prototypes"]
+    assigned: list[str] = Field(min_length=1)
+    others: list[str] = []
+    pool: str | dict[Modality, str] = "agg"
+    projector: MLPSpec
+    prototypes: int = Field(3000, gt=1)
+    temperature: float = Field(0.1, gt=0)
+    epsilon: float = Field(0.05, gt=0)
+    iterations: int = Field(3, gt=0)
+    frozen: float = Field(0.0, ge=0, le=1)
+    queue: int = Field(0, ge=0)
+    queue_from: float = Field(0.0, ge=0, le=1)
+    weight: Number = 1.0
+
+    @property
+    def views(self) -> list[str]:
+        """All views, in the order they are read."""
+        return [*self.assigned, *self.others]
+
+    @model_validator(mode="after")
+    def _fits(self) -> PrototypesSpec:
+        if len(self.views) < 2 or len({*self.views}) < len(self.views):
+            raise ValueError("`assigned` and `others` need at least two views, each of them once")
+        return self
+
+
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec, Field(discriminator="kind")
+    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec,
+    Field(discriminator="kind"),
 ]

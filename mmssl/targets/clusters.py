@@ -172,6 +172,21 @@ def fit(
     return Clusters(centres_KD, source, tuple(inertia))
 
 
+def whitened(features_ND: Floats, components: int) -> Floats:
+    """(N, E) principal components of unit variance, every row of unit length (DeepCluster).
+
+    E: `components`, or fewer where the features have no more that vary.
+    """
+    x_ND = features_ND.astype(np.float64)
+    x_ND -= x_ND.mean(0)
+    values, vectors = np.linalg.eigh(x_ND.T @ x_ND / max(1, len(x_ND) - 1))
+    kept = np.flatnonzero(values > _SAME * values[-1])[::-1][:components]
+    white_NE = x_ND @ (vectors[:, kept] / np.sqrt(values[kept]))
+    norm_N1 = np.linalg.norm(white_NE, axis=1, keepdims=True)
+    unit_NE: Floats = (white_NE / np.maximum(norm_N1, 1e-12)).astype(np.float32)
+    return unit_NE
+
+
 # ---------------------------------------------------------------- the stream
 
 

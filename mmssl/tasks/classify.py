@@ -38,7 +38,7 @@ class PooledReader(nn.Module):
     ) -> None:
         super().__init__()
         self.how = how
-        self.mlps = nn.ModuleDict({view: _mlp(widths[view], embed) for view in views})
+        self.mlps = nn.ModuleDict({view: mlp(widths[view], embed) for view in views})
 
     def forward(self, passes: Passes, view: str, like: str) -> Parts:
         """((B, D),) vectors of a view by the MLP of `like`."""
@@ -243,7 +243,8 @@ class Label(Task):
         return self.spec.classes.index(value) if value in self.spec.classes else -1
 
 
-def _mlp(width: int, widths: list[int]) -> nn.Module:
+def mlp(width: int, widths: list[int]) -> nn.Module:
+    """Linear maps of these widths with ReLU between them; nothing without any."""
     layers: list[nn.Module] = []
     for i, out in enumerate(widths):
         layers += [nn.ReLU()] if i else []

@@ -21,14 +21,19 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tiny_run import RECIPES, absent_rows, take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
 
 from mmssl import dist  # noqa: E402
+from mmssl.partition import assemble, assign, piece  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
+
+KEPT = ("queues.", ".bank.", ".features_ND", ".known_N")
 
 
 def measure(call: dict[str, object], device: torch.device) -> None:
     """One step of one layout; rank 0 saves loss and gradients."""
     rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
     changes = RECIPES[call["recipe"]]()
-    spec = tiny_spec(train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes)
+    spec = tiny_spec(
+        train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes
+    )
     model = tiny_model(spec).train()
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)
@@ -36,9 +41,16 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     batch = absent_rows(take_rows(tiny_batch(8, spec=spec), mine), max(map(len, rows)) - len(mine))
     loss, _ = engine.forward(batch, 0, 10)
     engine.backward(loss)
-    grads = {name: safe_get_full_grad(p) for name, p in zip(names, model.parameters(), strict=True)}
+    pairs = zip(names, model.parameters(), strict=True)
+    grads = {name: safe_get_full_grad(p).clone() for name, p in pairs}
     model.after_step(0, 10)
-    memory = {n: b.float() for n, b in model.named_buffers() if "queues." in n or ".bank." in n}
+    memory = {n: b.float() for n, b in model.named_buffers() if any(k in n for k in KEPT)}
+    # a parameter that is given other values keeps them through a step of size 0
+    first = next(model.parameters())
+    given = 2 * assemble(first, piece(first))
+    assign(first, given)
+    engine.step(0.0)
+    memory["lost"] = assemble(first, piece(first)) - given
     # the mean over ranks is the loss of the global batch
     total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
     if dist.rank() == 0:

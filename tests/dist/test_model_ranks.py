@@ -52,6 +52,7 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     keys' biases nothing else): values below a hundredth of the model's largest count as that.
     """
     assert got.keys() == expected.keys()
+    assert not got["lost"].any()
     floor = 1e-2 * max(float(g.abs().max()) for n, g in expected.items() if n != "loss")
     return max(
         float((got[name] - value).abs().max()) / max(float(value.abs().max()), floor)
@@ -61,7 +62,9 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize("recipe", ["compared", "every_part", "flagship", "localizers", "siamese"])
+@pytest.mark.parametrize(
+    "recipe", ["compared", "every_part", "flagship", "localizers", "siamese", "unlabelled"]
+)
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
     layouts = SIAMESE if recipe == "siamese" else LAYOUTS
     for layout, stage, error in measured(tmp_path, recipe, layouts):

@@ -1,0 +1,71 @@
+"""`classify` tasks whose labels nobody gave, from their specs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+from mmssl.build.towers import data_shape, need_view
+from mmssl.data.labels import listed
+from mmssl.specs import ClassifySpec, ClusterSpec, OrderSpec, RotationSpec, RunSpec
+from mmssl.tasks.base import Task
+from mmssl.tasks.clustered import Clustered
+from mmssl.tasks.pretext import Order, Rotation
+from mmssl.towers import AnyTower, ConvTower
+from mmssl.types import UserError
+from mmssl.views.pretext import tile_sizes
+
+
+def make_pretext(
+    name: str,
+    task: ClassifySpec,
+    run: RunSpec,
+    towers: Mapping[str, AnyTower],
+    widths: Mapping[str, int],
+    check_pool: Callable[[str, str, str], None],
+) -> Task:
+    """A task of turns, of order or of clusters; towers by name, widths by view.
+
+    check_pool: refuses a pooling that a view does not have.
+
+    Raises:
+        UserError: names that do not exist, or parts that do not fit together.
+    """
+    target, where = task.target, f"tasks.{name}.target"
+    assert isinstance(target, RotationSpec | OrderSpec | ClusterSpec)
+    view = need_view(run, target.view, f"{where}.view")
+    check_pool(f"tasks.{name}.pool", target.view, task.pool)
+    width, embed = widths[target.view], task.embed
+    if isinstance(target, ClusterSpec):
+        if len(listed(run.data.train)) > 1:
+            raise UserError(f"{where}: tells clips apart by their number; name one data.train")
+        seed = run.train.seed
+        return Clustered(name, target, width, task.pool, embed, task.weight, seed)
+    tower = towers[view.tower_name]
+    if tower.signal is None:
+        raise UserError(f"{where}.view: ids have no signal to alter; name an audio or video view")
+    axes = tower.signal.grid(data_shape(target.view, view))  # type: ignore[operator]
+    if isinstance(target, RotationSpec):
+        if view.modality == "audio" and len(axes) < 2:
+            raise UserError(
+                f"{where}.view: turns upside down what has bands; use a spectrogram as front-end"
+            )
+        return Rotation(name, target, width, task.pool, embed, task.weight)
+    sizes = _sizes(f"{where}.tiles", target, axes)
+    try:
+        (tower.network if isinstance(tower, ConvTower) else tower.stem).grid(sizes)  # type: ignore[operator]
+    except UserError as error:
+        raise UserError(f"{where}.tiles: {error}; use fewer tiles, or a longer view") from error
+    return Order(name, target, sizes, width, task.pool, embed, task.weight)
+
+
+def _sizes(where: str, target: OrderSpec, axes: Sequence[int]) -> tuple[int, ...]:
+    """Cells of a tile along each axis of the signal."""
+    fits = len(target.tiles) <= len(axes)
+    sizes = tile_sizes(axes, target.tiles, target.cover) if fits else (0,)
+    if not prod(sizes):
+        raise UserError(
+            f"{where}: {target.tiles} of a signal of {' x '.join(map(str, axes))} cells; use "
+            "fewer, or a longer view"
+        )
+    return sizes

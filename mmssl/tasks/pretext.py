@@ -1,0 +1,132 @@
+"""`classify`, labels that the view is given: how was it turned, in which order are its parts?
+
+Letters: P items, K classes, N tiles, M draws of noise, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.heads.embed import pool
+from mmssl.objectives.classification import correct, softmax_cross_entropy
+from mmssl.objectives.ranking import kendall_tau, normal_noise, perturbed_ranking
+from mmssl.specs import Number, OrderSpec, RotationSpec
+from mmssl.tasks.base import Task
+from mmssl.tasks.classify import mlp
+from mmssl.towers import Passes, item_weight
+from mmssl.types import Batch, Term, ViewBatch
+from mmssl.views.pretext import TURNS, mirrored, permutations, tiles, turned
+
+_WATCHED = ("accuracy", "tau")
+
+
+class Pretext(Task):
+    """A view's own signal, altered, encoded in the view's place in a pass named like the task.
+
+    Terms that are only watched have weight 0.
+    """
+
+    def __init__(self, name: str, view: str, pool: str, head: nn.Module, weight: Number) -> None:
+        super().__init__(weight)
+        self.name, self.view, self.pool, self.head = name, view, pool, head
+
+    def weight(self, term: str) -> list[Number]:
+        """The task's weight; 0 of what is watched."""
+        return [0.0] if term in _WATCHED else [self._weight]
+
+    def _pooled(self, passes: Passes, view: ViewBatch) -> Tensor:
+        """(P, D) of the items of an altered view."""
+        tokens = passes.tokens(self.view, source=view, name=self.name)
+        return pool(tokens, self.pool)
+
+
+class Rotation(Pretext):
+    """Which of four turns was applied (Gidaris et al. 2018); all four of every item, in one pass.
+
+    Pictures turn by quarters of a circle, all frames of a video alike; spectrograms are played
+    backwards, turned upside down, both or neither.
+    """
+
+    def __init__(
+        self, name: str, spec: RotationSpec, width: int, how: str, embed: list[int], weight: Number
+    ) -> None:
+        super().__init__(name, spec.view, how, mlp(width, [*embed, TURNS]), weight)
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """Cross-entropy of the four classes, and how often the likeliest is right."""
+        view, tower = batch.views[self.view], passes.tower(self.view)
+        x, lengths_P = tower.inputs(view), tower.frames(view)
+        if view.modality == "video":
+            signals = [turned(x, k) for k in range(TURNS)]
+        else:
+            signals = [mirrored(x, k, lengths_P) for k in range(TURNS)]
+        items = torch.arange(len(x), device=x.device).repeat(TURNS)
+        logits_PK = self.head(self._pooled(passes, _items(view, items, torch.cat(signals))))
+        label_P = torch.arange(TURNS, device=x.device).repeat_interleave(len(x))
+        valid_P = item_weight(view)[items] > 0
+        return {
+            "": Term(softmax_cross_entropy(logits_PK, label_P, valid_P).sum(), valid_P.sum()),
+            "accuracy": Term(*correct(logits_PK, label_P, valid_P)),
+        }
+
+
+class Order(Pretext):
+    """In which order shuffled tiles of a signal belong (Carr et al. 2021).
+
+    Every tile is encoded by itself, so that nothing tells its place but what it holds; an MLP reads
+    the vectors of all slots and gives each a score, whose ranks are those the tiles had.
+    Items whose signal is too short for tiles of these sizes (of a whole view) take no part.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: OrderSpec,
+        sizes: Sequence[int],
+        width: int,
+        how: str,
+        embed: list[int],
+        weight: Number,
+    ) -> None:
+        count = spec.count
+        super().__init__(name, spec.view, how, mlp(count * width, [*embed, count]), weight)
+        self.spec, self.sizes, self.count = spec, tuple(sizes), count
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """The Fenchel-Young loss of the perturbed ranks, and Kendall's tau with the true ones."""
+        view, tower = batch.views[self.view], passes.tower(self.view)
+        x, lengths_P, spec = tower.inputs(view), tower.frames(view), self.spec
+        place, order = f"{self.name}/place", f"{self.name}/order"
+        x_PNC = tiles(x, lengths_P, spec.tiles, self.sizes, view.seeds_P, place)
+        slot_PN = permutations(view.seeds_P, self.count, order)
+        rows_P1 = torch.arange(len(x), device=x.device)[:, None]
+        shuffled = x_PNC[rows_P1, slot_PN].flatten(0, 1)
+        items = rows_P1[:, 0].repeat_interleave(self.count)
+        pooled_PND = self._pooled(passes, _whole(view, items, shuffled))
+        theta_PN = self.head(pooled_PND.reshape(len(x), -1))
+        true_PN, noise = slot_PN + 1, f"{self.name}/noise"
+        noise_PMN = normal_noise(view.seeds_P, spec.samples, self.count, noise)
+        loss_P = perturbed_ranking(theta_PN, true_PN, noise_PMN, spec.noise)
+        valid_P = (item_weight(view) > 0) & (lengths_P >= spec.tiles[0] * self.sizes[0])
+        tau_P = kendall_tau(theta_PN, true_PN)
+        return {
+            "": Term(loss_P.where(valid_P, 0.0).sum(), valid_P.sum()),
+            "tau": Term(tau_P.where(valid_P, 0.0).sum(), valid_P.sum()),
+        }
+
+
+def _items(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
+    """The chosen items of a view, which read another signal."""
+    columns = {name: column[items] for name, column in view.columns().items()}
+    return replace(view, **columns | {"signal": signal}, labels={})
+
+
+def _whole(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
+    """As `_items`, of signals without padding."""
+    chosen = _items(view, items, signal)
+    ones_P = torch.ones_like(chosen.lengths_P)
+    return replace(chosen, data=chosen.data[:, :1], lengths_P=ones_P)

@@ -1,0 +1,148 @@
+"""Sinkhorn-Knopp against lightly's and the published matrix form, and the laws of assignments."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmssl.objectives.assignment import sinkhorn, soft_cross_entropy
+
+
+def scores_of(rows, prototypes, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    z = F.normalize(torch.randn(rows, 16, generator=generator, dtype=dtype), dim=-1)
+    p = F.normalize(torch.randn(prototypes, 16, generator=generator, dtype=dtype), dim=-1)
+    return z @ p.T
+
+
+def published(scores, epsilon=0.05, iterations=3):
+    """The algorithm as facebookresearch/swav states it: (K, B), mass 1 / K, then 1 / B."""
+    q = (scores / epsilon).exp().T
+    q = q / q.sum()
+    k, b = q.shape
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / k
+        q = q / q.sum(0, keepdim=True) / b
+    return (q * b).T
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_assignments_are_those_of_the_matrix_form(iterations):
+    scores = scores_of(40, 12)
+    found = sinkhorn(scores, 0.05, iterations)
+    torch.testing.assert_close(found, published(scores, 0.05, iterations), rtol=1e-12, atol=1e-14)
+
+
+def test_assignments_and_loss_are_lightlys():
+    loss = pytest.importorskip("lightly.loss.swav_loss", reason="not installed")
+    scores = scores_of(40, 12)
+    torch.testing.assert_close(
+        sinkhorn(scores), loss.sinkhorn(scores, 3, 0.05, False), rtol=1e-12, atol=1e-14
+    )
+    others = [scores_of(40, 12, seed) for seed in range(1, 4)]
+    large, small = [scores, others[0]], others[1:]
+    ours = sum(
+        soft_cross_entropy(other, sinkhorn(one), 0.1).mean() / 6
+        for one in large
+        for other in [*large, *small]
+        if other is not one
+    )
+    theirs = loss.SwaVLoss(0.1, 3, 0.05)(large, small).reshape(())
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_rows_sum_to_one_and_prototypes_share_them_evenly_in_the_end():
+    scores = scores_of(60, 12)
+    torch.testing.assert_close(sinkhorn(scores).sum(1), torch.ones(60).double())
+    evenly = torch.full((12,), 5.0).double()
+    assert float((sinkhorn(scores, 0.05, 3).sum(0) - evenly).abs().max()) > 1e-3
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 400).sum(0), evenly, rtol=1e-9, atol=0)
+
+
+def test_absent_rows_change_nothing_whatever_they_hold():
+    scores = scores_of(20, 6)
+    wild = torch.cat([scores[:7], torch.full((3, 6), 1e30).double(), scores[7:]])
+    valid = torch.ones(23, dtype=torch.bool)
+    valid[7:10] = False
+    found = sinkhorn(wild, valid_B=valid)
+    torch.testing.assert_close(found[valid], sinkhorn(scores), rtol=1e-13, atol=1e-15)
+    assert not found[~valid].any()
+    assert not sinkhorn(scores, valid_B=torch.zeros(20, dtype=torch.bool)).any()
+
+
+def test_scores_that_overflow_half_precision_are_assigned():
+    scores = torch.full((4, 3), -1.0, dtype=torch.float16)
+    scores[range(4), [0, 1, 2, 0]] = 1.0  # exp(20) is infinite in fp16
+    found = sinkhorn(scores)
+    assert found.dtype == torch.float32
+    assert found.argmax(1).tolist() == [0, 1, 2, 0]
+
+
+def test_equal_scores_cost_ln_k_and_no_gradient_goes_through_the_assignment():
+    same = torch.full((5, 3000), 0.3, requires_grad=True)
+    code = sinkhorn(same)
+    assert not code.requires_grad
+    loss = soft_cross_entropy(same, code, 0.1)
+    torch.testing.assert_close(loss, torch.full((5,), math.log(3000)), rtol=1e-5, atol=0)
+
+
+def toy(centroids, rotation, rows, generator, count):
+    """Views of TOY-INV: signal in 16 of 64 numbers, louder noise in the others, all rotated."""
+    out = []
+    for _ in range(count):
+        noise = torch.randn(len(rows), 16, generator=generator)
+        rest = 2 * torch.randn(len(rows), 48, generator=generator)
+        out.append(torch.cat([rows + 0.1 * noise, rest], 1) @ rotation)
+    return out
+
+
+def neighbours(train, labels, test, truth):
+    """Share of right labels by the 20 nearest of `train`."""
+    near = (F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T).topk(20).indices
+    return float((labels[near].mode(1).values == truth).float().mean())
+
+
+@pytest.mark.slow
+def test_swapped_prediction_learns_what_views_share():
+    """TOY-INV with 50 prototypes: 20 nearest neighbours, 44 % before."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    centroids = torch.randn(10, 16, generator=g)
+    labels = torch.randint(10, (2000,), generator=g)
+    rows = centroids[labels] + 0.5 * torch.randn(2000, 16, generator=g)
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=g))[0]
+    nn = torch.nn
+    encoder = nn.Sequential(
+        *(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU()),
+        *(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()),
+    )
+    head = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
+    table = nn.Parameter(F.normalize(torch.randn(50, 64, generator=g), dim=-1))
+    parameters = [*encoder.parameters(), *head.parameters(), table]
+    optimiser = torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-4)
+
+    def score():
+        encoder.eval()
+        with torch.no_grad():
+            views = toy(centroids, rotation, rows, g, 2)
+            found = neighbours(
+                encoder(views[0][:1000]), labels[:1000], encoder(views[1][1000:]), labels[1000:]
+            )
+        encoder.train()
+        return found
+
+    before = score()
+    for _ in range(600):
+        picked = torch.randint(2000, (256,), generator=g)
+        views = toy(centroids, rotation, rows[picked], g, 2)
+        a, b = (F.normalize(head(encoder(view)), dim=-1) @ table.T for view in views)
+        loss = (
+            soft_cross_entropy(a, sinkhorn(b), 0.1) + soft_cross_entropy(b, sinkhorn(a), 0.1)
+        ) / 2
+        optimiser.zero_grad()
+        loss.mean().backward()
+        optimiser.step()
+        table.data = F.normalize(table.data, dim=-1)
+    assert before < 0.7
+    assert score() >= 0.97
