@@ -38,11 +38,12 @@ from mmssl.types import Codes, Floor, Term, Tokens, UserError, ViewBatch
 class Heard:
     """What a pass leaves for the target of a future task.
 
-    task: its name, which names random streams. predicts: the view that is predicted. tokens: of the
-    view that is heard. valid_PN: tokens of present items, no padding.
+    task: its name, which names random streams. name, predicts: the views that are heard and
+    predicted. tokens: of what is heard. valid_PN: tokens of present items, no padding.
     """
 
     task: str
+    name: str
     predicts: str
     tokens: Tokens
     valid_PN: Tensor
@@ -63,7 +64,7 @@ class Heard:
     def cells(self) -> Cells:
         """What the stem makes of what is predicted, with gradient."""
         seen = self.tokens
-        if self.view is not seen.view:
+        if self.predicts != self.name:
             return self.tower.enter(self.view, position=self.passes.position).cells
         return Cells(seen.stem_PMD, seen.grid, seen.features_PNE, seen.raw_PNE, seen.codes)
 

@@ -51,7 +51,8 @@ class Future(Task):
         """
         tokens = passes.tokens(self.view)
         valid_PN = ~tokens.pad_PN & (item_weight(tokens.view) > 0)[:, None]
-        truth = self.target.truth(Heard(self.name, self.predicts, tokens, valid_PN, passes))
+        heard = Heard(self.name, self.view, self.predicts, tokens, valid_PN, passes)
+        truth = self.target.truth(heard)
         x_PND = truth.context_PND
         terms: dict[str, Term] = {}
         for step, ahead in enumerate(k for k in self.steps if k < x_PND.shape[1]):
