@@ -7,9 +7,12 @@ from functools import partial
 from math import ceil, prod
 from typing import Any
 
+from torch import nn
+
 from mmssl.build.towers import channels, make_quantizer, make_trunk, need_view
 from mmssl.heads.predict import StepHeads
 from mmssl.objectives.frames import frame_bce, frame_dot_nce
+from mmssl.quantizers import GumbelQuantizer
 from mmssl.specs import FutureSpec, LaterFrameSpec, LaterLatentSpec, RunSpec
 from mmssl.targets.later import LaterFrames, LaterLatents, LaterTarget
 from mmssl.tasks.future import Future
@@ -73,6 +76,9 @@ def _frames(task: FutureSpec, target: LaterFrameSpec, tower: Tower, colours: int
     if target.quantizer is None:
         return LaterFrames(StepHeads(tower.width, cell, task.steps))
     quantizer, temperature = make_quantizer(target.quantizer, tower.width)
+    if isinstance(quantizer, GumbelQuantizer):  # VQ-APC's logits and codebook are linear maps
+        quantizer.logits.reset_parameters()
+        nn.init.uniform_(quantizer.codebook, -(quantizer.entries**-0.5), quantizer.entries**-0.5)
     heads = StepHeads(quantizer.width_out, cell, task.steps)
     return LaterFrames(heads, quantizer, temperature)
 

@@ -26,6 +26,9 @@ def noise(
     return wave_S + share * peak * torch.randn(wave_S.shape, generator=generator)
 
 
+_TINY = 1e-12  # keeps the ratio of two silences finite
+
+
 def band_noise(
     wave_S: Tensor,
     generator: torch.Generator,
@@ -38,13 +41,15 @@ def band_noise(
     Power is that of the whole crop (CPC2, Kharitonov et al. 2021, where it is not measured). `hz`:
     sampling rate.
     """
+    if not wave_S.numel():
+        return wave_S
     ratio = db[0] + (db[1] - db[0]) * torch.rand((), generator=generator).item()
     spectrum = torch.fft.rfft(torch.randn(wave_S.shape, generator=generator))
     at_F = torch.fft.rfftfreq(len(wave_S), 1 / hz)
     spectrum = spectrum * ((at_F >= band[0]) & (at_F <= band[1]))
     added_S = torch.fft.irfft(spectrum, len(wave_S))
-    power = added_S.square().sum().clamp(min=torch.finfo(added_S.dtype).tiny)
-    return wave_S + added_S * (wave_S.square().sum() / power / 10 ** (ratio / 10)).sqrt()
+    level = wave_S.norm() / added_S.norm().clamp(min=_TINY) * 10 ** (-ratio / 20)
+    return wave_S + level * added_S
 
 
 def reverb(
@@ -60,13 +65,15 @@ def reverb(
     the tail. The sound stays in place, and the crop keeps its length and energy. `hz`: sampling
     rate.
     """
+    if not wave_S.numel():
+        return wave_S
     seconds = decay_s[0] + (decay_s[1] - decay_s[0]) * torch.rand((), generator=generator).item()
     after_T = torch.arange(1, round(seconds * hz) + 1) / hz
     tail_T = torch.randn(after_T.shape, generator=generator) * 10 ** (-3 * after_T / seconds)
-    tail_T = tail_T * 10 ** (-direct_db / 20) / tail_T.norm().clamp(min=1e-12)
+    tail_T = tail_T * 10 ** (-direct_db / 20) / tail_T.norm().clamp(min=_TINY)
     room_T = torch.cat([torch.ones(1), tail_T])
     out_S = torchaudio.functional.fftconvolve(wave_S, room_T)[: len(wave_S)]
-    return out_S * (wave_S.norm() / out_S.norm().clamp(min=1e-12))
+    return out_S * (wave_S.norm() / out_S.norm().clamp(min=_TINY))
 
 
 _PITCH_STEP = 20  # ratios are multiples of 1/20: resampling by larger numbers is slow
