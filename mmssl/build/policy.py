@@ -16,8 +16,9 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
         groups.append(("trunk.", spec.shared, spec.shared.layers))
     for name, tower in spec.towers.items():
         backbone = tower.backbone
-        layered = isinstance(backbone, TransformerSpec | CausalConvSpec | RecurrentSpec)
-        own = backbone.layers if layered else 0
+        own = 0
+        if isinstance(backbone, TransformerSpec | CausalConvSpec | RecurrentSpec):
+            own = backbone.layers
         groups.append((f"towers.{name}.", tower, own))
     for name, joint in spec.joints.items():
         groups.append((f"joints.{name}.", joint, joint.backbone.layers))

@@ -49,7 +49,8 @@ def band_noise(
     spectrum = spectrum * ((at_F >= band[0]) & (at_F <= band[1]))
     added_S = torch.fft.irfft(spectrum, len(wave_S))
     level = wave_S.norm() / added_S.norm().clamp(min=_TINY) * 10 ** (-ratio / 20)
-    return wave_S + level * added_S
+    out_S: Tensor = wave_S + level * added_S
+    return out_S
 
 
 def reverb(
@@ -72,8 +73,9 @@ def reverb(
     tail_T = torch.randn(after_T.shape, generator=generator) * 10 ** (-3 * after_T / seconds)
     tail_T = tail_T * 10 ** (-direct_db / 20) / tail_T.norm().clamp(min=_TINY)
     room_T = torch.cat([torch.ones(1), tail_T])
-    out_S = torchaudio.functional.fftconvolve(wave_S, room_T)[: len(wave_S)]
-    return out_S * (wave_S.norm() / out_S.norm().clamp(min=_TINY))
+    wet_S = torchaudio.functional.fftconvolve(wave_S, room_T)[: len(wave_S)]
+    out_S: Tensor = wet_S * (wave_S.norm() / wet_S.norm().clamp(min=_TINY))
+    return out_S
 
 
 _PITCH_STEP = 20  # ratios are multiples of 1/20: resampling by larger numbers is slow
