@@ -59,7 +59,7 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TEST_LIMIT_S)
-@pytest.mark.parametrize("recipe", ["every_part", "flagship", "localizers"])
+@pytest.mark.parametrize("recipe", ["every_part", "flagship", "localizers", "future"])
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
     for layout, stage, error in measured(tmp_path, recipe, LAYOUTS):
         assert error <= 1e-5, (layout, stage, error)
