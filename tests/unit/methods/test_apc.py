@@ -255,27 +255,31 @@ def test_four_codes_find_four_states():
     model = given("vq_apc", 4, 16, "tasks.future.first=1", *overrides, seed=2)
     trained(model, lambda step: chain(step)[1], 120, 2e-2)
     states, frames = chain(10_000, rows=32)
-    model.eval()
-
-    def ids(seed):
-        batch = batch_of(model, frames, seed)
-        seen = []
-        quantizer = model.tasks["future"].target.quantizer
-        hook = quantizer.register_forward_hook(lambda *a: seen.append(a[2].ids_PNG[..., 0]))
-        model(batch, 0, 10)
-        hook.remove()
-        return seen[0]
-
+    ids = codes_of(model.eval(), frames, 0)
     joint = torch.zeros(4, 4).index_put_(
-        (states.flatten(), ids(0).flatten()), torch.ones(states.numel()), accumulate=True
+        (states.flatten(), ids.flatten()), torch.ones(states.numel()), accumulate=True
     )
     p = joint / joint.sum()
     independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
     nats = float(torch.where(p > 0, p * (p / independent).log(), 0.0).sum())
     assert nats > 1.25  # of ln 4 = 1.386
-    assert torch.equal(ids(0), ids(1))  # evaluation draws no noise
-    model.train()
-    assert not torch.equal(ids(0), ids(1))
+
+
+def codes_of(model, frames, seed):
+    seen = []
+    quantizer = model.tasks["future"].target.quantizer
+    hook = quantizer.register_forward_hook(lambda *a: seen.append(a[2].ids_PNG[..., 0]))
+    model(batch_of(model, frames, seed), 0, 10)
+    hook.remove()
+    return seen[0]
+
+
+def test_training_draws_noise_of_the_rows_seeds_and_evaluation_none():
+    model, frames = given("vq_apc", 4, 16), chain(0)[1]
+    first, again, other = (codes_of(model.train(), frames, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(codes_of(model.eval(), frames, 0), codes_of(model, frames, 1))
 
 
 # ---------------------------------------------------------------- towers
