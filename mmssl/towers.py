@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.backbones.causal import Trunk
+from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.chunks import in_chunks
@@ -131,7 +132,7 @@ class Tower(nn.Module):
         self._trunk = (trunk,)  # a tuple hides the shared trunk from this module's parameters
         self.drop, self.dropper = drop, DropToken()
         self.pre, self.post = pre, post
-        self.trunk_width = trunk.width
+        self.entry_width, self.trunk_width = entry_width(trunk), trunk.width
         self.width = trunk.width if post is None else post.linear.out_features
 
     @property
@@ -384,6 +385,11 @@ def _filled(pad: Tensor | None, x_PND: Tensor) -> Tensor:
     if pad is None:
         return torch.zeros(x_PND.shape[:2], dtype=torch.bool, device=x_PND.device)
     return pad
+
+
+def entry_width(trunk: Trunk) -> int:
+    """Width of the tokens that a trunk reads."""
+    return trunk.width_in if isinstance(trunk, Recurrent) else trunk.width
 
 
 class ConvTower(nn.Module):

@@ -17,6 +17,7 @@ from mmssl.specs import (
     CausalConvSpec,
     GumbelSpec,
     PointwiseSpec,
+    RecurrentSpec,
     ResNetSpec,
     RunSpec,
     S3DGSpec,
@@ -89,8 +90,22 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
     if isinstance(backbone, CausalConvSpec):
         yield f"towers.{name}.cut.channels=16"  # its latents are what the backbone reads
         yield from (f"{key}.{k}" for k in ("width=16", "kernels=[2, 3]"))
+    if isinstance(backbone, RecurrentSpec):
+        yield from (f"{key}.{k}" for k in ("width=16", "layers=2", "dropout=0"))
+        if tower.cut.kind == "wave_conv":  # its latents are what the backbone reads
+            yield from (f"towers.{name}.cut.channels=16", f"{key}.width_in=16")
     if isinstance(backbone, PointwiseSpec):
         yield f"{key}.width=16"
+    yield from _network(key, tower)
+    if isinstance(backbone, TransformerSpec):
+        yield from _transformer(key, backbone)
+        if backbone.relative_grid:
+            side = SIDE // tower.cut.patch[-1]
+            yield f"{key}.relative_grid=[{side}, {side}]"
+
+
+def _network(key: str, tower: TowerSpec) -> Iterator[str]:
+    backbone = tower.backbone
     if isinstance(backbone, BYOLASpec):
         yield from (f"{key}.{k}" for k in ("hidden=16", "dropout=0"))
     if isinstance(backbone, ResNetSpec | S3DGSpec):
@@ -99,11 +114,6 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
         yield f"{key}.widths=[16, 16]"
     if isinstance(backbone, ResNetSpec):
         yield f"{key}.blocks=[1, 1, 1, 1]"
-    if isinstance(backbone, TransformerSpec):
-        yield from _transformer(key, backbone)
-        if backbone.relative_grid:
-            side = SIDE // tower.cut.patch[-1]
-            yield f"{key}.relative_grid=[{side}, {side}]"
 
 
 def _views(spec: RunSpec) -> Iterator[str]:
@@ -123,6 +133,8 @@ def _views(spec: RunSpec) -> Iterator[str]:
 
 def _masked(spec: RunSpec) -> Iterator[str]:
     for name, task in spec.tasks.items():
+        if task.kind == "future" and getattr(task.target, "predictor", None) is not None:
+            yield from _transformer(f"tasks.{name}.target.predictor", task.target.predictor)
         if task.kind != "masked":
             continue
         if task.target.kind == "latents":

@@ -252,10 +252,31 @@ def unlabelled() -> dict[str, Any]:
     }
 
 
+def future() -> dict[str, Any]:
+    """Changes that wire the tiny run as CPC2: a copy of the sound, negatives from all rows."""
+    audio = {
+        "modality": "audio",
+        "frontend": {"kind": "waveform"},
+        "cut": {"kind": "wave_conv", "channels": 8, "kernels": [40, 16], "strides": [20, 16]},
+    }
+    target = {"kind": "latents", "objective": "nce", "negatives": 16, "negatives_of": "batch"}
+    target |= {"predictor": {"width": WIDTH, "layers": 1, "head_size": 8, "causal": True}}
+    task = {"kind": "future", "view": "past", "predicts": "clean", "target": target, "steps": 2}
+    view = {"modality": "audio", "crop_s": 0.5}
+    return {
+        "shared": TREE["shared"] | {"causal": True},
+        "towers": {"audio": audio},
+        "views": {"past": view, "clean": view},
+        "joints": {},
+        "tasks": {"future": task},
+    }
+
+
 RECIPES = {
     "compared": compared,
     "every_part": dict,
     "flagship": recipe,
+    "future": future,
     "localizers": localizers,
     "siamese": siamese,
     "unlabelled": unlabelled,

@@ -63,6 +63,11 @@ def key_mask(pad_BN: Tensor) -> Tensor:
     return ~(pad_BN & ~pad_BN.all(dim=1, keepdim=True))[:, None, None, :]
 
 
+def past_mask(tokens: int, device: torch.device) -> Tensor:
+    """(N, N) bool: what each token may look at where none may see a later one."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
 def _joined(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return mask if bias is None else _masked(bias, mask)
 

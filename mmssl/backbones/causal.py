@@ -11,17 +11,21 @@ from math import sqrt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.norms import TimeGroupNorm
 from mmssl.frontends.stems import ACTIVATIONS
 
 
 class CausalConv(nn.Module):
-    """Convolution over the last `kernel` tokens, norm, activation; (x + that) * sqrt(0.5)."""
+    """Convolution over the last `kernel` tokens, norm, activation; (x + that) * sqrt(0.5).
 
-    def __init__(self, width: int, kernel: int, activation: str) -> None:
+    skip: False leaves x and the factor out.
+    """
+
+    def __init__(self, width: int, kernel: int, activation: str, skip: bool) -> None:
         super().__init__()
-        self.before = kernel - 1
+        self.before, self.skip = kernel - 1, skip
         self.conv = nn.Conv1d(width, width, kernel)
         self.norm = TimeGroupNorm(1, width)
         self.activation = ACTIVATIONS[activation]()
@@ -30,20 +34,25 @@ class CausalConv(nn.Module):
         """Same shape out; the first token stands in for those before it."""
         seen_BDM = F.pad(x_BND.transpose(1, 2), (self.before, 0), mode="replicate")
         new_BDN: Tensor = self.activation(self.norm(self.conv(seen_BDM), pad_BN))
-        return (x_BND + new_BDN.transpose(1, 2)) * sqrt(0.5)
+        new_BND = new_BDN.transpose(1, 2)
+        return (x_BND + new_BND) * sqrt(0.5) if self.skip else new_BND
 
 
 class CausalConvs(nn.Module):
-    """Causal convolutions with skips (Baevski et al. 2020, vq-wav2vec; "large" in wav2vec, 2019).
+    """Causal convolutions of wav2vec (2019); with skips its "large" form and vq-wav2vec (2020).
 
     Token t sees tokens up to t, sum(kernels - 1) + 1 of them, but for the norms, whose mean and
     variance are those of the row's valid tokens, later ones included, as published.
     """
 
-    def __init__(self, width: int, kernels: Sequence[int], activation: str = "relu") -> None:
+    causal = True
+
+    def __init__(
+        self, width: int, kernels: Sequence[int], activation: str = "relu", skips: bool = True
+    ) -> None:
         super().__init__()
         self.width, self.layers = width, len(kernels)
-        self.blocks = nn.ModuleList(CausalConv(width, k, activation) for k in kernels)
+        self.blocks = nn.ModuleList(CausalConv(width, k, activation, skips) for k in kernels)
 
     def forward(
         self,
@@ -64,7 +73,7 @@ class CausalConvs(nn.Module):
 class Pointwise(nn.Module):
     """ReLU of every token by itself: words of MIL-NCE and MMV, before they are pooled."""
 
-    layers = 1
+    layers, causal = 1, True
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -82,4 +91,4 @@ class Pointwise(nn.Module):
         return x_BND, [x_BND] if return_hidden else []
 
 
-Trunk = Transformer | CausalConvs | Pointwise
+Trunk = Transformer | CausalConvs | Recurrent | Pointwise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmssl.backbones.attention import Attention, key_mask
+from mmssl.backbones.attention import Attention, key_mask, past_mask
 from mmssl.backbones.conformer import ConformerBlock, ConvOptions
 from mmssl.backbones.dropout import Dropout, DropPath
 from mmssl.backbones.layers import FeedForward, LayerOptions, PerModality
@@ -102,6 +102,8 @@ class Transformer(nn.Module):
     parameters then get gradients of zero and every rank runs the same modules, without which ZeRO
     waits for gradients or shards that never come. It saves no time.
 
+    causal: a token looks at those before it and at itself alone.
+
     layer: `transformer` or `conformer`; the latter reads conv_kernels (one number, or one per
     layer), conv_first, conv_norm and conv_bias as in `ConvOptions`.
     """
@@ -143,11 +145,13 @@ class Transformer(nn.Module):
         conv_first: bool = False,
         conv_norm: str = "group",
         conv_bias: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         heads = heads or width // head_size
         _check_size(width, layers, heads, head_size, ffn_for, ffn_layers)
         self.width, self.layers, self.checkpointing = width, layers, checkpointing
+        self.causal = causal
         self.layer_drop, self.keep_first, self.relative_use = layer_drop, keep_first, relative_use
         self.relative = _relative(
             heads, (relative_buckets, relative_distance), relative_grid, relative_front
@@ -169,7 +173,7 @@ class Transformer(nn.Module):
         )
         own = [tuple(ffn_for) if i < ffn_layers else () for i in range(layers)]
         if layer == "conformer":
-            _check_conformer(post_norm, layer_scale, drop_path)
+            _check_conformer(post_norm, layer_scale, drop_path, causal)
             convs = _convs(layers, conv_kernels, conv_first, conv_norm, conv_bias)
             self.blocks = _stack(ConformerBlock, options, own, convs, share_layers)
         elif layer == "transformer":
@@ -204,6 +208,9 @@ class Transformer(nn.Module):
             # a non-finite padded value would reach others through 0 * nan
             x_BND = x_BND.masked_fill(pad_BN[..., None], 0.0)
         look = None if pad_BN is None else key_mask(pad_BN)
+        if self.causal:
+            past = past_mask(x_BND.shape[1], x_BND.device)
+            look = past if look is None else look & past
         if self.input_norm is not None:
             x_BND = self.input_norm(x_BND, modality)
         x_BND = self.input_dropout(x_BND)
@@ -259,10 +266,11 @@ def _check_size(
         )
 
 
-def _check_conformer(post_norm: bool, layer_scale: float, drop_path: float) -> None:
-    if post_norm or layer_scale or drop_path:
+def _check_conformer(post_norm: bool, layer_scale: float, drop_path: float, causal: bool) -> None:
+    if post_norm or layer_scale or drop_path or causal:
         raise UserError(
-            "layer: a conformer has its own norms and knows no post_norm, layer_scale or drop_path"
+            "layer: a conformer has its own norms, convolves both ways and knows no post_norm, "
+            "layer_scale, drop_path or causal"
         )
 
 

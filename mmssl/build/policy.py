@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmssl.specs import CausalConvSpec, RunSpec, Trainable, TransformerSpec
+from mmssl.specs import CausalConvSpec, RecurrentSpec, RunSpec, Trainable, TransformerSpec
 
 _ON_TOP = ("norm.", "trunk.norm.", "own_trunk.norm.", "post.")
 
@@ -16,7 +16,9 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
         groups.append(("trunk.", spec.shared, spec.shared.layers))
     for name, tower in spec.towers.items():
         backbone = tower.backbone
-        own = backbone.layers if isinstance(backbone, TransformerSpec | CausalConvSpec) else 0
+        own = 0
+        if isinstance(backbone, TransformerSpec | CausalConvSpec | RecurrentSpec):
+            own = backbone.layers
         groups.append((f"towers.{name}.", tower, own))
     for name, joint in spec.joints.items():
         groups.append((f"joints.{name}.", joint, joint.backbone.layers))

@@ -73,7 +73,7 @@ def make_map(
             raise UserError(
                 f"{where}: {between[0]} has a convolutional backbone; use a transformer"
             )
-        widths["video"] = found[0].trunk_width
+        widths["video"] = found[0].entry_width  # the cells enter the backbone
     forms = dict.fromkeys(widths, score.form) if isinstance(score.form, str) else score.form
     table = ScoreMap(
         score.space,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
 
-from mmssl.backbones.causal import CausalConvs
+from mmssl.build.later import make_future
 from mmssl.build.pretext import make_pretext
 from mmssl.build.scores import check_map, make_map
 from mmssl.build.siamese import make_prototypes, make_siamese
@@ -19,7 +18,6 @@ from mmssl.build.targets import (
 from mmssl.build.towers import need_view
 from mmssl.heads.dense import PairScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
-from mmssl.heads.predict import StepHeads
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP
 from mmssl.objectives.contrastive import LogitScale
@@ -47,7 +45,6 @@ from mmssl.specs import (
     TaskSpec,
     TowerSpec,
 )
-from mmssl.targets.later import LaterLatents
 from mmssl.tasks.base import Task
 from mmssl.tasks.classify import (
     JointMatch,
@@ -59,7 +56,6 @@ from mmssl.tasks.classify import (
     SpaceReader,
     VectorMatch,
 )
-from mmssl.tasks.future import Future
 from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Tower
@@ -92,7 +88,7 @@ class TaskBuilder:
         if isinstance(task, MaskedSpec):
             return self._masked(name, task)
         if isinstance(task, FutureSpec):
-            return self._future(name, task)
+            return make_future(self.spec, name, task, self.towers)
         if isinstance(task, SiameseSpec):
             widths = self.widths
             return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)
@@ -266,7 +262,7 @@ class TaskBuilder:
     def _marked(self, name: str, task: MaskedSpec, tower: Tower) -> int:
         """Width of the vector that marks or replaces what is hidden."""
         if task.mask.hide != "features":
-            return tower.trunk_width
+            return tower.entry_width
         if tower.latent_width is None:
             raise UserError(
                 f"tasks.{name}.mask.hide: `features` are latents of the stem; use a tower whose "
@@ -278,29 +274,6 @@ class TaskBuilder:
                 "cells or latents"
             )
         return tower.latent_width
-
-    # future
-
-    def _future(self, name: str, task: FutureSpec) -> Task:
-        view = need_view(self.spec, task.view, f"tasks.{name}.view")
-        tower = self._transformer_tower(f"tasks.{name}.view", task.view)
-        if not isinstance(tower.trunk, CausalConvs):
-            raise UserError(
-                f"tasks.{name}: the backbone of towers.{view.tower_name} sees what it would "
-                "have to predict; use a causal one (kind: causal_conv)"
-            )
-        if tower.latent_width is None:
-            raise UserError(
-                f"tasks.{name}.target: `latents` needs latents of the stem; use a tower whose cut "
-                "is `wave_conv` or `frame_latents`"
-            )
-        field = tower.stem.fields()[0]  # type: ignore[operator]
-        first = task.first or ceil(field.size / field.stride)
-        width = tower.latent_width if tower.quantizer is None else tower.quantizer.width_out
-        heads = StepHeads(tower.width, width, task.steps)
-        target = LaterLatents(heads, task.target.negatives)
-        steps = range(first, first + task.steps)
-        return Future(name, task.view, target, steps, task.weight, task.weights)
 
     # classify
 

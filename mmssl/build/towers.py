@@ -11,6 +11,7 @@ from torch import nn
 
 from mmssl.backbones import NETWORKS
 from mmssl.backbones.causal import CausalConvs, Pointwise, Trunk
+from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends import (
@@ -49,6 +50,7 @@ from mmssl.specs import (
     PatchSpec,
     PointwiseSpec,
     QuantizerSpec,
+    RecurrentSpec,
     RunSpec,
     S3DGSpec,
     SpectrumSpec,
@@ -61,7 +63,7 @@ from mmssl.specs import (
     ViewSpec,
     WaveConvSpec,
 )
-from mmssl.towers import AnyTower, ConvTower, JointTower, Tower
+from mmssl.towers import AnyTower, ConvTower, JointTower, Tower, entry_width
 from mmssl.types import UserError
 
 
@@ -149,26 +151,27 @@ def make_tower(
         network = NETWORKS[spec.backbone.kind](channels(spec), **options)
         return ConvTower(spec.modality, signal, network)
     encoder = _backbone(name, spec, run, trunk)
+    width = entry_width(encoder)
     if isinstance(spec.cut, BorrowedSpec):
-        stem: nn.Module = _borrowed(name, spec.cut, encoder.width, others)
+        stem: nn.Module = _borrowed(name, spec.cut, width, others)
     elif isinstance(spec.cut, FrameLatentsSpec):
-        stem = _frame_stem(name, spec.cut, signal, encoder.width)
+        stem = _frame_stem(name, spec.cut, signal, width)
     else:
         codes = next((v.codes for v in run.views.values() if v.tower_name == name), None)
         words = vocab_size if codes is None else codes.vocabulary
-        stem = _stem(name, spec, encoder.width, words)
-    merge = _merge(name, spec, encoder.width)
-    quantizer, temperature = _quantizer(name, spec, encoder.width)
+        stem = _stem(name, spec, width, words)
+    merge = _merge(name, spec, width)
+    quantizer, temperature = _quantizer(name, spec, width)
     return Tower(
         spec.modality,
         signal,
         stem,
-        _positions(name, spec, run, (signal, stem, merge), encoder.width),
-        ExtraTokens(encoder.width, spec.globals, spec.registers),
+        _positions(name, spec, run, (signal, stem, merge), width),
+        ExtraTokens(width, spec.globals, spec.registers),
         encoder,
         shared=spec.backbone == "shared",
         drop=spec.drop_tokens,
-        pre=DenseGelu(encoder.width, encoder.width) if spec.pre else None,
+        pre=DenseGelu(width, width) if spec.pre else None,
         post=DenseGelu(encoder.width, spec.post) if spec.post else None,
         merge=merge,
         quantizer=quantizer,
@@ -179,6 +182,9 @@ def make_tower(
 def _backbone(name: str, spec: TowerSpec, run: RunSpec, shared: Transformer | None) -> Trunk:
     if isinstance(spec.backbone, CausalConvSpec):
         return CausalConvs(**spec.backbone.model_dump(exclude={"kind"}))
+    if isinstance(spec.backbone, RecurrentSpec):
+        options = spec.backbone.model_dump(exclude={"kind"})
+        return Recurrent(**options | {"width_in": options["width_in"] or options["width"]})
     if isinstance(spec.backbone, PointwiseSpec):
         return Pointwise(spec.backbone.width)
     if isinstance(spec.backbone, TransformerSpec):
@@ -290,7 +296,7 @@ def _stem(name: str, spec: TowerSpec, width: int, vocab_size: int) -> nn.Module:
     if isinstance(cut, EmbeddingSpec | SummedSpec):
         return _text_stem(name, spec, cut, width, vocab_size)
     if isinstance(cut, PatchSpec):
-        stem = STEMS["patches"](cut.patch, width, channels(spec))
+        stem = STEMS["patches"](cut.patch, width, channels(spec), cut.project)
         return stem
     if isinstance(cut, WaveConvSpec):
         if spec.frontend.kind != "waveform":

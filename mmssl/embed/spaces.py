@@ -18,6 +18,7 @@ from mmssl.model import Model, Space
 from mmssl.specs import (
     CausalConvSpec,
     PositionSpec,
+    RecurrentSpec,
     SegmentsSpec,
     TowerSpec,
     TransformerSpec,
@@ -119,7 +120,7 @@ class Spaces:
 
 def _knows_no_length(tower: TowerSpec) -> bool:
     learned = isinstance(tower.positions, PositionSpec) and tower.positions.kind == "learned"
-    sequence = isinstance(tower.backbone, TransformerSpec | CausalConvSpec)
+    sequence = isinstance(tower.backbone, TransformerSpec | CausalConvSpec | RecurrentSpec)
     return (sequence or tower.backbone == "shared") and not learned
 
 

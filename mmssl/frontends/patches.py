@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.frontends.lengths import Field, patch_grid
+from mmssl.types import UserError
 
 Grid = tuple[int, ...]
 
@@ -95,13 +96,21 @@ class PatchEmbed(nn.Module):
     """Linear map of non-overlapping patches to the model width (VATT, section 3.1).
 
     patch: one length per axis: (samples,) of a waveform, (t, f) of a spectrogram, (t, h, w) of
-    video.
+    video. project: False gives the patches themselves (APC), K of which must be the width.
     """
 
-    def __init__(self, patch: Sequence[int], width: int, channels: int = 1) -> None:
+    def __init__(
+        self, patch: Sequence[int], width: int, channels: int = 1, project: bool = True
+    ) -> None:
         super().__init__()
         self.patch = tuple(patch)
-        self.proj = nn.Linear(channels * prod(self.patch), width)
+        size = channels * prod(self.patch)
+        if not project and size != width:
+            raise UserError(
+                f"patches: {size} numbers without a projection for a backbone that reads {width}; "
+                "make them equal, or set project: true"
+            )
+        self.proj = nn.Linear(size, width) if project else nn.Identity()
 
     @property
     def strides(self) -> Grid:
@@ -122,6 +131,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, lengths_P: Tensor | None = None) -> tuple[Tensor, Grid]:
         """(P, C, *axes) to tokens (P, N, D) and their grid; inputs behind a length are zero."""
-        x = zero_behind(x.to(self.proj.weight.dtype), lengths_P)
+        if isinstance(self.proj, nn.Linear):
+            x = x.to(self.proj.weight.dtype)
+        x = zero_behind(x, lengths_P)
         tokens: Tensor = self.proj(patchify(x, self.patch))
         return tokens, self.grid(x.shape[2:])

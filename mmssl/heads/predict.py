@@ -36,14 +36,14 @@ class StepHeads(nn.Module):
     """A linear map for each of several steps, with a bias that all share: h_k(c) = W_k c + b.
 
     wav2vec (Schneider et al. 2019) writes it as a transposed convolution, whose first values it
-    has: uniform within 1 / sqrt(steps * K).
+    has: uniform within 1 / sqrt(steps * K). bias: False leaves b out (CPC).
     """
 
-    def __init__(self, width: int, out: int, steps: int) -> None:
+    def __init__(self, width: int, out: int, steps: int, bias: bool = True) -> None:
         super().__init__()
         self.weight_SKD = nn.Parameter(torch.empty(steps, out, width))
-        self.bias_K = nn.Parameter(torch.empty(out))
-        for parameter in (self.weight_SKD, self.bias_K):
+        self.bias_K = nn.Parameter(torch.empty(out)) if bias else None
+        for parameter in self.parameters():
             nn.init.uniform_(parameter, -((steps * out) ** -0.5), (steps * out) ** -0.5)
 
     def forward(self, x_PND: Tensor, step: int) -> Tensor:

@@ -102,6 +102,41 @@ def draw_negatives(
     return Negatives(index_PMK, asked_PM)
 
 
+def draw_over_rows(
+    seeds_P: Tensor,
+    frames: int,
+    lengths_G: Tensor,
+    seeds_G: Tensor,
+    count: int,
+    stream: str = "negatives",
+) -> tuple[Tensor, Tensor]:
+    """`count` negatives of every frame t of P rows among the frames of G rows (CPC_audio).
+
+    Uniform over the rows that have frames, the own one included, then over its frames but t: frame
+    (t + 1 ... T - 1) mod T of a row of T frames, 0 where T is 1.
+
+    Args:
+        seeds_P: int64 row seeds; draws do not depend on where a row stands.
+        frames: N, of a row that asks.
+        lengths_G: int64 valid frames of the rows of all ranks, 0 for none.
+        seeds_G: their seeds, which tell them apart.
+        count: K.
+        stream: name of the random stream.
+
+    Returns:
+        (P, N, K) int64 rows and (P, N, K) int64 frames.
+    """
+    last = torch.iinfo(torch.int64).max
+    order_G = torch.where(lengths_G > 0, seeds_G, last).argsort(stable=True)
+    rows = (lengths_G > 0).sum().clamp(min=1)
+    bits = row_bits(seeds_P, frames * count * 2, stream).reshape(-1, frames, count, 2)
+    row_PNK = order_G[bits[..., 0] % rows]
+    length_PNK = lengths_G[row_PNK].clamp(min=1)
+    shift_PNK = 1 + bits[..., 1] % (length_PNK - 1).clamp(min=1)
+    own_N1 = torch.arange(frames, device=seeds_P.device)[:, None]
+    return row_PNK, (own_N1 + shift_PNK) % length_PNK
+
+
 def identical(a_PMD: Tensor, b_PCD: Tensor) -> Tensor:
     """(P, M, C) bool: which vectors, or tuples of ids below 2^31, are equal in every component.
 
@@ -143,8 +178,24 @@ def frame_nce(
         )
         own_PM, other_PMC = _scores(context_PMD / temperature, positive_PMD, candidate_PCD)
         times_PMC = _multiplicity(negatives, other_PMC).masked_fill(same_PMC, 0)
-        logits = torch.cat([own_PM[..., None], other_PMC + times_PMC.log()], -1)
-        return _summed(logits.logsumexp(-1) - own_PM, own_PM, other_PMC, times_PMC, negatives)
+        return _softmax(own_PM, other_PMC, times_PMC, negatives)
+
+
+def frame_dot_nce(
+    context_PMD: Tensor,
+    positive_PMD: Tensor,
+    candidate_PCD: Tensor,
+    negatives: Negatives,
+    temperature: float = 1.0,
+) -> FrameLoss:
+    """InfoNCE on dot products (CPC, van den Oord et al. 2018, equation 4): ln(1 + K) where c is 0.
+
+    Arguments as `frame_nce`; equal vectors stay in.
+    """
+    with torch.autocast(context_PMD.device.type, enabled=False):
+        context_PMD, positive_PMD = wide(context_PMD) / temperature, wide(positive_PMD)
+        own_PM, other_PMC = _scores(context_PMD, positive_PMD, wide(candidate_PCD))
+        return _softmax(own_PM, other_PMC, _multiplicity(negatives, other_PMC), negatives)
 
 
 def frame_bce(
@@ -193,6 +244,13 @@ def _multiplicity(negatives: Negatives, like_PMC: Tensor) -> Tensor:
     """(P, M, C) how often each candidate was drawn; whole numbers, exact in any order."""
     one_PMK = torch.ones_like(negatives.index_PMK, dtype=like_PMC.dtype)
     return torch.zeros_like(like_PMC).scatter_add_(2, negatives.index_PMK, one_PMK)
+
+
+def _softmax(
+    own_PM: Tensor, other_PMC: Tensor, times_PMC: Tensor, negatives: Negatives
+) -> FrameLoss:
+    logits = torch.cat([own_PM[..., None], other_PMC + times_PMC.log()], -1)
+    return _summed(logits.logsumexp(-1) - own_PM, own_PM, other_PMC, times_PMC, negatives)
 
 
 def _summed(

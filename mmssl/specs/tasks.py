@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from mmssl.specs.base import Modality, Number, Spec
 from mmssl.specs.heads import DotSpec, FusionSpec, HeadsSpec, MatchScoreSpec, MLPSpec, ScoreSpec
+from mmssl.specs.quantizers import QuantizerSpec
 from mmssl.specs.targets import TargetSpec
+from mmssl.specs.towers import TransformerSpec
 
 
 class InfoNCESpec(Spec):
@@ -240,26 +242,50 @@ class MaskedSpec(Spec):
 
 
 class LaterLatentSpec(Spec):
-    """The stem's latent, or the tower's code of it, among others of the row: one yes/no each.
+    """The stem's latent, or the tower's code of it, among others.
 
-    Terms: the loss, named like the task; `commitment`; watched: `accuracy`, `diversity`,
-    `perplexity`.
+    `objective`: one yes/no each (`bce`), or a softmax of dot products over `temperature` (`nce`).
+    `negatives_of`: drawn for each target from its own `row`, or for each frame that predicts from
+    the `batch` of all ranks (CPC). `predictor`: causal layers between the tower and the linear maps
+    of the steps (CPC2). Terms: the loss, named like the task; `commitment`; watched: `accuracy`,
+    `diversity`, `perplexity`.
     """
 
     kind: Literal["latents"] = "latents"
+    objective: Literal["bce", "nce"] = "bce"
+    temperature: float = Field(1.0, gt=0)
     negatives: int = Field(10, gt=0)
+    negatives_of: Literal["row", "batch"] = "row"
+    bias: bool = True  # of the maps, shared by the steps
+    predictor: TransformerSpec | None = None
+
+
+class LaterFrameSpec(Spec):
+    """The cells of the input themselves, by their absolute error (APC).
+
+    `quantizer`: the maps of the steps read codes of the context (VQ-APC); the tower's output, which
+    others read, is the context itself. Watched: `diversity`, `perplexity`.
+    """
+
+    kind: Literal["frames"]
+    quantizer: QuantizerSpec | None = None
 
 
 class FutureSpec(Spec):
     """Prediction of what follows: token t says what is `first`, first + 1 ... tokens later.
 
     `steps`: how many, each with a head of its own. `first`: 0 takes the first token whose cell of
-    the input does not overlap with that of t. `weights`: of the target's terms by name.
+    the input does not overlap with that of t. `predicts`: another view of the same cut and tower,
+    whose tokens are predicted (CPC2: the clean sound from an altered one). `weights`: of the
+    target's terms by name.
     """
 
     kind: Literal["future"]
     view: str
-    target: LaterLatentSpec = LaterLatentSpec()
+    predicts: str = ""  # empty: the view itself
+    target: Annotated[LaterLatentSpec | LaterFrameSpec, Field(discriminator="kind")] = (
+        LaterLatentSpec()
+    )
     steps: int = Field(12, gt=0)
     first: int = Field(0, ge=0)
     weight: Number = 1.0

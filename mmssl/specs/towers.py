@@ -102,6 +102,7 @@ class PatchSpec(Spec):
 
     kind: Literal["patches"]
     patch: list[int] = Field(min_length=1, max_length=3)
+    project: bool = True  # False: the backbone reads the patches themselves
 
 
 class StemSpec(Spec):
@@ -291,20 +292,37 @@ class TransformerSpec(Spec):
     conv_first: bool = False
     conv_norm: Literal["group", "batch"] = "group"
     conv_bias: bool = True
+    causal: bool = False
 
 
 class CausalConvSpec(Spec):
-    """Causal convolutions with skips: the context network of vq-wav2vec; one kernel per layer."""
+    """Causal convolutions: the context network of (vq-)wav2vec; one kernel per layer."""
 
     kind: Literal["causal_conv"]
     width: int = Field(512, gt=0)
     kernels: list[Annotated[int, Field(gt=0)]] = Field(list(range(2, 14)), min_length=1)
     activation: Literal["gelu", "relu", "silu"] = "relu"
+    skips: bool = True
 
     @property
     def layers(self) -> int:
         """Number of layers."""
         return len(self.kernels)
+
+
+class RecurrentSpec(Spec):
+    """GRU or LSTM layers, the context network of APC and CPC; see `Recurrent`.
+
+    `width_in`: of what enters; 0 = `width`.
+    """
+
+    kind: Literal["recurrent"]
+    cell: Literal["gru", "lstm"] = "gru"
+    width_in: int = Field(0, ge=0)
+    width: int = Field(512, gt=0)
+    layers: int = Field(1, gt=0)
+    residual: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class PointwiseSpec(Spec):
@@ -317,7 +335,8 @@ class PointwiseSpec(Spec):
 BackboneSpec = (
     Literal["shared"]
     | Annotated[
-        TransformerSpec | CausalConvSpec | PointwiseSpec | ConvSpec, Field(discriminator="kind")
+        TransformerSpec | CausalConvSpec | RecurrentSpec | PointwiseSpec | ConvSpec,
+        Field(discriminator="kind"),
     ]
 )
 

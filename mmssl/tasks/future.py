@@ -20,21 +20,23 @@ from mmssl.types import Batch, Term, UserError
 class Future(Task):
     """Prediction on one view, whose tower must be causal.
 
-    steps: how many tokens ahead each head predicts. weights: of the target's terms, its own unless
-    given.
+    predicts: the view whose tokens are predicted, as many as the other has. steps: how many tokens
+    ahead each head predicts. weights: of the target's terms, its own unless given.
     """
 
     def __init__(
         self,
         name: str,
         view: str,
+        predicts: str,
         target: LaterTarget[Any],
         steps: Sequence[int],
         weight: Number,
         weights: Mapping[str, Number],
     ) -> None:
         super().__init__(weight)
-        self.name, self.view, self.target, self.steps = name, view, target, tuple(steps)
+        self.name, self.view, self.predicts = name, view, predicts
+        self.target, self.steps = target, tuple(steps)
         self.weights, self.floors = {**target.weights, **weights}, target.floors
 
     def weight(self, term: str) -> list[Number]:
@@ -49,9 +51,9 @@ class Future(Task):
         """
         tokens = passes.tokens(self.view)
         valid_PN = ~tokens.pad_PN & (item_weight(tokens.view) > 0)[:, None]
-        heard = Heard(self.name, tokens, valid_PN, passes)
+        heard = Heard(self.name, self.view, self.predicts, tokens, valid_PN, passes)
         truth = self.target.truth(heard)
-        x_PND = tokens.x_PND
+        x_PND = truth.context_PND
         terms: dict[str, Term] = {}
         for step, ahead in enumerate(k for k in self.steps if k < x_PND.shape[1]):
             for name, term in self.target(x_PND[:, :-ahead], truth, step, ahead).items():
@@ -62,4 +64,4 @@ class Future(Task):
                 f"tasks.{self.name}: {x_PND.shape[1]} tokens of views.{self.view}, the first "
                 f"prediction is {self.steps[0]} ahead; use a longer view"
             )
-        return terms | self.target.aside(heard)
+        return terms | self.target.aside(truth)

@@ -23,6 +23,8 @@ WAVE_OPS: dict[str, Callable[..., Tensor]] = {
     "noise": wave.noise,
     "pitch": wave.pitch,
     "time_mask": wave.time_mask,
+    "band_noise": wave.band_noise,
+    "reverb": wave.reverb,
 }
 VIDEO_OPS: dict[str, Callable[..., Tensor]] = {
     "horizontal_flip": video.horizontal_flip,
@@ -144,4 +146,6 @@ def _apply(
     options: dict[str, Any] = dict(augment.options)
     if augment.kind == "random_resized_crop":
         options.setdefault("size", spec.size)
+    if augment.kind in ("band_noise", "reverb"):
+        options.setdefault("hz", spec.hz)
     return OPS[spec.modality][augment.kind](data, generator, **options)

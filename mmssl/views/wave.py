@@ -54,6 +54,58 @@ def time_mask(
     return out
 
 
+_TINY = 1e-12  # keeps the ratio of two silences finite
+
+
+def band_noise(
+    wave_S: Tensor,
+    generator: torch.Generator,
+    hz: float,
+    band: tuple[float, float] = (80.0, 240.0),
+    db: tuple[float, float] = (5.0, 15.0),
+) -> Tensor:
+    """Add Gaussian noise of the frequencies of a band (Hz) at a random signal-to-noise ratio (dB).
+
+    Power is that of the whole crop (CPC2, Kharitonov et al. 2021, where it is not measured). `hz`:
+    sampling rate.
+    """
+    if not wave_S.numel():
+        return wave_S
+    ratio = db[0] + (db[1] - db[0]) * torch.rand((), generator=generator).item()
+    spectrum = torch.fft.rfft(torch.randn(wave_S.shape, generator=generator))
+    at_F = torch.fft.rfftfreq(len(wave_S), 1 / hz)
+    spectrum = spectrum * ((at_F >= band[0]) & (at_F <= band[1]))
+    added_S = torch.fft.irfft(spectrum, len(wave_S))
+    level = wave_S.norm() / added_S.norm().clamp(min=_TINY) * 10 ** (-ratio / 20)
+    out_S: Tensor = wave_S + level * added_S
+    return out_S
+
+
+def reverb(
+    wave_S: Tensor,
+    generator: torch.Generator,
+    hz: float,
+    decay_s: tuple[float, float] = (0.05, 0.6),
+    direct_db: float = 3.0,
+) -> Tensor:
+    """A random room: the sound and a tail of exponentially decaying Gaussian noise (Polack 1988).
+
+    decay_s: seconds until the tail has fallen by 60 dB. direct_db: of the sound's energy to that of
+    the tail. The sound stays in place, and the crop keeps its length and energy. `hz`: sampling
+    rate.
+    """
+    if not wave_S.numel():
+        return wave_S
+    seconds = decay_s[0] + (decay_s[1] - decay_s[0]) * torch.rand((), generator=generator).item()
+    after_T = torch.arange(1, round(seconds * hz) + 1) / hz
+    tail_T = torch.randn(after_T.shape, generator=generator) * 10 ** (-3 * after_T / seconds)
+    tail_T = tail_T * 10 ** (-direct_db / 20) / tail_T.norm().clamp(min=_TINY)
+    room_T = torch.cat([torch.ones(1), tail_T])
+    wet_S = torchaudio.functional.fftconvolve(wave_S, room_T)[: len(wave_S)]
+    out_S: Tensor = wet_S * (wave_S.norm() / wet_S.norm().clamp(min=_TINY))
+    return out_S
+
+
 _PITCH_STEP = 20  # ratios are multiples of 1/20: resampling by larger numbers is slow
 
 

@@ -47,7 +47,7 @@ def shorter(batch, *lengths):
 
 def heard_of(model, batch):
     tokens = model.passes(batch, 0.0).tokens("x")
-    return Heard("future", tokens, ~tokens.pad_PN, model.passes(batch, 0.0))
+    return Heard("future", "x", "x", tokens, ~tokens.pad_PN, model.passes(batch, 0.0))
 
 
 @pytest.mark.parametrize("quantizer", [CONTINUOUS, GUMBEL])

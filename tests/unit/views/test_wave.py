@@ -39,6 +39,8 @@ def test_noise_is_relative_to_the_maximum():
 def test_silence_and_nothing_stay_finite():
     assert wave.noise(torch.zeros(8), generator()).eq(0).all()
     assert wave.noise(torch.zeros(0), generator()).shape == (0,)
+    assert wave.band_noise(torch.zeros(0), generator(), 8000).shape == (0,)
+    assert wave.reverb(torch.zeros(0), generator(), 8000).shape == (0,)
     assert wave.normalize(torch.zeros(8)).eq(0).all()
     assert wave.normalize(torch.full((8,), 0.3)).abs().max() < 0.5
 
@@ -90,3 +92,43 @@ def test_a_mask_replaces_an_eighth_by_faint_noise():
         first.add(int(hidden[0]))
     assert len(first) > 35
     assert wave.time_mask(torch.ones(4), generator(), probability=1.0).eq(1).all()
+
+
+def test_band_noise_has_its_band_and_ratio():
+    speech = 0.1 * torch.randn(16_000, generator=generator(1))
+    ratios = []
+    for seed in range(30):
+        added = wave.band_noise(speech, generator(seed), 16_000, (80, 240), (5, 15)) - speech
+        power = torch.fft.rfft(added).abs().square()  # bins of 1 Hz
+        assert power[80:241].sum() / power.sum() > 0.9999
+        ratios.append(10 * math.log10(speech.square().sum() / added.square().sum()))
+    assert 5 <= min(ratios) < 7
+    assert 13 < max(ratios) <= 15
+    added = wave.band_noise(speech, generator(), 16_000, db=(7, 7)) - speech
+    ratio = 10 * math.log10(speech.square().sum() / added.square().sum())
+    assert ratio == pytest.approx(7, abs=0.1)
+    assert wave.band_noise(torch.zeros(800), generator(), 8000).eq(0).all()
+    assert wave.band_noise(torch.ones(8), generator(), 8000).isfinite().all()  # no bin in the band
+
+
+def test_reverberation_keeps_length_energy_and_place():
+    speech = 0.1 * torch.randn(8000, generator=generator(1))
+    for seed in range(20):
+        out = wave.reverb(speech, generator(seed), 8000)
+        assert out.shape == speech.shape
+        assert float(out.norm()) == pytest.approx(float(speech.norm()), rel=1e-4)
+        lags = torch.fft.irfft(
+            torch.fft.rfft(out, 16_000) * torch.fft.rfft(speech, 16_000).conj(), 16_000
+        )
+        assert int(lags.abs().argmax()) == 0
+    assert wave.reverb(torch.zeros(800), generator(), 8000).eq(0).all()
+
+
+def test_a_room_decays_by_60_db_in_its_time():
+    click = torch.zeros(8000)
+    click[0] = 1.0
+    out = wave.reverb(click, generator(), 8000, decay_s=(0.5, 0.5), direct_db=3.0)
+    direct, tail = out[0].square(), out[1:].square()
+    assert 10 * math.log10(direct / tail.sum()) == pytest.approx(3, abs=1e-3)
+    early, late = tail[:400].mean(), tail[2000:2400].mean()
+    assert 10 * math.log10(early / late) == pytest.approx(30, abs=2)  # a quarter of a second apart
