@@ -347,8 +347,8 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
             what = f"match by {task.score.kind}"
             rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))
         else:
-            named = task.target.kind == "label"
-            what = f"label {task.target.field}" if named else task.target.kind
+            target = task.target
+            what = f"label {target.field}" if target.kind == "label" else target.kind
             rows.append((name, "classify", task.target.view, what, str(task.weight)))
     return rows
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ class Order(Pretext):
 
 def _items(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
     """The chosen items of a view, which read another signal."""
-    columns = {name: column[items] for name, column in view.columns().items()}
+    columns: dict[str, Any] = {name: column[items] for name, column in view.columns().items()}
     return replace(view, **columns | {"signal": signal}, labels={})
 
 
