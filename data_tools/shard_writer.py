@@ -225,16 +225,11 @@ def _quarantined(made: Made) -> dict[str, Any]:
     row = made.row
     return {
         "index": row.index,
-        "where": _utf8(row.where),
-        "media": None if row.media is None else _utf8(str(row.media)),
+        "where": row.where,
+        "media": None if row.media is None else str(row.media),
         "reason": made.reason,
-        "message": _utf8(made.message),
+        "message": made.message,
     }
-
-
-def _utf8(text: str) -> str:
-    """Names of files need not be UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _tar_block(made: Made) -> bytes:

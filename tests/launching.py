@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,14 @@ TEST_LIMIT_S = 2 * LIMIT_S + 200  # a test launches at most twice one after the 
 def settings_of(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a started process."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+
+
+def command_line(process: psutil.Process) -> str:
+    """Of a process, empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # zombies, too
+        return ""
 
 
 def run_script(

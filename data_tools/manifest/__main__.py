@@ -59,10 +59,7 @@ def _line(clip: Clip, inner: Path) -> bytes:
     media = [(inner / name).as_posix() for name in clip.media]
     sound = {"sound": (inner / clip.sound).as_posix()} if clip.sound else {}
     row = {"media": media if len(media) > 1 else media[0], **sound, **clip.row}
-    try:
-        return canonical(row) + b"\n"
-    except UnicodeEncodeError as error:
-        raise UserError(f"{media[0]!r}: a name that is not UTF-8; rename the file") from error
+    return canonical(row) + b"\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

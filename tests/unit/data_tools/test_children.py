@@ -6,6 +6,7 @@ from functools import partial
 import hostile_work
 import psutil
 import pytest
+from launching import command_line
 
 from data_tools.children import Child, ordered
 from data_tools.shard_rows import Options, prepare
@@ -65,7 +66,7 @@ def test_a_task_whose_process_died_is_tried_once_more(child, tmp_path):
 def test_wrong_settings_end_the_work_and_its_processes():
     with pytest.raises(UserError, match="a wrong setting"):
         list(ordered(hostile_work.work, ["a", "settings", "b"], 2, 20.0, 200))
-    assert not [p for p in psutil.Process().children() if "children" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children() if "children" in command_line(p)]
 
 
 def test_workers_import_no_torch_and_are_limited(child):

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from launching import TEST_LIMIT_S, checked, finish, start, wait_until
+from launching import TEST_LIMIT_S, checked, command_line, finish, start, wait_until
 from safetensors.torch import load_file
 from small_methods import shrinking
 from tone_shards import write_tones
@@ -153,7 +153,7 @@ def test_a_request_ends_a_labelling_and_the_same_command_goes_on(shards, whole, 
 
     def labelling(process):
         found = psutil.Process(process.pid).children()
-        return [child for child in found if "data_tools.label_shards" in child.cmdline()]
+        return [child for child in found if "data_tools.label_shards" in command_line(child)]
 
     for number, to_command in ((signal.SIGTERM, True), (signal.SIGUSR1, False)):
         process = start([sys.executable, *words])
