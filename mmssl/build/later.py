@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from mmssl.build.towers import channels, make_quantizer, make_trunk, need_view
+from mmssl.build.stems import channels
+from mmssl.build.towers import make_quantizer, make_trunk, need_view
 from mmssl.heads.predict import StepHeads
 from mmssl.objectives.frames import frame_bce, frame_dot_nce
 from mmssl.quantizers import GumbelQuantizer

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.backbones.transformer import Transformer
-from mmssl.build.towers import channels, data_shape, make_quantizer, make_trunk, need_view
+from mmssl.build.stems import channels
+from mmssl.build.towers import data_shape, make_quantizer, make_trunk, need_view
 from mmssl.frontends import FactorisedPositions
 from mmssl.frontends.fixed_positions import SinusoidPositions
 from mmssl.frontends.summed import EmbeddingTables, SummedEmbedding

@@ -19,7 +19,7 @@ from mmssl.embed.model import EmbeddingModel
 from mmssl.index.corpus import PLACE, picture_of, record_of
 from mmssl.index.search import Query, SearchSpec, search
 from mmssl.index.store import Index
-from mmssl.specs.towers import FramesSpec
+from mmssl.specs import FramesSpec
 from mmssl.types import MODALITIES, UserError
 
 Told = Callable[[float, str], object]  # the share that is done, and what is being done

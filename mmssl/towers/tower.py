@@ -1,14 +1,13 @@
-"""Towers turn one view into tokens; `Passes` encodes each (tower, view, mask) once per step.
+"""A tower on a transformer or another backbone of tokens.
 
-Letters: P items of a view, N tokens, K kept tokens, D width, S input units along time.
+Letters: P items of a view, N tokens, K kept tokens, M cells of the stem, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 from mmssl.backbones.causal import Trunk
 from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
-from mmssl.backbones.transformer import Transformer
-from mmssl.chunks import in_chunks
 from mmssl.frontends.frame_stem import FrameStem
-from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import cells_of, padding_mask
 from mmssl.frontends.stems import CellMerge
 from mmssl.frontends.summed import SummedEmbedding
@@ -28,45 +24,11 @@ from mmssl.quantizers import Quantizer
 from mmssl.rng import row_uniform
 from mmssl.schedules import resolve
 from mmssl.specs import Number
-from mmssl.types import Batch, Codes, Tokens, UserError, ViewBatch
+from mmssl.towers.items import full_padding, item_weight, lengths_if_padded, token_rate_of
+from mmssl.towers.masks import Mask, hide_cells, marked
+from mmssl.types import Codes, Tokens, ViewBatch
 
-Hide = Literal["cells", "latents", "features", "drop"]
 LatentStem = WaveStem | FrameStem
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What a masked pass hides.
-
-    name: distinguishes passes of one view. hidden_PN: True where a token is hidden.
-    hide: `cells` zeroes the input cells before the stem reads them, and adds the embedding to the
-    tokens behind it; `latents` puts the embedding in the place of what the stem makes of them
-    (wav2vec 2.0); `features` puts it in the place of the stem's latents, before they are mapped to
-    the tower's width; `drop` leaves the tokens out of the backbone (MAE).
-    embedding_D: marks hidden tokens; None with `altered`.
-    altered: the stem's input to read instead of the view's own: ids (80/10/10) or changed frames.
-    """
-
-    name: str
-    hidden_PN: Tensor
-    hide: Hide = "cells"
-    embedding_D: Tensor | None = None
-    altered: Tensor | None = None
-
-
-def hide_cells(
-    signal: Tensor, hidden_PN: Tensor, grid: Sequence[int], cell: Sequence[int]
-) -> Tensor:
-    """Zero the input cells of hidden tokens, before any overlapping stem reads them.
-
-    signal: (P, C, *axes); cell: inputs per token along each axis. Inputs behind the last whole
-    cell belong to the last token.
-    """
-    mask = hidden_PN.reshape(-1, *grid)
-    for axis, (size, step) in enumerate(zip(signal.shape[2:], cell, strict=True), start=1):
-        index = torch.arange(size, device=mask.device).div(step, rounding_mode="floor")
-        mask = mask.index_select(axis, index.clamp(max=mask.shape[axis] - 1))
-    return signal.masked_fill(mask[:, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +127,7 @@ class Tower(nn.Module):
             return view.signal
         if self.signal is None:
             return view.data
-        out: Tensor = self.signal(view.data, _shorter(view))
+        out: Tensor = self.signal(view.data, lengths_if_padded(view))
         return out
 
     def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
@@ -187,9 +149,9 @@ class Tower(nn.Module):
             tokens, pad = _scatter(tokens, index, kept_pad, prod(entry.grid))
         return Tokens(
             x_PND=tokens,
-            pad_PN=_filled(pad, tokens),
+            pad_PN=full_padding(pad, tokens),
             stem_PMD=cells.x_PMD,
-            stem_pad_PM=_filled(entry.cell_pad_PM, cells.x_PMD),
+            stem_pad_PM=full_padding(entry.cell_pad_PM, cells.x_PMD),
             grid=entry.grid,
             stem_grid=cells.grid,
             extra=named,
@@ -215,7 +177,7 @@ class Tower(nn.Module):
         x, pad = self.extra(entry.x_PND, entry.pad_PN, names)
         _, hidden = self.trunk(x, pad, modality=self.modality, return_hidden=True)
         found = [entry.x_PND, *(self.extra.split(h, names)[1] for h in hidden)]
-        return found, _filled(entry.pad_PN, entry.x_PND)
+        return found, full_padding(entry.pad_PN, entry.x_PND)
 
     def enter(self, view: ViewBatch, mask: Mask | None = None, position: float = 1.0) -> Entry:
         """What enters the backbone: cells of the stem, merged and marked, with positions.
@@ -237,7 +199,7 @@ class Tower(nn.Module):
         pad = None if bins is None else padding_mask(self._steps(bins), grid)
         if mask is not None and mask.hide == "features" and mask.embedding_D is not None:
             assert cells.features_PME is not None  # `build` refuses other stems
-            x, mask = self.stem.project(_marked(cells.features_PME, mask)), None  # type: ignore[operator]
+            x, mask = self.stem.project(marked(cells.features_PME, mask)), None  # type: ignore[operator]
         x = self._placed(x, grid, pad, mask)
         return Entry(x, pad, grid, signal, cells, stem_pad)
 
@@ -281,7 +243,7 @@ class Tower(nn.Module):
         position: float,
     ) -> Cells:
         """The cells as vectors of a codebook; those of padding and of dummy items are zero."""
-        valid_PM = (item_weight(view) > 0)[:, None] & ~_filled(pad_PM, cells.x_PMD)
+        valid_PM = (item_weight(view) > 0)[:, None] & ~full_padding(pad_PM, cells.x_PMD)
         noise = quantizer.noise(view.seeds_P, valid_PM.shape[1]) if self.training else None
         tau = resolve(self.temperature, position)
         codes: Codes = quantizer(cells.x_PMD, valid_PM, tau, noise)
@@ -294,7 +256,7 @@ class Tower(nn.Module):
         if self.pre is not None:
             x_PND = self.pre(x_PND)
         if mask is not None and mask.embedding_D is not None:
-            x_PND = _marked(x_PND, mask)
+            x_PND = marked(x_PND, mask)
         return x_PND if self.positions is None else self.positions(x_PND, grid, pad)
 
     def frames(self, view: ViewBatch) -> Tensor:
@@ -306,7 +268,7 @@ class Tower(nn.Module):
 
     def _frames(self, view: ViewBatch) -> Tensor | None:
         """(P,) valid inputs of the stem along time, None when every item is full."""
-        return None if _shorter(view) is None else self.frames(view)
+        return None if lengths_if_padded(view) is None else self.frames(view)
 
     def padding(self, view: ViewBatch, grid: tuple[int, ...]) -> Tensor | None:
         """(P, N) padding of the tokens, or None when every item fills the grid."""
@@ -341,7 +303,7 @@ class Tower(nn.Module):
 
     def token_rate(self, rate: float) -> float:
         """Tokens per second along the time axis of a view of that rate (Hz, frames per second)."""
-        return _rate(rate, self.signal, self.cell[0])
+        return token_rate_of(rate, self.signal, self.cell[0])
 
     def first_centre(self) -> float:
         """Centre of the stem's first cell along time, in cells."""
@@ -350,24 +312,6 @@ class Tower(nn.Module):
             return frame
         field = self.stem.fields()[0]  # type: ignore[operator]
         return float((field.first + frame) / field.stride)
-
-
-def _rate(rate: float, signal: nn.Module | None, stride: int) -> float:
-    """Tokens per second; a spectrogram has one frame per hop."""
-    params = getattr(signal, "params", None)
-    return rate / (params.hop if params is not None else 1) / stride
-
-
-def _shorter(view: ViewBatch) -> Tensor | None:
-    """Lengths of the items, None when none is padded."""
-    return None if bool((view.lengths_P >= view.data.shape[1]).all()) else view.lengths_P
-
-
-def _marked(x_PND: Tensor, mask: Mask) -> Tensor:
-    """Tokens whose hidden ones carry, or are, the mask embedding."""
-    assert mask.embedding_D is not None
-    hidden, vector = mask.hidden_PN[..., None], mask.embedding_D.to(x_PND.dtype)
-    return x_PND + hidden * vector if mask.hide == "cells" else torch.where(hidden, vector, x_PND)
 
 
 def _scatter(
@@ -381,190 +325,6 @@ def _scatter(
     return full, pad.scatter(1, index_PK, kept)
 
 
-def _filled(pad: Tensor | None, x_PND: Tensor) -> Tensor:
-    if pad is None:
-        return torch.zeros(x_PND.shape[:2], dtype=torch.bool, device=x_PND.device)
-    return pad
-
-
 def entry_width(trunk: Trunk) -> int:
     """Width of the tokens that a trunk reads."""
     return trunk.width_in if isinstance(trunk, Recurrent) else trunk.width
-
-
-class ConvTower(nn.Module):
-    """A convolutional network on the signal itself (COLA, AVE-Net, MMV)."""
-
-    def __init__(self, modality: str, signal: nn.Module, network: nn.Module) -> None:
-        super().__init__()
-        self.modality = modality
-        self.signal, self.network = signal, network
-        self.width = int(network.width)  # type: ignore[arg-type]
-
-    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Grid of the feature map of one item whose data has this shape."""
-        grid: tuple[int, ...] = self.network.grid(self.signal.grid(tuple(shape)))  # type: ignore[operator]
-        return grid
-
-    def first_centre(self) -> float:
-        """Centre of the first cell along time, in cells."""
-        field = self._time_field()
-        return (field.first + getattr(self.signal, "first_centre", 0.0)) / field.stride
-
-    def _time_field(self) -> Field:
-        """How cells see time."""
-        if self.modality == "video":
-            return self.network.time_field()  # type: ignore[no-any-return, operator]
-        return self.network.fields()[0]  # type: ignore[no-any-return, operator]
-
-    def inputs(self, view: ViewBatch) -> Tensor:
-        """The network's input: (P, C, *axes) signal, zero behind an item's end."""
-        out: Tensor = self.signal(view.data, _shorter(view)) if view.signal is None else view.signal
-        return out
-
-    def frames(self, view: ViewBatch) -> Tensor:
-        """(P,) valid inputs of the network along time."""
-        lengths: Tensor = self.signal.out_lengths(view.lengths_P)  # type: ignore[operator]
-        return lengths
-
-    def encode(self, view: ViewBatch, position: float, mask: Mask | None = None) -> Tokens:
-        """Encode the P items of a view.
-
-        Raises:
-            UserError: a masked pass was asked for.
-        """
-        if mask is not None:
-            raise UserError(
-                "a convolutional backbone has no masked pass; use a transformer tower for `masked`"
-            )
-        signal, shorter = self.inputs(view), _shorter(view) is not None
-        frames = self.frames(view) if shorter else None
-        x, grid = self.network(signal, frames, item_weight(view) > 0 if view.dummy else None)
-        pad = None
-        if frames is not None:
-            steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]
-            pad = padding_mask(steps.clamp(min=1), grid)
-        rate = _rate(view.rate, self.signal, self._time_field().stride)
-        filled = _filled(pad, x)
-        return Tokens(x, filled, x, filled, grid, grid, {}, rate, rate, view)
-
-
-class JointTower(nn.Module):
-    """A transformer over the tokens of several views, e.g. audio + video against text.
-
-    Every part is normed, mapped to the trunk's width and given a learned vector that says which
-    modality it is.
-    """
-
-    def __init__(
-        self, of: Sequence[str], widths: Mapping[str, int], extra: ExtraTokens, trunk: Transformer
-    ) -> None:
-        super().__init__()
-        self.of = tuple(of)
-        self.maps = nn.ModuleDict(
-            {
-                name: nn.Sequential(
-                    nn.LayerNorm(widths[name]), nn.Linear(widths[name], trunk.width)
-                )
-                for name in of
-            }
-        )
-        self.kinds = nn.Parameter(torch.randn(len(self.of), trunk.width) * 0.02)
-        self.extra, self.trunk = extra, trunk
-        self.width = trunk.width
-
-    def forward(self, parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """{view: (x_RND, pad_RN)} of R rows to the global tokens {name: (R, D)}."""
-        rows, pads = [], []
-        for i, name in enumerate(self.of):
-            x, pad = parts[name]
-            rows.append(self.maps[name](x) + self.kinds[i])
-            pads.append(pad)
-        x, pad = self.extra(torch.cat(rows, 1), torch.cat(pads, 1), self.extra.names)
-        x, _ = self.trunk(x, pad)
-        return self.extra.split(x, self.extra.names)[0]
-
-
-AnyTower = Tower | ConvTower
-
-
-class Passes:
-    """The encoded views of one step: a (tower, view, mask) triple is encoded at most once."""
-
-    def __init__(
-        self,
-        towers: Mapping[str, AnyTower],
-        joints: Mapping[str, JointTower],
-        tower_of: Mapping[str, str],
-        batch: Batch,
-        position: float,
-        chunk: int = 0,
-    ) -> None:
-        self.towers, self.joints, self.tower_of = towers, joints, tower_of
-        self.batch, self.position, self.chunk = batch, position, chunk
-        self._done: dict[tuple[str, str], Tokens] = {}
-        self.vectors: dict[tuple[int, str, str], Tensor] = {}  # kept for tasks that share a space
-
-    def token_count(self) -> int:
-        """Tokens encoded so far, padding included."""
-        return sum(t.pad_PN.numel() for t in self._done.values())
-
-    def tower(self, view: str) -> AnyTower:
-        """The tower that reads a view."""
-        return self.towers[self.tower_of[view]]
-
-    def tokens(
-        self, view: str, mask: Mask | None = None, source: ViewBatch | None = None, name: str = ""
-    ) -> Tokens:
-        """Tokens of a view; `source` stands in for the view, e.g. with a part of its items.
-
-        name: distinguishes passes of one view without a mask.
-        """
-        key = (view, name if mask is None else mask.name)
-        if key not in self._done:
-            data = self.batch.views[view] if source is None else source
-            tower = self.tower(view)
-            self._done[key] = in_chunks(
-                lambda part, mask: tower.encode(part, self.position, mask), data, mask, self.chunk
-            )
-        return self._done[key]
-
-
-def item_weight(view: ViewBatch) -> Tensor:
-    """(P,) 1 for present items, 0 for the dummy of an empty view."""
-    return view.present_BL[view.rows_P, view.slots_P].float()
-
-
-def spread(values_P: Tensor, view: ViewBatch) -> Tensor:
-    """(P, ...) values of the items to their (B, L, ...) places, zero where absent.
-
-    The dummy item enters with weight 0: its modules stay in the graph on every rank, its gradient
-    is exactly zero.
-    """
-    weight = item_weight(view).to(values_P.dtype)
-    weighted = values_P * weight.reshape(-1, *([1] * (values_P.ndim - 1)))
-    out = values_P.new_zeros(*view.present_BL.shape, *values_P.shape[1:])
-    return out.index_put((view.rows_P, view.slots_P), weighted)
-
-
-def time_steps(tokens: Tokens, how: str = "mean") -> tuple[Tensor, Tensor]:
-    """Reduce a token grid to its time axis: (P, T, D) and padding (P, T).
-
-    `max` and `mean` run over the valid cells of a time step; `none` keeps all tokens.
-
-    Raises:
-        UserError: an unknown reduction.
-    """
-    if how == "none":
-        return tokens.x_PND, tokens.pad_PN
-    items, steps = tokens.pad_PN.shape[0], tokens.grid[0]
-    x = tokens.x_PND.reshape(items, steps, -1, tokens.x_PND.shape[-1])
-    pad = tokens.pad_PN.reshape(items, steps, -1)
-    empty = pad.all(dim=2)
-    if how == "max":
-        low = x.masked_fill(pad[..., None], torch.finfo(x.dtype).min).amax(dim=2)
-        return low.masked_fill(empty[..., None], 0.0), empty
-    if how == "mean":
-        keep = (~pad).to(x.dtype)[..., None]
-        return (x * keep).sum(2) / keep.sum(2).clamp(min=1), empty
-    raise UserError(f"reduce: {how!r} is not known; use max, mean or none")
