@@ -18,6 +18,14 @@ from mmssl.build.targets import (
 from mmssl.build.towers import need_view
 from mmssl.heads.dense import PairScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
+from mmssl.heads.match import (
+    JointMatch,
+    MapMatch,
+    MatchScore,
+    PooledReader,
+    SpaceReader,
+    VectorMatch,
+)
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP
 from mmssl.objectives.contrastive import LogitScale
@@ -46,16 +54,7 @@ from mmssl.specs import (
     TowerSpec,
 )
 from mmssl.tasks.base import Task
-from mmssl.tasks.classify import (
-    JointMatch,
-    Label,
-    MapMatch,
-    Match,
-    MatchScore,
-    PooledReader,
-    SpaceReader,
-    VectorMatch,
-)
+from mmssl.tasks.classify import Label, Match
 from mmssl.tasks.masked import Masked
 from mmssl.tasks.pairs import Pairs
 from mmssl.towers import AnyTower, JointTower, Tower

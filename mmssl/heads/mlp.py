@@ -1,4 +1,4 @@
-"""Projectors and predictors of siamese methods. P rows, D input width, S output width."""
+"""Multi-layer perceptrons. P rows, D input width, S output width."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ class MLP(nn.Module):
         for layer in self.layers:
             x_PD = layer(x_PD, valid_P) if isinstance(layer, MaskedSyncBatchNorm) else layer(x_PD)
         return x_PD
+
+
+def mlp(width: int, widths: list[int]) -> nn.Module:
+    """Linear maps of these widths with ReLU between them; nothing without any."""
+    layers: list[nn.Module] = []
+    for i, out in enumerate(widths):
+        layers += [nn.ReLU()] if i else []
+        layers += [nn.Linear(width, out)]
+        width = out
+    return nn.Sequential(*layers)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mmssl import dist
 from mmssl.data.sidecars import Source
 from mmssl.heads.embed import pool
+from mmssl.heads.mlp import mlp
 from mmssl.objectives.classification import correct, softmax_cross_entropy
 from mmssl.partition import assign
 from mmssl.rng import generator, seed_of
 from mmssl.specs import ClusterSpec, Number
 from mmssl.targets.clusters import fit, whitened
 from mmssl.tasks.base import Task
-from mmssl.tasks.classify import mlp
 from mmssl.towers import Passes, spread
 from mmssl.types import Batch, Term, UserError
 

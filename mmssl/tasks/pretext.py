@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.heads.embed import pool
+from mmssl.heads.mlp import mlp
 from mmssl.objectives.classification import correct, softmax_cross_entropy
 from mmssl.objectives.ranking import kendall_tau, normal_noise, perturbed_ranking
 from mmssl.specs import Number, OrderSpec, RotationSpec
 from mmssl.tasks.base import Task
-from mmssl.tasks.classify import mlp
 from mmssl.towers import Passes, item_weight
 from mmssl.types import Batch, Term, ViewBatch
 from mmssl.views.pretext import TURNS, mirrored, permutations, tiles, turned

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from mmssl import config
 from mmssl.build import build_model, data_shape
+from mmssl.heads.match import VectorMatch
 from mmssl.heads.score import Distance
 from mmssl.objectives.negatives import coin
-from mmssl.tasks.classify import VectorMatch
 from mmssl.types import Batch, ViewBatch
 
 NAME = "av/ave_net"

@@ -8,8 +8,9 @@ import torch
 from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_model, tiny_spec
 from torch.nn import functional as F
 
+from mmssl.heads.match import VectorMatch
 from mmssl.heads.score import Distance
-from mmssl.tasks.classify import Match, VectorMatch
+from mmssl.tasks.classify import Match
 from mmssl.types import Term, UserError
 
 SHIFTED = {"modality": "audio", "crop_s": 1.0, "window": "other"}
