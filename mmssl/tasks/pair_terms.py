@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import dist
-from mmssl.heads.dense import MapScore, PairScore
+from mmssl.heads.dense import MapScore
 from mmssl.objectives.contrastive import (
     Candidates,
     candidate_mask,
@@ -63,7 +63,7 @@ class PairTerms:
 
     name: str
     spec: PairSpec
-    score: PairScore
+    score: nn.Module  # a `PairScore`
     scale: nn.Module
     chunk: int
 
