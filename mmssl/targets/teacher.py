@@ -81,6 +81,7 @@ def as_buffers(module: nn.Module) -> nn.Module:
             whole = _whole(parameter).detach().float().clone()
             delattr(part, name)
             part.register_buffer(name, whole)
+            setattr(part, name, whole)  # recurrent layers keep a list of their weights, too
     return module
 
 

@@ -254,6 +254,19 @@ def test_labels_are_looked_at_without_their_shards(labelled):
         check.check("speech/hubert_it1", hubert(car))
 
 
+def test_clips_that_are_clustered_are_counted_in_the_shards(shards):
+    def judged(clips, *more):
+        name = "deep_cluster_tiny"
+        spec = small(name, f"tasks.cluster.target.clips={clips}", f"data.train={shards}", *more)
+        return check.judge_labels(small_model(spec), spec).problems
+
+    assert judged(4) == judged(8) == []
+    what = f"tasks.cluster.target.clips: {{}}, but the clips of {shards} have the numbers up to 3"
+    assert judged(3) == [what.format(3) + "; give 4"]
+    assert judged(9) == [what.format(9) + "; give 4"]
+    assert judged(9, "data.train=nowhere") == []
+
+
 def test_labels_that_are_not_there_are_named(shards, tmp_path, capsys):
     train = f"data.train={shards}"
     for given, message in (

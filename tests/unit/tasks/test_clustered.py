@@ -113,3 +113,9 @@ def test_what_does_not_fit_is_refused():
         model(rows(model, 10), 0, 10)
     with pytest.raises(UserError, match=r"name one data\.train"):
         started("data.train=[a, b]")
+    with pytest.raises(UserError, match=r"target.*13 `clusters` of 12 `clips`"):
+        started("tasks.cluster.target.clusters=13")
+    model.tasks["cluster"].seen.fill_(12)  # of clips without the view
+    model(replace(rows(model, 0, 2)), 0, 10)
+    with pytest.raises(UserError, match=r"tasks\.cluster\.target\.clusters: .*3 clusters of 2 "):
+        model.after_step(0, 10)
