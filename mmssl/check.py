@@ -170,7 +170,7 @@ def _label_problems(
     spec: RunSpec, name: str, key: str, classes: list[int], hz: float
 ) -> Iterator[str]:
     from mmssl.data.folders import read_manifest
-    from mmssl.data.labels import LabelBook, check
+    from mmssl.data.labels import LabelBook, check, listed
     from mmssl.data.sidecars import SideCar, shards_digest
 
     folders = _folders(spec)
@@ -360,7 +360,8 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
             rows.append((name, "masked", task.view, what, str(task.weight)))
         elif task.kind == "future":
             what = f"{task.target.kind}, {task.steps} steps"
-            rows.append((name, "future", task.view, what, str(task.weight)))
+            reads = " -> ".join(filter(None, (task.view, task.predicts)))
+            rows.append((name, "future", reads, what, str(task.weight)))
         elif task.kind == "siamese":
             what = (
                 f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"

@@ -229,7 +229,13 @@ def unlabelled() -> dict[str, Any]:
     targets = {
         "turn": {"kind": "rotation", "view": "video"},
         "order": {"kind": "order", "view": "audio", "tiles": [2]},
-        "cluster": {"kind": "clusters", "view": "audio", "clips": 20, "clusters": 2},
+        "cluster": {
+            "kind": "clusters",
+            "view": "audio",
+            "clips": 20,
+            "clusters": 2,
+            "components": 1,
+        },
     }
     swav = {
         "kind": "prototypes",
@@ -253,18 +259,24 @@ def unlabelled() -> dict[str, Any]:
 
 
 def future() -> dict[str, Any]:
-    """Changes that wire the tiny run as CPC2: a copy of the sound, negatives from all rows."""
+    """Changes that wire the tiny run as CPC2: a copy of the sound, negatives from all rows.
+
+    Recurrent layers in the tower, a transformer in front of the heads.
+    """
     audio = {
         "modality": "audio",
         "frontend": {"kind": "waveform"},
         "cut": {"kind": "wave_conv", "channels": 8, "kernels": [40, 16], "strides": [20, 16]},
+        "positions": {"kind": "none"},
+        "backbone": {"kind": "recurrent", "width": WIDTH, "layers": 2, "residual": True},
+        "globals": [],
     }
     target = {"kind": "latents", "objective": "nce", "negatives": 16, "negatives_of": "batch"}
     target |= {"predictor": {"width": WIDTH, "layers": 1, "head_size": 8, "causal": True}}
     task = {"kind": "future", "view": "past", "predicts": "clean", "target": target, "steps": 2}
     view = {"modality": "audio", "crop_s": 0.5}
     return {
-        "shared": TREE["shared"] | {"causal": True},
+        "shared": None,
         "towers": {"audio": audio},
         "views": {"past": view, "clean": view},
         "joints": {},

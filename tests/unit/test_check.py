@@ -58,6 +58,11 @@ def test_show_prints_what_is_read_and_what_is_learned(capsys, tiny_file):
     assert ("masked_video", "masked", "video", "patches, tubes 0.5", "1.0") in rows
 
 
+def test_a_future_task_is_shown_with_what_it_predicts(capsys):
+    check.show("cpc2_tiny")
+    assert "past -> clean  latents, 8 steps" in capsys.readouterr().out
+
+
 def test_show_honours_overrides(capsys, tiny_file):
     check.show(tiny_file(), ["views.video.size=32", "tasks.match.weight=0.2"])
     out = capsys.readouterr().out
