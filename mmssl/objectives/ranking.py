@@ -23,7 +23,8 @@ def normal_noise(seeds_P: Tensor, draws: int, things: int, stream: str) -> Tenso
     """(P, M, N) standard normal numbers of the rows' seeds, fp32."""
     # In fp64: fp32 has no number between the largest uniform one and 1, whose noise is infinite.
     u_PK = row_uniform(seeds_P, draws * things, stream).double() + _HALF_STEP
-    return torch.special.ndtri(u_PK).float().reshape(-1, draws, things)
+    noise_PK: Tensor = torch.special.ndtri(u_PK)
+    return noise_PK.float().reshape(-1, draws, things)
 
 
 def perturbed_ranking(
