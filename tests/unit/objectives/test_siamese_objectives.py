@@ -155,3 +155,12 @@ def test_both_views_get_a_gradient():
     a, b = rows(6, 4).requires_grad_(), rows(6, 4, 1).requires_grad_()
     barlow(a, b).backward()
     assert min(float(x.grad.abs().max()) for x in (a, b)) > 0
+
+
+def test_all_is_fp32_under_autocast():
+    """Rows of a layer in bf16 are widened; products stay exact enough for a temperature."""
+    a, b, queue = rows(32, 64).float(), rows(32, 64, 1).float(), unit(256, 64, 2).float()
+    want = queue_nce(a, b, queue, 0.07), cross_correlation(a, b, everyone(a))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = queue_nce(a, b, queue, 0.07), cross_correlation(a, b, everyone(a))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
