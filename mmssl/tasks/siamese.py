@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmssl.banks import Fifo
 from mmssl.heads.embed import pool
 from mmssl.heads.mlp import MLP
+from mmssl.objectives.precision import wide
 from mmssl.objectives.siamese import cross_correlation, negative_cosine, queue_nce, redundancy
 from mmssl.specs import CrossCorrelationSpec, QueueSpec, SiameseSpec
 from mmssl.targets.teacher import Teacher
@@ -135,7 +136,8 @@ class Siamese(Task):
         valid_BK = batch.source_B[:, None] != queue.source_K
         loss_B = queue_nce(z_BD, target_BD, queue.rows_K, objective.temperature, valid_BK)
         if self.training:
-            queue.offer(F.normalize(target_BD, dim=-1), batch.source_B, both_B, passes.position)
+            keys_BD = F.normalize(wide(target_BD), dim=-1)
+            queue.offer(keys_BD, batch.source_B, both_B, passes.position)
         return loss_B
 
 

@@ -74,7 +74,7 @@ def test_show_honours_overrides(capsys, tiny_file):
 def test_a_label_task_is_shown_with_its_field(capsys, tiny_file):
     label = {"kind": "label", "view": "audio", "field": "shape", "classes": ["circle", "square"]}
     tasks = {"shape": {"kind": "classify", "target": label, "pool": "mean"}}
-    check.show(tiny_file(tasks=tasks))
+    check.show(tiny_file(tasks=tasks, data={"labels": ["shape"]}))
     assert "label shape" in capsys.readouterr().out
 
 

@@ -261,6 +261,15 @@ def test_queue_loss_is_cross_entropy_and_spares_the_own_recording():
     assert "key" not in task.last  # the keys' side is not encoded by the online network
 
 
+def test_keys_have_unit_length_in_bf16():
+    model = moco()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(full_batch(model.spec, 6), 0, 10)
+    model.after_step(0, 10)
+    lengths = model.tasks["moco"].queues["of_query"].rows_K.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(16), atol=1e-6, rtol=0)
+
+
 def test_only_training_feeds_the_queue():
     model = moco().eval()
     model(full_batch(model.spec, 6), 0, 10)
