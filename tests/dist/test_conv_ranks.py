@@ -1,4 +1,4 @@
-"""Batch norms of convolutional towers cover all ranks: two compute what one computes."""
+"""Batch norms of convolutional towers cover all ranks: several compute what one computes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from launching import TEST_LIMIT_S, checked
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    checked([Path(conv_ranks.__file__), tmp_path / "out.pt"], processes=2)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_equal_one(tmp_path: Path, processes: int) -> None:
+    checked([Path(conv_ranks.__file__), tmp_path / "out.pt"], processes)
     ours = torch.load(tmp_path / "out.pt", weights_only=True)
     reference = conv_ranks.run()
     assert set(ours) == set(reference)
