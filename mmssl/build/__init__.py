@@ -107,19 +107,20 @@ def _check_names(spec: RunSpec) -> None:
 def _check_mel(name: str, view: ViewSpec, tower: TowerSpec) -> None:
     """What changes mel energies has a front-end that gives them, and the spectrogram to itself."""
     kinds, front = [augment.kind for augment in mel.chosen(view.augment)], tower.frontend
+    where = f"towers.{view.tower_name}"
     if not kinds:
         return
     if view.crop_s <= 0:
         raise UserError(f"views.{name}.crop_s: {kinds[0]} needs seconds")
     if front.kind != "log_mel" or front.log != "ln_eps":
         raise UserError(
-            f"views.{name}.augment: {kinds[0]} changes mel energies, which towers."
-            f"{view.tower_name}.frontend must give as kind log_mel with log ln_eps"
+            f"views.{name}.augment: {kinds[0]} changes mel energies, which {where}.frontend must "
+            "give as kind log_mel with log ln_eps"
         )
     if tower.augment is not None:
         raise UserError(
-            f"views.{name}.augment: {kinds[0]} would be undone by towers.{view.tower_name}.augment, "
-            "which begins with the plain spectrogram; leave one of them out"
+            f"views.{name}.augment: {kinds[0]} would be undone by {where}.augment, which begins "
+            "with the plain spectrogram; leave one of them out"
         )
 
 

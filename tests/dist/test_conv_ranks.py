@@ -22,7 +22,8 @@ def test_ranks_equal_one(tmp_path: Path, processes: int) -> None:
         assert set(ours[network]) == set(expected)
         largest = max(float(v.abs().max()) for n, v in expected.items() if n.endswith("weight"))
         assert largest > 0
+        limit = 1e-6 if network == "sincnet" else 1e-8  # its filters are fp32
         for name, value in expected.items():
             error = float((ours[network][name] - value).abs().max())
             floor = 1e-6 * largest
-            assert error <= 1e-8 * max(float(value.abs().max()), floor), (network, name)
+            assert error <= limit * max(float(value.abs().max()), floor), (network, name)
