@@ -202,8 +202,8 @@ def siamese() -> dict[str, Any]:
 def compared() -> dict[str, Any]:
     """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss.
 
-    Heads have batch norms, a label is said in the terms of the pairs (CLAR), and sounds are laid
-    over those of other ranks (Jansen et al.).
+    A label is said in terms of the pairs, behind a batch norm (CLAR); sounds of other ranks are laid
+    over each other (Jansen et al.).
     """
     between = {"between": ["video", "audio"]}
     # light: the gradient of MINE's last bias is a rounding error, which must stay one
@@ -219,7 +219,7 @@ def compared() -> dict[str, Any]:
     }
     label = {"kind": "label", "view": "audio", "also": ["video"], "field": "kind"}
     label |= {"form": "bn_relu_linear", "classes": ["a", "b"]}
-    heads = {"form": "mlp_bn_linear", "hidden": 16, "spaces": {"z": {"dim": 8, "pool": "mean"}}}
+    heads = {"spaces": {"z": {"dim": 8, "pool": "mean"}}}
     audio = TREE["towers"]["audio"]
     audio = audio | {"frontend": {**audio["frontend"], "log": "ln_eps"}}
     mel = [{"kind": kind} for kind in ("mel_noise", "mel_shift", "mel_mix")]

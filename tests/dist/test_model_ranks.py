@@ -21,7 +21,7 @@ LAYOUTS = {
 }
 # Batch norms over heads: two equal rows or a single one would magnify rounding 300 times.
 NORMED = LAYOUTS | {"rank 0 has no audio, video and text are uneven": [[1], [0, 2, 3, 4, 5]]}
-FOUR = {"rank 0 has no audio, rank 2 no video": [[1], [0, 3], [2], [4, 5]]}
+FOUR = {"rank 0 has no audio, rank 2 no video": [[1], [0, 3, 6], [2], [4, 5, 7]]}
 
 
 def measured(
