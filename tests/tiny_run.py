@@ -200,25 +200,43 @@ def siamese() -> dict[str, Any]:
 
 
 def compared() -> dict[str, Any]:
-    """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss."""
+    """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss.
+
+    A label is said in terms of the pairs, behind a batch norm (CLAR), and sounds are laid over those
+    of other ranks (Jansen et al.).
+    """
     between = {"between": ["video", "audio"]}
     # light: the gradient of MINE's last bias is a rounding error, which must stay one
     critic = {"score": {"kind": "fusion", "hidden": 8}, "weight": 0.25}
     pairs = {
         "two_n": {"objective": {"kind": "info_nce", "form": "two_n", "temperature": 0.5}},
         "mined": {"objective": {"kind": "semi_hard", "margin": 0.5}},
+        "mixed": {"objective": {"kind": "semi_hard", "margin": 0.5, "negative": "mixed"}},
         **{
             b: {**critic, "objective": {"kind": "critic", "bound": b}}
             for b in ("bce", "mine", "nce")
         },
     }
-    towers = {name: TREE["towers"][name] for name in ("video", "audio")}
+    label = {"kind": "label", "view": "audio", "also": ["video"], "field": "kind"}
+    label |= {"form": "bn_relu_linear", "classes": ["a", "b"]}
+    heads = {"spaces": {"z": {"dim": 8, "pool": "mean"}}}
+    audio = TREE["towers"]["audio"]
+    audio = audio | {"frontend": {**audio["frontend"], "log": "ln_eps"}}
+    mel = [{"kind": kind} for kind in ("mel_noise", "mel_shift", "mel_mix")]
     return {
-        "towers": towers,
-        "views": {name: TREE["views"][name] for name in towers},
+        "towers": {"video": TREE["towers"]["video"], "audio": audio},
+        "views": {
+            "video": TREE["views"]["video"],
+            "audio": {**TREE["views"]["audio"], "augment": mel},
+        },
         "joints": {},
         "tasks": {
-            "align": {"kind": "pairs", "pairs": {n: {**between, **p} for n, p in pairs.items()}},
+            "align": {
+                "kind": "pairs",
+                "heads": heads,
+                "pairs": {n: {**between, **p} for n, p in pairs.items()},
+            },
+            "classes": {"kind": "classify", "space": "align.z", "target": label},
         },
     }
 
