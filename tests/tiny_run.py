@@ -202,8 +202,8 @@ def siamese() -> dict[str, Any]:
 def compared() -> dict[str, Any]:
     """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss.
 
-    A label is said in terms of the pairs, behind a batch norm (CLAR), and sounds are laid over
-    those of other ranks (Jansen et al.).
+    A label is said in terms of the pairs, behind a batch norm (CLAR); sounds are laid over those
+    of other ranks (Jansen et al.).
     """
     between = {"between": ["video", "audio"]}
     # light: the gradient of MINE's last bias is a rounding error, which must stay one
