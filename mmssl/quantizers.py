@@ -1,7 +1,7 @@
 """Quantizers: latents to a finite set of codes, straight through.
 
-Letters in shapes: P rows, N frames, D width of a latent, G groups, V entries of a group, W width of
-an entry, Q = G * W width of a quantised vector.
+Letters in shapes: P rows, N frames, D width of a latent, G groups, C codebooks (G, or 1 that all
+share), V entries of a group, W width of an entry, Q = G * W width of a quantised vector.
 
 All work is in fp32 or wider, autocast or not: in 16 bits the small values of Gumbel noise are lost.
 The value of a quantised vector is exactly the chosen entries, so that equal ids mean equal vectors.
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmssl import dist
 from mmssl.objectives.precision import wide
 from mmssl.rng import row_uniform
 from mmssl.types import Codes, UserError
 
 # The smallest uniform number is 0, whose Gumbel number is minus infinity; the largest is 1 - 2^-24.
 _SMALLEST = 2.0**-25
+_EPS = 1e-5  # Laplace smoothing of how often the entries of an averaged codebook are chosen
 
 
 class GumbelQuantizer(nn.Module):
@@ -144,7 +146,15 @@ class VectorQuantizer(nn.Module):
     form of vq-wav2vec); the norm takes the valid frames of a row, so that padding changes nothing.
     The codebook starts at 0.01 * normal(0, 1) and learns from its own loss alone: per frame the
     mean over Q of (e - sg(z))^2 + commitment * (sg(e) - z)^2.
+
+    With `ema` > 0 it is a buffer and (sg(e) - z)^2 the whole loss: entries are means of the latents
+    of all ranks that chose them, moving with that decay (paper, appendix A.1; `offer` and `write`).
+    Before the first step each counts as chosen once.
     """
+
+    codebook: Tensor
+    chosen_CV: Tensor
+    sums_CVW: Tensor
 
     def __init__(
         self,
@@ -154,6 +164,7 @@ class VectorQuantizer(nn.Module):
         shared_codebook: bool = True,
         commitment: float = 0.25,
         project: bool = True,
+        ema: float = 0.0,
     ) -> None:
         """Set up `groups` codebooks of `entries`, or one that all groups share.
 
@@ -162,11 +173,17 @@ class VectorQuantizer(nn.Module):
         """
         super().__init__()
         self.width_out, self.groups, self.entries = width, groups, entries
-        self.commitment = commitment
+        self.commitment, self.ema = commitment, ema
         books = 1 if shared_codebook else groups
-        self.codebook = nn.Parameter(
-            0.01 * torch.randn(books, entries, _entry_width(width, groups))
-        )
+        start_CVW = 0.01 * torch.randn(books, entries, _entry_width(width, groups))
+        if ema:
+            self.register_buffer("codebook", start_CVW)
+            self.register_buffer("chosen_CV", torch.ones(books, entries))
+            self.register_buffer("sums_CVW", start_CVW.clone())
+        else:
+            self.codebook = nn.Parameter(start_CVW)
+        self._offered: list[tuple[Tensor, Tensor]] = []
+        self._position = -1.0
         self.project = nn.Conv1d(width, width, 1, groups=groups, bias=False) if project else None
         self.norm = nn.GroupNorm(groups, width) if project else None
 
@@ -187,7 +204,7 @@ class VectorQuantizer(nn.Module):
             z_PNGW = self._latents(z_PND, valid_PN)
             ids_PNG = _nearest(z_PNGW, self.codebook)
             e_PNGW = _lookup(ids_PNG, self.codebook)
-            fit_PN = (e_PNGW - z_PNGW.detach()).square().mean((-1, -2))
+            fit_PN = (e_PNGW - z_PNGW.detach()).square().mean((-1, -2)) * (not self.ema)
             stay_PN = (e_PNGW.detach() - z_PNGW).square().mean((-1, -2))
             vectors_PNGW = e_PNGW.detach() + (z_PNGW - z_PNGW.detach())
             weight_PN = valid_PN.to(z_PNGW.dtype)
@@ -200,6 +217,41 @@ class VectorQuantizer(nn.Module):
                 ((fit_PN + self.commitment * stay_PN) * weight_PN).sum(),
                 weight_PN.sum(),
             )
+
+    @torch.no_grad()
+    def offer(self, z_PND: Tensor, codes: Codes, valid_PN: Tensor, position: float) -> None:
+        """Latents of a training step and the codes they chose, for `write`; all ranks call it.
+
+        position: of the step; what was offered at another one and not written is forgotten, so that
+        a step that is left out leaves no trace.
+        """
+        if not self.ema:
+            return
+        if position != self._position:
+            self._offered, self._position = [], position
+        with torch.autocast(z_PND.device.type, enabled=False):
+            z_PNGW = self._latents(*_blanked(z_PND, valid_PN))
+            books, entries, width = self.codebook.shape
+            row_PNG = _offset(codes.ids_PNG, books, entries)
+            # a product, not an addition at places: its order of summation is always the same
+            chose = F.one_hot(row_PNG[valid_PN].flatten(), books * entries).to(z_PNGW.dtype).T
+            sums = chose @ z_PNGW[valid_PN].reshape(-1, width)
+            packed = dist.sum_over_ranks(torch.cat([chose.sum(1, keepdim=True), sums], 1))
+            packed = packed.view(books, entries, 1 + width)
+        self._offered.append((packed[..., 0], packed[..., 1:]))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Move the averaged codebook by what the step's micro-batches have offered."""
+        offered, self._offered = self._offered, []
+        if not offered:
+            return
+        count_CV, sum_CVW = (torch.stack(parts).sum(0) for parts in zip(*offered, strict=True))
+        self.chosen_CV.lerp_(count_CV, 1 - self.ema)
+        self.sums_CVW.lerp_(sum_CVW, 1 - self.ema)
+        total_C1 = self.chosen_CV.sum(1, keepdim=True)
+        share_CV = (self.chosen_CV + _EPS) / (total_C1 + self.entries * _EPS)
+        self.codebook.copy_(self.sums_CVW / (share_CV * total_C1)[..., None])
 
     def _latents(self, z_PND: Tensor, valid_PN: Tensor) -> Tensor:
         if self.project is not None and self.norm is not None:
