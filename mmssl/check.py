@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
+    from mmssl.specs import (
+        LabelSpec,
+        RunSpec,
+        SegmentsSpec,
+        SpeakerSpec,
+        UnitTargetSpec,
+        ViewSpec,
+    )
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -310,9 +317,12 @@ def _fake_units(
 
 
 def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
-    targets = [
+    targets: list[LabelSpec | SpeakerSpec] = [
         t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"
     ]
+    for task in spec.tasks.values():
+        if task.kind == "reconstruct" and task.decoder.kind == "wavenet" and task.decoder.speaker:
+            targets.append(task.decoder.speaker)
     known = {t.field: t.classes[row % len(t.classes)] for t in targets}
     for task in spec.tasks.values():
         if task.kind == "masked" and task.target.kind == "codes" and row > 0:
@@ -370,6 +380,11 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
         elif task.kind == "prototypes":
             what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
             rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
+        elif task.kind == "reconstruct":
+            what = f"by {task.decoder.kind}" + (
+                "" if task.quantizer is None else f" from {task.quantizer.entries} codes"
+            )
+            rows.append((name, "reconstruct", task.view, what, str(task.weight)))
         elif task.target.kind == "match":
             what = f"match by {task.score.kind}"
             rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))

@@ -149,7 +149,8 @@ class VectorQuantizer(nn.Module):
 
     With `ema` > 0 it is a buffer and (sg(e) - z)^2 the whole loss: entries are means of the latents
     of all ranks that chose them, moving with that decay (paper, appendix A.1; `offer` and `write`).
-    Before the first step each counts as chosen once.
+    Before the first step each counts as chosen once. Entries chosen less often than `restart` times
+    the mean become latents of the step, and count as chosen so often (Dhariwal et al. 2020).
     """
 
     codebook: Tensor
@@ -165,6 +166,7 @@ class VectorQuantizer(nn.Module):
         commitment: float = 0.25,
         project: bool = True,
         ema: float = 0.0,
+        restart: float = 0.0,
     ) -> None:
         """Set up `groups` codebooks of `entries`, or one that all groups share.
 
@@ -173,7 +175,7 @@ class VectorQuantizer(nn.Module):
         """
         super().__init__()
         self.width_out, self.groups, self.entries = width, groups, entries
-        self.commitment, self.ema = commitment, ema
+        self.commitment, self.ema, self.restart = commitment, ema, restart
         books = 1 if shared_codebook else groups
         start_CVW = 0.01 * torch.randn(books, entries, _entry_width(width, groups))
         if ema:
@@ -183,6 +185,7 @@ class VectorQuantizer(nn.Module):
         else:
             self.codebook = nn.Parameter(start_CVW)
         self._offered: list[tuple[Tensor, Tensor]] = []
+        self._samples: Tensor | None = None
         self._position = -1.0
         self.project = nn.Conv1d(width, width, 1, groups=groups, bias=False) if project else None
         self.norm = nn.GroupNorm(groups, width) if project else None
@@ -230,14 +233,15 @@ class VectorQuantizer(nn.Module):
         if position != self._position:
             self._offered, self._position = [], position
         with torch.autocast(z_PND.device.type, enabled=False):
-            z_PNGW = self._latents(*_blanked(z_PND, valid_PN))
             books, entries, width = self.codebook.shape
-            row_PNG = _offset(codes.ids_PNG, books, entries)
+            z_RW = self._latents(*_blanked(z_PND, valid_PN))[valid_PN].reshape(-1, width)
+            row_R = _offset(codes.ids_PNG, books, entries)[valid_PN].flatten()
             # a product, not an addition at places: its order of summation is always the same
-            chose = F.one_hot(row_PNG[valid_PN].flatten(), books * entries).to(z_PNGW.dtype).T
-            sums = chose @ z_PNGW[valid_PN].reshape(-1, width)
-            packed = dist.sum_over_ranks(torch.cat([chose.sum(1, keepdim=True), sums], 1))
-            packed = packed.view(books, entries, 1 + width)
+            chose = F.one_hot(row_R, books * entries).to(z_RW.dtype).T
+            packed = torch.cat([chose.sum(1, keepdim=True), chose @ z_RW], 1)
+            packed = dist.sum_over_ranks(packed).view(books, entries, 1 + width)
+            if self.restart:
+                self._samples = _sampled(z_RW.view(-1, books, width), entries)
         self._offered.append((packed[..., 0], packed[..., 1:]))
 
     @torch.no_grad()
@@ -250,6 +254,13 @@ class VectorQuantizer(nn.Module):
         self.chosen_CV.lerp_(count_CV, 1 - self.ema)
         self.sums_CVW.lerp_(sum_CVW, 1 - self.ema)
         total_C1 = self.chosen_CV.sum(1, keepdim=True)
+        if self._samples is not None:
+            mean_C1 = total_C1 / self.entries
+            rare_CV = self.chosen_CV < self.restart * mean_C1
+            fresh_CVW = mean_C1[..., None] * self._samples
+            self.sums_CVW.copy_(torch.where(rare_CV[..., None], fresh_CVW, self.sums_CVW))
+            self.chosen_CV.copy_(torch.where(rare_CV, mean_C1, self.chosen_CV))
+            total_C1 = self.chosen_CV.sum(1, keepdim=True)
         share_CV = (self.chosen_CV + _EPS) / (total_C1 + self.entries * _EPS)
         self.codebook.copy_(self.sums_CVW / (share_CV * total_C1)[..., None])
 
@@ -313,6 +324,17 @@ def _count(ids_PNG: Tensor, weight_PN: Tensor, entries: int) -> Tensor:
     counts = weight_PN.new_zeros(groups * entries)
     counts.scatter_add_(0, place_PNG.flatten(), weight_PN[..., None].expand_as(ids_PNG).flatten())
     return counts.reshape(groups, entries)
+
+
+@torch.no_grad()
+def _sampled(z_RCW: Tensor, count: int) -> Tensor | None:
+    """(C, count, W) latents, evenly chosen from the rows of all ranks; None if there are none."""
+    rows, here = len(z_RCW), z_RCW.new_zeros(count, *z_RCW.shape[1:])
+    place = torch.arange(count, device=z_RCW.device)
+    if rows:
+        here = z_RCW[place * rows // count]
+    found = dist.gather_no_grad(here)[dist.gather_no_grad(torch.full_like(place, rows)) > 0]
+    return found[place * len(found) // count].transpose(0, 1) if len(found) else None
 
 
 def _group_norm(x_PND: Tensor, valid_PN: Tensor, norm: nn.GroupNorm) -> Tensor:

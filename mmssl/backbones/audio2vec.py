@@ -16,17 +16,25 @@ from mmssl.types import UserError
 
 
 class SeparableBlock(nn.Module):
-    """Convolutions over 3 frames and over 3 bands, each with batch norm and ReLU.
+    """Convolutions over 3 frames and then over 3 bands, each with batch norm and ReLU.
 
-    Between them there are `outputs` channels. bare: the second one without norm and ReLU.
+    The first changes the number of channels. mirrored: the reverse, of a decoder. bare: no norm and
+    ReLU behind the second, which has a bias.
     """
 
-    def __init__(self, inputs: int, outputs: int, bare: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, mirrored: bool = False, bare: bool = False
+    ) -> None:
         super().__init__()
-        time = nn.Conv2d(inputs, outputs, (3, 1), padding=(1, 0), bias=False)
-        bands = nn.Conv2d(outputs, outputs, (1, 3), padding=(0, 1), bias=bare)
-        self.convs = nn.ModuleList([he_normal(time), he_normal(bands)])
-        self.norms = nn.ModuleList(MapBatchNorm(outputs) for _ in range(1 if bare else 2))
+        kernels = [(1, 3), (3, 1)] if mirrored else [(3, 1), (1, 3)]
+        widths = [inputs, inputs if mirrored else outputs, outputs]
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for i, (t, f) in enumerate(kernels):
+            last = bare and i == 1
+            conv = nn.Conv2d(*widths[i : i + 2], (t, f), padding=(t // 2, f // 2), bias=last)
+            self.convs.append(conv if last else he_normal(conv))
+            if not last:
+                self.norms.append(MapBatchNorm(widths[i + 1]))
 
     def forward(self, x_PCTF: Tensor, valid_P: Tensor | None = None) -> Tensor:
         """(P, C, T, F) to as many cells; items that are not valid enter no batch statistics."""

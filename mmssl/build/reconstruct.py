@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
-from mmssl.build.towers import channels, data_shape, make_quantizer, need_view
+from mmssl.build.stems import channels
+from mmssl.build.towers import data_shape, make_quantizer, need_view
 from mmssl.heads.decode import ConvDecoder, Decoder, SequenceDecoder, WaveNet
 from mmssl.specs import (
     ConvDecoderSpec,
@@ -48,8 +49,8 @@ def make_reconstruct(
         width *= task.slices.count - 1 if task.slices.read == "around" else 1
     quantizer, temperature = None, 1.0
     if task.quantizer is not None:
-        quantizer, temperature = make_quantizer(task.quantizer, width, averaged=True)  # type: ignore[assignment]
-        width = quantizer.width_out  # type: ignore[union-attr]
+        quantizer, temperature = make_quantizer(task.quantizer, width, averaged=True)
+        width = quantizer.width_out
     if isinstance(task.decoder, WaveNetSpec):
         decoder: Decoder = _wavenet(where, task.decoder, run, tower, width)
     elif isinstance(task.decoder, SequenceDecoderSpec):
@@ -79,7 +80,7 @@ def check_slices(
     try:
         network.grid((frames, *axes[1:]))  # type: ignore[operator]
     except UserError as error:
-        raise UserError(f"{where}.frames: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_parts(where: str, task: ReconstructSpec, axes: Sequence[int]) -> None:

@@ -70,7 +70,7 @@ class ConvDecoder(Decoder):
         pairs = list(pairwise([*reversed(channels), slices]))
         last = len(pairs) - 1
         self.blocks = nn.ModuleList(
-            SeparableBlock(*pair, bare=i == last) for i, pair in enumerate(pairs)
+            SeparableBlock(*pair, mirrored=True, bare=i == last) for i, pair in enumerate(pairs)
         )
 
     def decode(self, code_PNQ: Tensor, valid_P: Tensor | None = None) -> Tensor:
