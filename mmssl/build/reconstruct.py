@@ -62,9 +62,7 @@ def make_reconstruct(
     return Reconstruct(name, task, decoder, quantizer, temperature)
 
 
-def check_slices(
-    where: str, tower: AnyTower, axes: Sequence[int], span: int, frames: int
-) -> None:
+def check_slices(where: str, tower: AnyTower, axes: Sequence[int], span: int, frames: int) -> None:
     """Refuse slices that a view of a signal of these axes does not hold, or a tower cannot read.
 
     Raises:
@@ -121,9 +119,7 @@ def _mirror(
     return ConvDecoder(width, spec.channels, said * colours, shape)
 
 
-def _wavenet(
-    where: str, spec: WaveNetSpec, run: RunSpec, tower: AnyTower, width: int
-) -> WaveNet:
+def _wavenet(where: str, spec: WaveNetSpec, run: RunSpec, tower: AnyTower, width: int) -> WaveNet:
     if not isinstance(tower, Tower):
         raise UserError(
             f"{where}.decoder: `wavenet` reads tokens in time; use a tower with a cut and a "

@@ -88,9 +88,9 @@ class Reconstruct(Task):
         view, tower = batch.views[self.spec.view], passes.tower(self.spec.view)
         if cut is not None:
             view = keep_items(view, tower.frames(view) >= cut.span)
-        signal = tower.inputs(view).detach()
+        signal = tower.inputs(view)
         valid_P = item_weight(view) > 0
-        truth = Truth(signal, tower.frames(view), valid_P, view, batch)
+        truth = Truth(signal.detach(), tower.frames(view), valid_P, view, batch)
         heard = self._zeroed(signal, view)
         if cut is not None:
             return self._slices(passes, cut, heard, truth)

@@ -10,7 +10,9 @@ from mmssl.types import UserError
 
 def small(**options):
     torch.manual_seed(0)
-    return Audio2Vec(1, **{"bands": 8, "frames": 6, "shift": 6, "channels": (4, 6), "width": 5, **options})
+    return Audio2Vec(
+        1, **{"bands": 8, "frames": 6, "shift": 6, "channels": (4, 6), "width": 5, **options}
+    )
 
 
 def test_the_published_size():

@@ -161,7 +161,9 @@ def test_one_layer_is_the_gated_unit():
     x, extra = torch.randn(2, 6, 9).double(), torch.randn(2, 12, 9).double()
     before = F.pad(x, (1, 0))[..., :-1]
     w, b = layer.conv.weight, layer.conv.bias
-    both = torch.einsum("oc,pcs->pos", w[..., 0], before) + torch.einsum("oc,pcs->pos", w[..., 1], x)
+    both = torch.einsum("oc,pcs->pos", w[..., 0], before) + torch.einsum(
+        "oc,pcs->pos", w[..., 1], x
+    )
     both = both + b[:, None] + extra
     unit = both[:, :6].tanh() * both[:, 6:].sigmoid()
     out = torch.einsum("oc,pcs->pos", layer.out.weight[..., 0], unit) + layer.out.bias[:, None]
