@@ -381,9 +381,7 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
             what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
             rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
         elif task.kind == "reconstruct":
-            what = f"by {task.decoder.kind}" + (
-                "" if task.quantizer is None else f" from {task.quantizer.entries} codes"
-            )
+            what = f"said by {task.decoder.kind}"
             rows.append((name, "reconstruct", task.view, what, str(task.weight)))
         elif task.target.kind == "match":
             what = f"match by {task.score.kind}"

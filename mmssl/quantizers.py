@@ -328,13 +328,14 @@ def _count(ids_PNG: Tensor, weight_PN: Tensor, entries: int) -> Tensor:
 
 @torch.no_grad()
 def _sampled(z_RCW: Tensor, count: int) -> Tensor | None:
-    """(C, count, W) latents, evenly chosen from the rows of all ranks; None if there are none."""
-    rows, here = len(z_RCW), z_RCW.new_zeros(count, *z_RCW.shape[1:])
-    place = torch.arange(count, device=z_RCW.device)
-    if rows:
-        here = z_RCW[place * rows // count]
-    found = dist.gather_no_grad(here)[dist.gather_no_grad(torch.full_like(place, rows)) > 0]
-    return found[place * len(found) // count].transpose(0, 1) if len(found) else None
+    """(C, count, W) latents, evenly chosen from those of all ranks; None if there are none."""
+    rows_G = dist.gather_no_grad(torch.tensor([len(z_RCW)], device=z_RCW.device))
+    before, total = int(rows_G[: dist.rank()].sum()), int(rows_G.sum())
+    place = torch.arange(count, device=z_RCW.device) * total // count - before
+    own = (place >= 0) & (place < len(z_RCW))
+    found = z_RCW.new_zeros(count, *z_RCW.shape[1:])
+    found[own] = z_RCW[place[own]]
+    return dist.sum_over_ranks(found).transpose(0, 1) if total else None
 
 
 def _group_norm(x_PND: Tensor, valid_PN: Tensor, norm: nn.GroupNorm) -> Tensor:
