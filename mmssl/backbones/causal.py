@@ -71,7 +71,7 @@ class CausalConvs(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """Every token by itself: its ReLU (words of MIL-NCE and MMV, before they are pooled), or as it is."""
+    """Every token by itself: as it is, or its ReLU (words of MIL-NCE and MMV, before a pooling)."""
 
     layers, causal = 1, True
 

@@ -53,7 +53,7 @@ class SequenceDecoderSpec(Spec):
 
 
 class SpeakerSpec(Spec):
-    """Who speaks: a `field` of `data.labels`; a clip that has none of `classes` there is no one's."""
+    """Who speaks: a `field` of `data.labels`; clips that have none of `classes` are no one's."""
 
     field: str
     classes: list[str] = Field(min_length=1)

@@ -1,5 +1,5 @@
-"""`classify`, labels that the view is given: how was it turned, in which order are its parts, how far
-apart are two of them?
+"""`classify`, labels that the view is given: how was it turned, in which order are its parts, how
+far apart are two of them?
 
 Letters: P items, K classes, N tiles, M draws of noise, D width.
 """

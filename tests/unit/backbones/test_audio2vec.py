@@ -1,5 +1,7 @@
 """Audio2Vec's encoder: one vector per slice, which no other slice and no padding changes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conv_laws import dummies_change_nothing, padding_changes_nothing
@@ -17,7 +19,7 @@ def small(**options):
 
 def test_the_published_size():
     widths = [1, 64, 128, 256, 256, 512]
-    blocks = sum(3 * a * b + 3 * b * b + 4 * b for a, b in zip(widths, widths[1:], strict=False))
+    blocks = sum(3 * a * b + 3 * b * b + 4 * b for a, b in pairwise(widths))
     net = Audio2Vec()
     assert sum(p.numel() for p in net.parameters()) == blocks + 512 * 128 + 128
     assert net.grid((96, 64)) == (1, 1)

@@ -1,4 +1,4 @@
-"""`reconstruct` and the gap of `classify`: what is read, what is said, who takes part, which terms."""
+"""`reconstruct` and the gap of `classify`: what is read and said, who takes part, which terms."""
 
 import math
 from dataclasses import replace
@@ -113,7 +113,7 @@ def gap_logits(model, value):
 
 
 def test_floors_of_the_gap():
-    """ln 2 untrained, 0.6365 at the best constant, 0.5 for a perfect guess, since targets are soft."""
+    """ln 2 untrained, 0.6365 at the best constant: targets are soft."""
     spec = small(GAP)
     model = small_model(spec).eval()
     one = full_batch(spec, 1).views["x"]

@@ -1,7 +1,7 @@
 """Acceptance of Audio2Vec and Audio Word2Vec (Tagliasacchi et al. 2020; Chung et al. 2016)."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def published(name):
 
 def test_published_sizes():
     widths = [1, 64, 128, 256, 256, 512]
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(pairwise(widths))
     encoder = sum(3 * a * b + 3 * b * b + 4 * b for a, b in pairs) + 512 * 128 + 128
     # mirrored from 3 x 2 cells on: norms of what enters and leaves, the last map is bare
     mirror = sum(3 * b * b + 2 * b + 3 * b * a + 2 * a for a, b in pairs[1:])
