@@ -31,7 +31,8 @@ class SeparableBlock(nn.Module):
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for i, (t, f) in enumerate(kernels):
             last = bare and i == 1
-            conv = nn.Conv2d(*widths[i : i + 2], (t, f), padding=(t // 2, f // 2), bias=last)
+            before, after = widths[i : i + 2]
+            conv = nn.Conv2d(before, after, (t, f), padding=(t // 2, f // 2), bias=last)
             self.convs.append(conv if last else he_normal(conv))
             if not last:
                 self.norms.append(MapBatchNorm(widths[i + 1]))
@@ -108,4 +109,4 @@ class Audio2Vec(nn.Module):
         for block in self.blocks:
             x = F.max_pool2d(block(x, there), 2)
         tokens: Tensor = self.linear(torch.amax(x, (2, 3)))
-        return tokens.unflatten(0, (-1, grid[0])), grid
+        return tokens.view(-1, grid[0], self.width), grid

@@ -8,8 +8,10 @@ from math import prod
 from mmssl.build.stems import channels
 from mmssl.build.towers import data_shape, make_quantizer, need_view
 from mmssl.heads.decode import ConvDecoder, Decoder, SequenceDecoder, WaveNet
+from mmssl.quantizers import Quantizer
 from mmssl.specs import (
     ConvDecoderSpec,
+    Number,
     ReconstructSpec,
     RunSpec,
     SequenceDecoderSpec,
@@ -47,7 +49,8 @@ def make_reconstruct(
     if task.slices is not None:
         check_slices(f"{where}.slices", tower, axes, task.slices.span, task.slices.frames)
         width *= task.slices.count - 1 if task.slices.read == "around" else 1
-    quantizer, temperature = None, 1.0
+    quantizer: Quantizer | None = None
+    temperature: Number = 1.0
     if task.quantizer is not None:
         quantizer, temperature = make_quantizer(task.quantizer, width, averaged=True)
         width = quantizer.width_out

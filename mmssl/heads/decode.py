@@ -75,8 +75,8 @@ class ConvDecoder(Decoder):
 
     def decode(self, code_PNQ: Tensor, valid_P: Tensor | None = None) -> Tensor:
         """(P, C, T, F); items that are not valid enter no batch statistics."""
-        first = self.enter(code_PNQ.flatten(1))
-        x = first.unflatten(1, (-1, *self.sizes[0]))
+        x: Tensor = self.enter(code_PNQ.flatten(1))
+        x = x.reshape(len(x), -1, *self.sizes[0])
         for block, size in zip(self.blocks, self.sizes[1:], strict=True):
             x = block(F.interpolate(x, size), valid_P)
         return x

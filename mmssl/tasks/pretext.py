@@ -152,7 +152,8 @@ class Gap(Pretext):
         gap_P = (start_PN[:, 0] - start_PN[:, 1]).abs() / room_P
         signal = slices(x, start_PN, self.frames).flatten(0, 1)
         items = torch.arange(len(x), device=x.device).repeat_interleave(2)
-        pooled_P2D = self._pooled(passes, pieces(view, items, signal)).unflatten(0, (-1, 2))
+        pooled = self._pooled(passes, pieces(view, items, signal))
+        pooled_P2D = pooled.reshape(len(x), 2, -1)
         orders = torch.stack([pooled_P2D, pooled_P2D.flip(1)])
         logits_P = self.head(orders.flatten(2)).mean((0, 2))
         valid_P = item_weight(view) > 0
