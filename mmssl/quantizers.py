@@ -234,14 +234,16 @@ class VectorQuantizer(nn.Module):
             self._offered, self._position = [], position
         with torch.autocast(z_PND.device.type, enabled=False):
             books, entries, width = self.codebook.shape
-            z_RW = self._latents(*_blanked(z_PND, valid_PN))[valid_PN].reshape(-1, width)
-            row_R = _offset(codes.ids_PNG, books, entries)[valid_PN].flatten()
+            z_RCW = self._latents(*_blanked(z_PND, valid_PN)).reshape(-1, books, width)
+            row_R = _offset(codes.ids_PNG, books, entries).flatten()
+            valid_R = valid_PN[..., None].expand_as(codes.ids_PNG).flatten()
             # a product, not an addition at places: its order of summation is always the same
-            chose = F.one_hot(row_R, books * entries).to(z_RW.dtype).T
-            packed = torch.cat([chose.sum(1, keepdim=True), chose @ z_RW], 1)
+            names = torch.arange(books * entries, device=row_R.device)
+            chose = ((row_R == names[:, None]) & valid_R).to(z_RCW.dtype)
+            packed = torch.cat([chose.sum(1, keepdim=True), chose @ z_RCW.view(-1, width)], 1)
             packed = dist.sum_over_ranks(packed).view(books, entries, 1 + width)
             if self.restart:
-                self._samples = _sampled(z_RW.view(-1, books, width), entries)
+                self._samples = _sampled(z_RCW, valid_R.view(-1, books)[:, 0], entries)
         self._offered.append((packed[..., 0], packed[..., 1:]))
 
     @torch.no_grad()
@@ -327,14 +329,14 @@ def _count(ids_PNG: Tensor, weight_PN: Tensor, entries: int) -> Tensor:
 
 
 @torch.no_grad()
-def _sampled(z_RCW: Tensor, count: int) -> Tensor | None:
-    """(C, count, W) latents, evenly chosen from those of all ranks; None if there are none."""
-    rows_G = dist.gather_no_grad(torch.tensor([len(z_RCW)], device=z_RCW.device))
+def _sampled(z_RCW: Tensor, valid_R: Tensor, count: int) -> Tensor | None:
+    """(C, count, W) valid latents, evenly chosen from those of all ranks; None without any."""
+    rows_G = dist.gather_no_grad(valid_R.sum()[None])
     before, total = int(rows_G[: dist.rank()].sum()), int(rows_G.sum())
     place = torch.arange(count, device=z_RCW.device) * total // count - before
-    own = (place >= 0) & (place < len(z_RCW))
-    found = z_RCW.new_zeros(count, *z_RCW.shape[1:])
-    found[own] = z_RCW[place[own]]
+    own = (place >= 0) & (place < valid_R.sum())
+    order = (~valid_R).to(torch.uint8).argsort(stable=True)  # the valid ones first
+    found = z_RCW[order[place.clamp(0, len(order) - 1)]].masked_fill(~own[:, None, None], 0.0)
     return dist.sum_over_ranks(found).transpose(0, 1) if total else None
 
 
