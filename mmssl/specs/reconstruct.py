@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmssl.specs.base import Number, Spec
 from mmssl.specs.quantizers import QuantizerSpec
@@ -26,6 +26,12 @@ class SlicesSpec(Spec):
     frames: int = Field(96, gt=0)
     guard: int = Field(2, ge=0)
     read: Literal["around", "middle"] = "around"
+
+    @model_validator(mode="after")
+    def _has_neighbours(self) -> SlicesSpec:
+        if self.count == 1:
+            raise ValueError("a middle slice alone has no neighbours; give `past` or `future`")
+        return self
 
     @property
     def count(self) -> int:

@@ -297,6 +297,7 @@ def test_padding_of_a_waveform_is_quantised_to_nothing_and_not_said():
     ("name", "override", "message"),
     [
         (CBOW, "tasks.slices.view=y", r"tasks\.slices\.view: no view 'y'"),
+        (CBOW, "tasks.slices.slices={past: 0, future: 0}", "has no neighbours; give `past`"),
         (CBOW, "tasks.slices.pool=''", r"slices\.decoder: `conv` needs slices and a pool"),
         (CBOW, "tasks.slices.pool=agg", r"tasks\.slices\.pool"),
         (CBOW, "views.x.crop_s=0.2", r"slices\.slices: spans 56 frames .* the view has 41 x 40"),
