@@ -24,7 +24,7 @@ def truth(signal, lengths=None, valid=None, meta=()):
 
 
 def mean(term):
-    return float(term.sum / term.count)
+    return (term.sum / term.count).item()
 
 
 def zeroed(layer):

@@ -180,7 +180,7 @@ def test_the_order_of_two_slices_does_not_matter():
     task._pooled = lambda *args: both(*args).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     model(batch, 0, 10)
     one, two = said
-    assert float((one[0] - one[1]).abs().max()) > 1e-4
+    assert (one[0] - one[1]).abs().max().item() > 1e-4
     torch.testing.assert_close(one.mean(0), two.mean(0))
 
 
@@ -233,7 +233,7 @@ def test_the_loss_of_a_vq_vae_is_that_of_the_paper():
     mine, yours = ([*model.towers.parameters(), *task.parameters()] for _ in range(2))
     slopes = torch.autograd.grad(expected, yours)
     loss, terms = model(batch, 0, 10)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert float(terms["codes.commitment"].sum / terms["codes.commitment"].count) == pytest.approx(
         float(fit), rel=1e-9
     )
