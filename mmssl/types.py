@@ -214,7 +214,8 @@ class Batch:
 
     def classes(self, label: str, names: Sequence[str]) -> Tensor:
         """(B,) int64 place among `names` of a label of the rows' metadata, -1 for any other."""
-        found = [str(meta[label]) if label in meta else None for meta in self.meta]
+        values = [meta.get(label) for meta in self.meta]
+        found = [None if value is None else str(value) for value in values]
         return self.source_B.new_tensor([names.index(x) if x in names else -1 for x in found])
 
     def to(self, device: Any) -> Batch:
