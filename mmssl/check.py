@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import (
-        LabelSpec,
-        RunSpec,
-        SegmentsSpec,
-        SpeakerSpec,
-        UnitTargetSpec,
-        ViewSpec,
-    )
+    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -317,7 +310,7 @@ def _fake_units(
 
 
 def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
-    targets: list[LabelSpec | SpeakerSpec] = [
+    targets: list[Any] = [
         t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"
     ]
     for task in spec.tasks.values():
