@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmssl import config
 from mmssl.stages import LABELS, Stage, about, is_staged, plan
@@ -310,9 +310,12 @@ def _fake_units(
 
 
 def _fake_labels(spec: RunSpec, row: int) -> dict[str, str]:
-    targets = [
+    targets: list[Any] = [
         t.target for t in spec.tasks.values() if t.kind == "classify" and t.target.kind == "label"
     ]
+    for task in spec.tasks.values():
+        if task.kind == "reconstruct" and task.decoder.kind == "wavenet" and task.decoder.speaker:
+            targets.append(task.decoder.speaker)
     known = {t.field: t.classes[row % len(t.classes)] for t in targets}
     for task in spec.tasks.values():
         if task.kind == "masked" and task.target.kind == "codes" and row > 0:
@@ -348,36 +351,37 @@ def _view_rows(spec: RunSpec, model: Model) -> list[tuple[str, ...]]:
 def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, task in spec.tasks.items():
-        if task.kind == "pairs":
-            for key, pair in task.pairs.items():
-                what = f"{pair.objective.kind} on {pair.score.kind} in {pair.space or 'its space'}"
-                if pair.score.kind == "map":
-                    what = f"{pair.objective.kind} on the map"
-                weight = f"{task.weight} x {pair.weight}"
-                rows.append((f"{name}.{key}", "pairs", " ~ ".join(pair.between), what, weight))
-        elif task.kind == "masked":
-            what = f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
-            rows.append((name, "masked", task.view, what, str(task.weight)))
-        elif task.kind == "future":
-            what = f"{task.target.kind}, {task.steps} steps"
-            reads = " -> ".join(filter(None, (task.view, task.predicts)))
-            rows.append((name, "future", reads, what, str(task.weight)))
-        elif task.kind == "siamese":
-            what = (
-                f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
-            )
-            rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
-        elif task.kind == "prototypes":
-            what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
-            rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
-        elif task.target.kind == "match":
-            what = f"match by {task.score.kind}"
-            rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))
-        else:
-            target = task.target
-            what = f"label {target.field}" if target.kind == "label" else target.kind
-            rows.append((name, "classify", task.target.view, what, str(task.weight)))
+        if task.kind != "pairs":
+            rows.append((name, task.kind, *_flow(task), str(task.weight)))
+            continue
+        for key, pair in task.pairs.items():
+            what = f"{pair.objective.kind} on {pair.score.kind} in {pair.space or 'its space'}"
+            if pair.score.kind == "map":
+                what = f"{pair.objective.kind} on the map"
+            weight = f"{task.weight} x {pair.weight}"
+            rows.append((f"{name}.{key}", "pairs", " ~ ".join(pair.between), what, weight))
     return rows
+
+
+def _flow(task: Any) -> tuple[str, str]:
+    """What a task other than `pairs` reads, and what it makes of that."""
+    if task.kind == "masked":
+        return task.view, f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
+    if task.kind == "future":
+        reads = " -> ".join(filter(None, (task.view, task.predicts)))
+        return reads, f"{task.target.kind}, {task.steps} steps"
+    if task.kind == "siamese":
+        target = "itself" if task.decay is None else "its average"
+        return " ~ ".join(task.between), f"{task.objective.kind}, target {target}"
+    if task.kind == "prototypes":
+        assigned = f"assigned: {len(task.assigned)} of the views"
+        return " ~ ".join(task.views), f"{task.prototypes} prototypes, {assigned}"
+    if task.kind == "reconstruct":
+        return task.view, f"said by {task.decoder.kind}"
+    if task.target.kind == "match":
+        return " ~ ".join(task.target.between), f"match by {task.score.kind}"
+    target = task.target
+    return target.view, f"label {target.field}" if target.kind == "label" else target.kind
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Quantizers: latents to a finite set of codes, straight through.
 
-Letters in shapes: P rows, N frames, D width of a latent, G groups, V entries of a group, W width of
-an entry, Q = G * W width of a quantised vector.
+Letters in shapes: P rows, N frames, D width of a latent, G groups, C codebooks (G, or 1 that all
+share), V entries of a group, W width of an entry, Q = G * W width of a quantised vector.
 
 All work is in fp32 or wider, autocast or not: in 16 bits the small values of Gumbel noise are lost.
 The value of a quantised vector is exactly the chosen entries, so that equal ids mean equal vectors.
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmssl import dist
 from mmssl.objectives.precision import wide
 from mmssl.rng import row_uniform
 from mmssl.types import Codes, UserError
 
 # The smallest uniform number is 0, whose Gumbel number is minus infinity; the largest is 1 - 2^-24.
 _SMALLEST = 2.0**-25
+_EPS = 1e-5  # Laplace smoothing of how often the entries of an averaged codebook are chosen
 
 
 class GumbelQuantizer(nn.Module):
@@ -144,7 +146,16 @@ class VectorQuantizer(nn.Module):
     form of vq-wav2vec); the norm takes the valid frames of a row, so that padding changes nothing.
     The codebook starts at 0.01 * normal(0, 1) and learns from its own loss alone: per frame the
     mean over Q of (e - sg(z))^2 + commitment * (sg(e) - z)^2.
+
+    With `ema` > 0 it is a buffer and (sg(e) - z)^2 the whole loss: entries are means of the latents
+    of all ranks that chose them, moving with that decay (paper, appendix A.1; `offer` and `write`).
+    Before the first step each counts as chosen once. Entries chosen less often than `restart` times
+    the mean become latents of the step, and count as chosen so often (Dhariwal et al. 2020).
     """
+
+    codebook: Tensor
+    chosen_CV: Tensor
+    sums_CVW: Tensor
 
     def __init__(
         self,
@@ -154,6 +165,8 @@ class VectorQuantizer(nn.Module):
         shared_codebook: bool = True,
         commitment: float = 0.25,
         project: bool = True,
+        ema: float = 0.0,
+        restart: float = 0.0,
     ) -> None:
         """Set up `groups` codebooks of `entries`, or one that all groups share.
 
@@ -162,11 +175,18 @@ class VectorQuantizer(nn.Module):
         """
         super().__init__()
         self.width_out, self.groups, self.entries = width, groups, entries
-        self.commitment = commitment
+        self.commitment, self.ema, self.restart = commitment, ema, restart
         books = 1 if shared_codebook else groups
-        self.codebook = nn.Parameter(
-            0.01 * torch.randn(books, entries, _entry_width(width, groups))
-        )
+        start_CVW = 0.01 * torch.randn(books, entries, _entry_width(width, groups))
+        if ema:
+            self.register_buffer("codebook", start_CVW)
+            self.register_buffer("chosen_CV", torch.ones(books, entries))
+            self.register_buffer("sums_CVW", start_CVW.clone())
+        else:
+            self.codebook = nn.Parameter(start_CVW)
+        self._offered: list[tuple[Tensor, Tensor]] = []
+        self._samples: Tensor | None = None
+        self._position = -1.0
         self.project = nn.Conv1d(width, width, 1, groups=groups, bias=False) if project else None
         self.norm = nn.GroupNorm(groups, width) if project else None
 
@@ -187,7 +207,7 @@ class VectorQuantizer(nn.Module):
             z_PNGW = self._latents(z_PND, valid_PN)
             ids_PNG = _nearest(z_PNGW, self.codebook)
             e_PNGW = _lookup(ids_PNG, self.codebook)
-            fit_PN = (e_PNGW - z_PNGW.detach()).square().mean((-1, -2))
+            fit_PN = (e_PNGW - z_PNGW.detach()).square().mean((-1, -2)) * (not self.ema)
             stay_PN = (e_PNGW.detach() - z_PNGW).square().mean((-1, -2))
             vectors_PNGW = e_PNGW.detach() + (z_PNGW - z_PNGW.detach())
             weight_PN = valid_PN.to(z_PNGW.dtype)
@@ -200,6 +220,51 @@ class VectorQuantizer(nn.Module):
                 ((fit_PN + self.commitment * stay_PN) * weight_PN).sum(),
                 weight_PN.sum(),
             )
+
+    @torch.no_grad()
+    def offer(self, z_PND: Tensor, codes: Codes, valid_PN: Tensor, position: float) -> None:
+        """Latents of a training step and the codes they chose, for `write`; all ranks call it.
+
+        position: of the step; what was offered at another one and not written is forgotten, so that
+        a step that is left out leaves no trace.
+        """
+        if not self.ema:
+            return
+        if position != self._position:
+            self._offered, self._position = [], position
+        with torch.autocast(z_PND.device.type, enabled=False):
+            books, entries, width = self.codebook.shape
+            z_RCW = self._latents(*_blanked(z_PND, valid_PN)).reshape(-1, books, width)
+            row_R = _offset(codes.ids_PNG, books, entries).flatten()
+            valid_R = valid_PN[..., None].expand_as(codes.ids_PNG).flatten()
+            # a product, not an addition at places: its order of summation is always the same
+            names = torch.arange(books * entries, device=row_R.device)
+            chose = ((row_R == names[:, None]) & valid_R).to(z_RCW.dtype)
+            packed = torch.cat([chose.sum(1, keepdim=True), chose @ z_RCW.view(-1, width)], 1)
+            packed = dist.sum_over_ranks(packed).view(books, entries, 1 + width)
+            if self.restart:
+                self._samples = _sampled(z_RCW, valid_R.view(-1, books)[:, 0], entries)
+        self._offered.append((packed[..., 0], packed[..., 1:]))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Move the averaged codebook by what the step's micro-batches have offered."""
+        offered, self._offered = self._offered, []
+        if not offered:
+            return
+        count_CV, sum_CVW = (torch.stack(parts).sum(0) for parts in zip(*offered, strict=True))
+        self.chosen_CV.lerp_(count_CV, 1 - self.ema)
+        self.sums_CVW.lerp_(sum_CVW, 1 - self.ema)
+        total_C1 = self.chosen_CV.sum(1, keepdim=True)
+        if self._samples is not None:
+            mean_C1 = total_C1 / self.entries
+            rare_CV = self.chosen_CV < self.restart * mean_C1
+            fresh_CVW = mean_C1[..., None] * self._samples
+            self.sums_CVW.copy_(torch.where(rare_CV[..., None], fresh_CVW, self.sums_CVW))
+            self.chosen_CV.copy_(torch.where(rare_CV, mean_C1, self.chosen_CV))
+            total_C1 = self.chosen_CV.sum(1, keepdim=True)
+        share_CV = (self.chosen_CV + _EPS) / (total_C1 + self.entries * _EPS)
+        self.codebook.copy_(self.sums_CVW / (share_CV * total_C1)[..., None])
 
     def _latents(self, z_PND: Tensor, valid_PN: Tensor) -> Tensor:
         if self.project is not None and self.norm is not None:
@@ -261,6 +326,18 @@ def _count(ids_PNG: Tensor, weight_PN: Tensor, entries: int) -> Tensor:
     counts = weight_PN.new_zeros(groups * entries)
     counts.scatter_add_(0, place_PNG.flatten(), weight_PN[..., None].expand_as(ids_PNG).flatten())
     return counts.reshape(groups, entries)
+
+
+@torch.no_grad()
+def _sampled(z_RCW: Tensor, valid_R: Tensor, count: int) -> Tensor | None:
+    """(C, count, W) valid latents, evenly chosen from those of all ranks; None without any."""
+    rows_G = dist.gather_no_grad(valid_R.sum()[None])
+    before, total = int(rows_G[: dist.rank()].sum()), int(rows_G.sum())
+    place = torch.arange(count, device=z_RCW.device) * total // count - before
+    own = (place >= 0) & (place < valid_R.sum())
+    order = (~valid_R).to(torch.uint8).argsort(stable=True)  # the valid ones first
+    found = z_RCW[order[place.clamp(0, len(order) - 1)]].masked_fill(~own[:, None, None], 0.0)
+    return dist.sum_over_ranks(found).transpose(0, 1) if total else None
 
 
 def _group_norm(x_PND: Tensor, valid_PN: Tensor, norm: nn.GroupNorm) -> Tensor:

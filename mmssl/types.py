@@ -8,6 +8,7 @@ frame (or the first audio sample where there is no video).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -210,6 +211,12 @@ class Batch:
     def size(self) -> int:
         """Number of rows."""
         return len(self.keys)
+
+    def classes(self, label: str, names: Sequence[str]) -> Tensor:
+        """(B,) int64 place among `names` of a label of the rows' metadata, -1 for any other."""
+        values = [meta.get(label) for meta in self.meta]
+        found = [None if value is None else str(value) for value in values]
+        return self.source_B.new_tensor([names.index(x) if x in names else -1 for x in found])
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""

@@ -13,10 +13,12 @@ from mmssl.build import build_model
 from mmssl.check import BEGINS, SPECIAL, VOCABULARY, fake_batch
 from mmssl.model import Model
 from mmssl.specs import (
+    Audio2VecSpec,
     BYOLASpec,
     CausalConvSpec,
     GumbelSpec,
     PointwiseSpec,
+    ReconstructSpec,
     RecurrentSpec,
     ResNetSpec,
     RunSpec,
@@ -110,6 +112,8 @@ def _network(key: str, tower: TowerSpec) -> Iterator[str]:
         yield from (f"{key}.{k}" for k in ("hidden=16", "dropout=0"))
     if isinstance(backbone, ResNetSpec | S3DGSpec):
         yield f"{key}.channels=8"
+    if isinstance(backbone, Audio2VecSpec):
+        yield from (f"{key}.{k}" for k in ("channels=[8, 8]", "width=16", "frames=6", "shift=6"))
     if isinstance(backbone, SincNetSpec):
         yield f"{key}.widths=[16, 16]"
     if isinstance(backbone, ResNetSpec):
@@ -143,15 +147,29 @@ def _masked(spec: RunSpec) -> Iterator[str]:
             yield from _transformer(f"tasks.{name}.target.decoder", task.target.decoder)
 
 
+def _rebuilt(key: str, task: ReconstructSpec) -> Iterator[str]:
+    if task.slices is not None:
+        yield f"{key}.slices.frames=6"
+    if task.quantizer is not None:
+        yield f"{key}.quantizer.entries=8"
+    sizes = {"conv": {"channels": [8, 8]}, "wavenet": {"channels": 8, "skip": 8, "depth": 3}}
+    for name, value in sizes.get(task.decoder.kind, {}).items():
+        yield f"{key}.decoder.{name}={value}"
+
+
 def _unlabelled(spec: RunSpec) -> Iterator[str]:
     for name, task in spec.tasks.items():
         key = f"tasks.{name}"
+        if isinstance(task, ReconstructSpec):
+            yield from _rebuilt(key, task)
         if task.kind == "prototypes":
             yield from (f"{key}.{k}" for k in ("projector.widths=[16, 16]", "prototypes=8"))
             yield f"{key}.queue={min(task.queue, 8)}"
         if task.kind != "classify" or task.target.kind in ("match", "label"):
             continue
         yield f"{key}.embed={[16] * len(task.embed)}"
+        if task.target.kind == "gap":
+            yield f"{key}.target.frames=6"
         if task.target.kind == "clusters":
             yield from (f"{key}.target.{k}" for k in ("clips=6", "clusters=2", "components=3"))
         if task.target.kind == "order":

@@ -302,12 +302,33 @@ def future() -> dict[str, Any]:
     }
 
 
+def rebuilt() -> dict[str, Any]:
+    """Changes that wire the tiny run with slices behind an averaged codebook, and their gap."""
+    slices = {
+        "kind": "reconstruct",
+        "view": "audio",
+        "slices": {"past": 1, "future": 1, "frames": 16, "guard": 2},
+        "pool": "mean",
+        "quantizer": {"kind": "nearest", "groups": 1, "entries": 4, "project": False},
+        "decoder": {"kind": "conv", "channels": [4, 4]},
+    }
+    slices["quantizer"] |= {"ema": 0.5, "restart": 0.5}
+    gap = {"kind": "classify", "target": {"kind": "gap", "view": "audio", "frames": 16}}
+    return {
+        "towers": {"audio": TREE["towers"]["audio"]},
+        "views": {"audio": TREE["views"]["audio"]},
+        "joints": {},
+        "tasks": {"slices": slices, "gap": gap},
+    }
+
+
 RECIPES = {
     "compared": compared,
     "every_part": dict,
     "flagship": recipe,
     "future": future,
     "localizers": localizers,
+    "rebuilt": rebuilt,
     "siamese": siamese,
     "unlabelled": unlabelled,
 }

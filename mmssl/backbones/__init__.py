@@ -1,5 +1,6 @@
 """Backbones: token sequences to token sequences, and convolutional encoders."""
 
+from mmssl.backbones.audio2vec import Audio2Vec
 from mmssl.backbones.byola import BYOLA
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
 from mmssl.backbones.resnet import ResNetV2
@@ -9,6 +10,7 @@ from mmssl.backbones.waves import SincNet, WaveResNet18
 
 NETWORKS = {
     "alexnet": AlexNet,
+    "audio2vec": Audio2Vec,
     "byol_a": BYOLA,
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
@@ -28,6 +30,7 @@ __all__ = [
     "S3DG",
     "VGG16",
     "AlexNet",
+    "Audio2Vec",
     "ConvAV8",
     "EfficientNetB0",
     "ResNet18",

@@ -71,13 +71,13 @@ class CausalConvs(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """ReLU of every token by itself: words of MIL-NCE and MMV, before they are pooled."""
+    """Every token by itself: as it is, or its ReLU (words of MIL-NCE and MMV, before a pooling)."""
 
     layers, causal = 1, True
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, relu: bool = True) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.relu = width, relu
 
     def forward(
         self,
@@ -87,7 +87,7 @@ class Pointwise(nn.Module):
         return_hidden: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `CausalConvs.forward`."""
-        x_BND = x_BND.relu()
+        x_BND = x_BND.relu() if self.relu else x_BND
         return x_BND, [x_BND] if return_hidden else []
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
+from mmssl.build.reconstruct import check_slices
 from mmssl.build.towers import data_shape, need_view
 from mmssl.data.labels import listed
-from mmssl.specs import ClassifySpec, ClusterSpec, OrderSpec, RotationSpec, RunSpec
+from mmssl.specs import ClassifySpec, ClusterSpec, GapSpec, OrderSpec, RotationSpec, RunSpec
 from mmssl.tasks.base import Task
 from mmssl.tasks.clustered import Clustered
-from mmssl.tasks.pretext import Order, Rotation
+from mmssl.tasks.pretext import Gap, Order, Rotation
 from mmssl.towers import AnyTower, ConvTower
 from mmssl.types import UserError
 from mmssl.views.pretext import tile_sizes
@@ -24,7 +25,7 @@ def make_pretext(
     widths: Mapping[str, int],
     check_pool: Callable[[str, str, str], None],
 ) -> Task:
-    """A task of turns, of order or of clusters; towers by name, widths by view.
+    """A task of turns, of order, of gaps or of clusters; towers by name, widths by view.
 
     check_pool: refuses a pooling that a view does not have.
 
@@ -32,7 +33,7 @@ def make_pretext(
         UserError: names that do not exist, or parts that do not fit together.
     """
     target, where = task.target, f"tasks.{name}.target"
-    assert isinstance(target, RotationSpec | OrderSpec | ClusterSpec)
+    assert isinstance(target, RotationSpec | OrderSpec | GapSpec | ClusterSpec)
     view = need_view(run, target.view, f"{where}.view")
     check_pool(f"tasks.{name}.pool", target.view, task.pool)
     width, embed = widths[target.view], task.embed
@@ -51,6 +52,10 @@ def make_pretext(
                 f"{where}.view: turns upside down what has bands; use a spectrogram as front-end"
             )
         return Rotation(name, target, width, task.pool, embed, task.weight)
+    if isinstance(target, GapSpec):
+        # one frame more than a slice: there is a distance
+        check_slices(f"{where}.frames", tower, axes, target.frames + 1, target.frames)
+        return Gap(name, target, width, task.pool, embed, task.weight)
     sizes = _sizes(f"{where}.tiles", target, axes)
     try:
         (tower.network if isinstance(tower, ConvTower) else tower.stem).grid(sizes)  # type: ignore[operator]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmssl.build.later import make_future
 from mmssl.build.pretext import make_pretext
+from mmssl.build.reconstruct import make_reconstruct
 from mmssl.build.scores import check_map, make_map
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
@@ -47,6 +48,7 @@ from mmssl.specs import (
     PairSpec,
     PairsSpec,
     PrototypesSpec,
+    ReconstructSpec,
     RunSpec,
     SemiHardSpec,
     SiameseSpec,
@@ -91,8 +93,10 @@ class TaskBuilder:
         if isinstance(task, SiameseSpec):
             widths = self.widths
             return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)
+        encoders = (self.towers, self.widths)
+        if isinstance(task, ReconstructSpec):
+            return make_reconstruct(name, task, self.spec, encoders, self._check_pool)
         if isinstance(task, PrototypesSpec):
-            encoders = (self.towers, self.widths)
             return make_prototypes(name, task, self.spec, encoders, self._check_pool)
         return self._classify(name, task)
 

@@ -89,9 +89,21 @@ def make_trunk(
     )
 
 
-def make_quantizer(spec: QuantizerSpec, width: int) -> tuple[Quantizer, Number]:
-    """A quantizer of latents of this width, and its temperature."""
+def make_quantizer(
+    spec: QuantizerSpec, width: int, averaged: bool = False
+) -> tuple[Quantizer, Number]:
+    """A quantizer of latents of this width, and its temperature.
+
+    averaged: its owner moves the averages of a codebook.
+
+    Raises:
+        UserError: there are averages that nobody would move.
+    """
     if isinstance(spec, NearestSpec):
+        if spec.ema and not averaged:
+            raise UserError(
+                "quantizer.ema: only tasks of kind `reconstruct` move averages of a codebook; set 0"
+            )
         return VectorQuantizer(width, **spec.model_dump(exclude={"kind"})), 1.0
     options = spec.model_dump(exclude={"kind", "width", "temperature", "activation"})
     options["activation"] = ACTIVATIONS[spec.activation]()
@@ -157,7 +169,7 @@ def _backbone(name: str, spec: TowerSpec, run: RunSpec, shared: Transformer | No
         options = spec.backbone.model_dump(exclude={"kind"})
         return Recurrent(**options | {"width_in": options["width_in"] or options["width"]})
     if isinstance(spec.backbone, PointwiseSpec):
-        return Pointwise(spec.backbone.width)
+        return Pointwise(spec.backbone.width, spec.backbone.kind == "relu")
     if isinstance(spec.backbone, TransformerSpec):
         front = len(spec.globals) + spec.registers
         checkpointing = run.train.checkpoint_activations

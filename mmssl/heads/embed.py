@@ -21,6 +21,7 @@ POOLINGS = (
     "max",
     "mean_max",
     "peaks",
+    "last",
 )  # beside the tower's global tokens, and `steps` in spaces
 
 
@@ -28,7 +29,7 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
     """(P, D) by a global token's name or a pooling; (P, steps, D) by `steps`.
 
     `mean_max` is the sum of both (BYOL-A); `peaks` the mean over time of the strongest cell of each
-    step.
+    step; `last` the last token that is no padding (recurrent trunks).
 
     Raises:
         UserError: neither a pooling nor one of the tower's global tokens.
@@ -43,6 +44,9 @@ def pool(tokens: Tokens, how: str, steps: int = 8) -> Tensor:
         return (tokens.x_PND * keep).sum(1) / keep.sum(1).clamp(min=1)
     if how == "max":
         return tokens.x_PND.masked_fill(pad, torch.finfo(tokens.x_PND.dtype).min).amax(dim=1)
+    if how == "last":
+        place_P = (~tokens.pad_PN).sum(1).clamp(min=1) - 1
+        return tokens.x_PND[torch.arange(len(place_P), device=place_P.device), place_P]
     if how in ("steps", "peaks"):
         return in_steps(tokens, steps if how == "steps" else 1)[0].squeeze(1)
     known = ", ".join([*tokens.extra, *POOLINGS, "steps"])

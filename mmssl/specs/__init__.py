@@ -39,6 +39,7 @@ from mmssl.specs.heads import (
 )
 from mmssl.specs.networks import (
     AlexNetSpec,
+    Audio2VecSpec,
     BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
@@ -65,6 +66,14 @@ from mmssl.specs.objectives import (
     TripletSpec,
 )
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
+from mmssl.specs.reconstruct import (
+    ConvDecoderSpec,
+    ReconstructSpec,
+    SequenceDecoderSpec,
+    SlicesSpec,
+    SpeakerSpec,
+    WaveNetSpec,
+)
 from mmssl.specs.run import (
     DataSpec,
     OptimSpec,
@@ -93,6 +102,7 @@ from mmssl.specs.tasks import (
     ClassifySpec,
     ClusterSpec,
     FutureSpec,
+    GapSpec,
     LabelSpec,
     LaterFrameSpec,
     LaterLatentSpec,

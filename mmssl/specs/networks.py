@@ -112,6 +112,20 @@ class S3DGSpec(Spec):
     deflated: bool = False
 
 
+class Audio2VecSpec(Spec):
+    """Audio2Vec's encoder of slices of a spectrogram.
+
+    The fields are explained at `mmssl.backbones.audio2vec.Audio2Vec`.
+    """
+
+    kind: Literal["audio2vec"]
+    bands: int = Field(64, gt=0)
+    frames: int = Field(96, gt=0)
+    shift: int = Field(96, gt=0)
+    channels: list[Annotated[int, Field(gt=0)]] = Field([64, 128, 256, 256, 512], min_length=1)
+    width: int = Field(128, gt=0)
+
+
 class SincNetSpec(Spec):
     """SincNet and linear layers on chunks of a waveform (LIM).
 
@@ -157,4 +171,5 @@ ConvSpec = (
     | S3DGSpec
     | SincNetSpec
     | WaveResNetSpec
+    | Audio2VecSpec
 )

@@ -26,7 +26,12 @@ class GumbelSpec(Spec):
 
 
 class NearestSpec(Spec):
-    """Nearest codebook entry of each group, straight through (VQ-VAE, vq-wav2vec's k-means)."""
+    """Nearest codebook entry of each group, straight through (VQ-VAE, vq-wav2vec's k-means).
+
+    `ema`: entries are moving averages of the latents that chose them, with this decay; in tasks of
+    kind `reconstruct`. 0: they are learned by their own loss. `restart`: of those, entries that are
+    chosen less often than that share of the mean become latents of the step.
+    """
 
     kind: Literal["nearest"]
     groups: int = Field(2, gt=0)
@@ -34,6 +39,8 @@ class NearestSpec(Spec):
     shared_codebook: bool = True
     commitment: float = Field(0.25, ge=0)
     project: bool = True
+    ema: float = Field(0.0, ge=0, lt=1)
+    restart: float = Field(0.0, ge=0, lt=1)
 
 
 QuantizerSpec = Annotated[GumbelSpec | NearestSpec, Field(discriminator="kind")]

@@ -17,6 +17,7 @@ from mmssl.specs.objectives import (
     QueueSpec,
 )
 from mmssl.specs.quantizers import QuantizerSpec
+from mmssl.specs.reconstruct import ReconstructSpec
 from mmssl.specs.targets import TargetSpec
 from mmssl.specs.towers import TransformerSpec
 
@@ -109,6 +110,17 @@ class OrderSpec(Spec):
         return prod(self.tiles)
 
 
+class GapSpec(Spec):
+    """How far apart two slices of a view are, as a share of the largest distance (TemporalGap).
+
+    `frames`: of a slice, which begins anywhere in the view.
+    """
+
+    kind: Literal["gap"]
+    view: str
+    frames: int = Field(96, gt=0)
+
+
 class ClusterSpec(Spec):
     """The cluster of a clip's features of the last epoch, see `mmssl.tasks.clustered.Clustered`.
 
@@ -133,7 +145,7 @@ class ClusterSpec(Spec):
 
 
 class ClassifySpec(Spec):
-    """Cross-entropy on a label; `order` has a loss of ranks.
+    """Cross-entropy on a label; `order` has a loss of ranks, `gap` labels between 0 and 1.
 
     `embed` are widths of an MLP: before the last layer, too, where that is no match.
 
@@ -144,7 +156,8 @@ class ClassifySpec(Spec):
 
     kind: Literal["classify"]
     target: Annotated[
-        MatchSpec | LabelSpec | RotationSpec | OrderSpec | ClusterSpec, Field(discriminator="kind")
+        MatchSpec | LabelSpec | RotationSpec | OrderSpec | GapSpec | ClusterSpec,
+        Field(discriminator="kind"),
     ]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
     space: str = ""
@@ -319,6 +332,12 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec,
+    PairsSpec
+    | ClassifySpec
+    | MaskedSpec
+    | FutureSpec
+    | SiameseSpec
+    | PrototypesSpec
+    | ReconstructSpec,
     Field(discriminator="kind"),
 ]

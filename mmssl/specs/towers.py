@@ -126,9 +126,11 @@ class RecurrentSpec(Spec):
 
 
 class PointwiseSpec(Spec):
-    """No backbone: every token is the ReLU of what the cut makes of it (words in MIL-NCE, MMV)."""
+    """No backbone: every token is what the cut makes of it (VQ-VAE), or the ReLU of that (words in
+    MIL-NCE, MMV).
+    """
 
-    kind: Literal["relu"]
+    kind: Literal["relu", "identity"]
     width: int = Field(2048, gt=0)
 
 

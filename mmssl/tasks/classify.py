@@ -7,8 +7,6 @@ R scored pairs, D width, T time steps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -142,11 +140,6 @@ class Label(Task):
             x_BD = self.reader(passes, view, view)[0]
         present_B = found.view.present_B
         logits = self.out(x_BD, present_B)
-        target = torch.tensor([self._label(m) for m in batch.meta], device=logits.device)
+        target = batch.classes(self.spec.field, self.spec.classes)
         valid = (target >= 0) & present_B
         return Term(softmax_cross_entropy(logits, target, valid).sum(), valid.sum())
-
-    def _label(self, meta: dict[str, Any]) -> int:
-        value = meta.get(self.spec.field)
-        name = None if value is None else str(value)
-        return self.spec.classes.index(name) if name in self.spec.classes else -1

@@ -1,4 +1,5 @@
-"""`classify`, labels that the view is given: how was it turned, in which order are its parts?
+"""`classify`, labels that the view is given: how was it turned, in which order are its parts, how
+far apart are two of them?
 
 Letters: P items, K classes, N tiles, M draws of noise, D width.
 """
@@ -14,15 +15,21 @@ from torch import Tensor, nn
 
 from mmssl.heads.embed import pool
 from mmssl.heads.mlp import mlp
-from mmssl.objectives.classification import correct, softmax_cross_entropy
+from mmssl.objectives.classification import (
+    binary_cross_entropy,
+    correct,
+    softmax_cross_entropy,
+)
 from mmssl.objectives.ranking import kendall_tau, normal_noise, perturbed_ranking
-from mmssl.specs import Number, OrderSpec, RotationSpec
+from mmssl.rng import row_uniform
+from mmssl.specs import GapSpec, Number, OrderSpec, RotationSpec
 from mmssl.tasks.base import Task
+from mmssl.tasks.masked import keep_items
 from mmssl.towers import Passes, item_weight
 from mmssl.types import Batch, Term, ViewBatch
-from mmssl.views.pretext import TURNS, mirrored, permutations, tiles, turned
+from mmssl.views.pretext import TURNS, mirrored, permutations, slices, tiles, turned
 
-_WATCHED = ("accuracy", "tau")
+_WATCHED = ("accuracy", "tau", "error")
 
 
 class Pretext(Task):
@@ -107,7 +114,7 @@ class Order(Pretext):
         rows_P1 = torch.arange(len(x), device=x.device)[:, None]
         shuffled = x_PNC[rows_P1, slot_PN].flatten(0, 1)
         items = rows_P1[:, 0].repeat_interleave(self.count)
-        pooled_PND = self._pooled(passes, _whole(view, items, shuffled))
+        pooled_PND = self._pooled(passes, pieces(view, items, shuffled))
         theta_PN = self.head(pooled_PND.reshape(len(x), -1))
         true_PN, noise = slot_PN + 1, f"{self.name}/noise"
         noise_PMN = normal_noise(view.seeds_P, spec.samples, self.count, noise)
@@ -120,14 +127,51 @@ class Order(Pretext):
         }
 
 
+class Gap(Pretext):
+    """How far apart two slices of a clip are (TemporalGap, Tagliasacchi et al. 2020).
+
+    Of the largest distance that the clip allows: a share d in [0, 1], uniform starts give a mean of
+    1/3. The loss is -d ln p - (1 - d) ln (1 - p), which no p brings to 0: for d as that of uniform
+    starts it is ln 2 = 0.693 at p = 1/2, 0.637 at p = 1/3 and 0.5 at p = d. Logits are the mean of
+    both orders of the slices. Items of no more than one slice take no part.
+    """
+
+    def __init__(
+        self, name: str, spec: GapSpec, width: int, how: str, embed: list[int], weight: Number
+    ) -> None:
+        super().__init__(name, spec.view, how, mlp(2 * width, [*embed, 1]), weight)
+        self.frames = spec.frames
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """The cross-entropy, and the mean |p - d|."""
+        view, tower = batch.views[self.view], passes.tower(self.view)
+        view = keep_items(view, tower.frames(view) > self.frames)
+        x, room_P = tower.inputs(view), (tower.frames(view) - self.frames).clamp(min=1)
+        u_PN = row_uniform(view.seeds_P, 2, f"{self.name}/start").double()
+        start_PN = (u_PN * (room_P[:, None] + 1)).long()
+        gap_P = (start_PN[:, 0] - start_PN[:, 1]).abs() / room_P
+        signal = slices(x, start_PN, self.frames).flatten(0, 1)
+        items = torch.arange(len(x), device=x.device).repeat_interleave(2)
+        pooled = self._pooled(passes, pieces(view, items, signal))
+        pooled_P2D = pooled.reshape(len(x), 2, -1)
+        orders = torch.stack([pooled_P2D, pooled_P2D.flip(1)])
+        logits_P = self.head(orders.flatten(2)).mean((0, 2))
+        valid_P = item_weight(view) > 0
+        error_P = (logits_P.detach().sigmoid() - gap_P).abs()
+        return {
+            "": Term(binary_cross_entropy(logits_P, gap_P, valid_P).sum(), valid_P.sum()),
+            "error": Term(error_P.where(valid_P, 0.0).sum(), valid_P.sum()),
+        }
+
+
 def _items(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
     """The chosen items of a view, which read another signal."""
     columns: dict[str, Any] = {name: column[items] for name, column in view.columns().items()}
     return replace(view, **columns | {"signal": signal}, labels={})
 
 
-def _whole(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
-    """As `_items`, of signals without padding."""
+def pieces(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:
+    """The chosen items of a view, which read another signal, without padding."""
     chosen = _items(view, items, signal)
     ones_P = torch.ones_like(chosen.lengths_P)
     return replace(chosen, data=chosen.data[:, :1], lengths_P=ones_P)

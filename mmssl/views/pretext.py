@@ -93,6 +93,17 @@ def tiles(
     return flat.reshape(found.shape)
 
 
+def slices(x: Tensor, start_PN: Tensor, frames: int) -> Tensor:
+    """(P, N, C, frames, ...) stretches of (P, C, T, ...) signals, each from its own frame on.
+
+    What would lie behind T is the last frame again.
+    """
+    place_PNT = start_PN[..., None] + torch.arange(frames, device=x.device)
+    items_P11 = torch.arange(len(x), device=x.device)[:, None, None]
+    found = x.movedim(1, -1)[items_P11, place_PNT.clamp(max=x.shape[2] - 1)]
+    return found.movedim(-1, 2)
+
+
 def permutations(seeds_P: Tensor, things: int, stream: str) -> Tensor:
     """(P, N) a uniform permutation of 0 ... N - 1 of each row."""
     return row_bits(seeds_P, things, stream).argsort(-1)

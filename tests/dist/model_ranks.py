@@ -25,7 +25,10 @@ from mmssl.partition import assemble, assign, piece  # noqa: E402
 from mmssl.tasks.clustered import Clustered  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
 
-KEPT = ("queues.", ".bank.", ".features_ND", ".known_N", ".labels_N")
+KEPT = (
+    *("queues.", ".bank.", ".features_ND", ".known_N", ".labels_N"),
+    *(".codebook", ".chosen_CV", ".sums_CVW"),
+)
 
 
 def measure(call: dict[str, object], device: torch.device) -> None:
