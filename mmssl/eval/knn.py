@@ -37,6 +37,7 @@ def evaluate(session: Session) -> Results:
         UserError: no such field, one class only, folds that cannot be used, no such modality.
     """
     options = cast("Options", session.options)
+    session.check_fields(label=options.label, **({"fold": options.fold} if options.fold else {}))
     features = clip_features(session)
     labels, kept = folding.read_labels(features.rows.meta, options.label)
     metas = [features.rows.meta[i] for i in kept]

@@ -56,6 +56,7 @@ def evaluate(session: Session) -> Results:
         return scores_NK, {"c": chosen}
 
     options = cast("Options", session.options)
+    session.check_fields(label=options.label, fold=options.fold)
     features = clip_features(session)
     labels, kept = folding.read_labels(features.rows.meta, options.label)
     folds = folding.read_folds([features.rows.meta[i] for i in kept], options.fold)

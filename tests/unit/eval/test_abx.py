@@ -153,17 +153,16 @@ def test_abx_of_tones(run, words):
 
 
 def test_clips_without_an_asked_field_are_left_out_and_counted(run, monkeypatch):
-    def clip_frames(session):
-        for i, clip in enumerate(plain(session)):
-            if i % 2:
-                clip.meta.pop("voice")
-            clip.meta["even"] = [1, None][i % 2]
-            clip.meta["odd"] = [None, 1][i % 2]
-            clip.meta["none"] = []
-            yield clip
+    def batches(session, *args):
+        for batch in plain(session, *args):
+            for i, meta in enumerate(batch.meta):
+                meta |= {"even": [1, None][i % 2], "odd": [None, 1][i % 2], "none": []}
+                if i % 2:
+                    meta.pop("voice")
+            yield batch
 
-    plain = spans.clip_frames
-    monkeypatch.setattr(spans, "clip_frames", clip_frames)
+    plain = Session.batches
+    monkeypatch.setattr(Session, "batches", batches)
     options = abx.Options(label="tone", speaker="voice", random=False, resamples=0)
     found = abx.evaluate(Session.open(run, options))
     assert (found["abx"]["tokens"], found["abx"]["unlabelled"]) == (9, 9)
