@@ -62,6 +62,18 @@ def test_warping_laws():
     assert abx.dtw([y], [x])[0] == pytest.approx(table[0, 1])
 
 
+def test_long_tokens_are_compared_few_at_a_time(monkeypatch):
+    frames = [token(RNG(i), 40 + i) for i in range(16)]
+    table, counted = abx.all_distances(frames), []
+    monkeypatch.setattr(abx, "_CELLS", 3 * 55**2)
+    widths = []
+    real = abx.dtw
+    monkeypatch.setattr(abx, "dtw", lambda a, b: widths.append(len(a)) or real(a, b))
+    np.testing.assert_allclose(abx.all_distances(frames, counted.append), table, atol=1e-6)
+    assert (max(widths), sum(widths)) == (3, 120)
+    assert counted == widths
+
+
 def by_triples(items, frames, across):
     """The definition, one triple after the other."""
     n = len(items)
