@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mmssl.eval.bootstrap import interval
 from mmssl.eval.features import SIGNAL
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.retrieval import normalize
 from mmssl.eval.session import RANDOM, TRAINED, Session
 from mmssl.eval.spans import SpanSpec, labelled_clips
@@ -72,7 +72,8 @@ def evaluate(session: Session) -> Results:
     x = [kind for kind in ("within", "across") if made[TRAINED][kind] is not None]
     lines = {name: [part[kind]["error"] for kind in x] for name, part in made.items()}
     lines["chance"] = [0.5] * len(x)
-    found["plots"] = [plot("ABX error (lower is better)", "speakers", x, lines)]
+    bounds = {name: [interval_of(part[kind], "error") for kind in x] for name, part in made.items()}
+    found["plots"] = [plot("ABX error (lower is better)", "speakers", x, lines, bounds)]
     return found
 
 
