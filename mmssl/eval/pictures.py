@@ -167,7 +167,7 @@ def lines(drawn: Mapping[str, Any]) -> str:
     names = any(isinstance(x, str) for x in drawn["x"])
     count, many = len(drawn["x"]), len(drawn["lines"])
     step = (_RIGHT - _LEFT) / max(1, count if names else count - 1)
-    px = _LEFT + step * (np.arange(count) + (0.5 if names else 0))
+    px: Floats = np.arange(count, dtype=np.float64) * step + (_LEFT + (step / 2 if names else 0.0))
     values = {name: _with_bounds(drawn, name) for name in drawn["lines"]}
     known = np.concatenate([x[np.isfinite(x)] for x in values.values()] + [np.zeros(1)])
     low, high = known.min(), max(1.0, known.max()) if known.max() > 0.5 else known.max() * 1.2
@@ -180,7 +180,7 @@ def lines(drawn: Mapping[str, Any]) -> str:
         parts.append(f'<text x="{_LEFT - 5}" y="{y + 4:.0f}" class="e">{level}</text>')
     for k, (name, values_T3) in enumerate(values.items()):
         colour = _COLOURS[k % len(_COLOURS)]
-        at = px + (0.7 * step * ((k + 0.5) / many - 0.5) if names else 0)
+        at: Floats = px + (0.7 * step * ((k + 0.5) / many - 0.5) if names else 0.0)
         there = np.isfinite(values_T3[:, 0])
         py_T3 = _DOWN - scaled(values_T3[there], low, high) * (_DOWN - _UP)
         parts += _marks(at[there], py_T3, colour, not names)
