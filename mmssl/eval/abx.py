@@ -8,20 +8,21 @@ Letters in shapes: T and U frames of two items, D width, P pairs of items.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from tqdm import tqdm
 
 from mmssl.eval.bootstrap import interval
 from mmssl.eval.features import SIGNAL
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.retrieval import normalize
-from mmssl.eval.session import RANDOM, TRAINED, Session, progress
+from mmssl.eval.session import RANDOM, TRAINED, Session
 from mmssl.eval.spans import SpanSpec, labelled_clips
 from mmssl.types import UserError
 
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Pair = tuple[str, str]
 
-_BLOCK = 256  # pairs at a time
+_CELLS = 2**22  # of the tables of pairs computed at a time, 8 bytes each, about six tables
 
 
 class Options(SpanSpec):
@@ -71,7 +72,8 @@ def evaluate(session: Session) -> Results:
     x = [kind for kind in ("within", "across") if made[TRAINED][kind] is not None]
     lines = {name: [part[kind]["error"] for kind in x] for name, part in made.items()}
     lines["chance"] = [0.5] * len(x)
-    found["plots"] = [plot("ABX error (lower is better)", "speakers", x, lines)]
+    bounds = {name: [interval_of(part[kind], "error") for kind in x] for name, part in made.items()}
+    found["plots"] = [plot("ABX error (lower is better)", "speakers", x, lines, bounds)]
     return found
 
 
@@ -184,10 +186,12 @@ class _Distances:
             contexts[item.context].append(i)
         self.place = {i: k for numbers in contexts.values() for k, i in enumerate(numbers)}
         self.context = {i: item.context for i, item in enumerate(items)}
-        self.tables = {
-            context: all_distances([frames[i] for i in numbers])
-            for context, numbers in progress(contexts.items(), f"ABX, {title}", len(contexts))
-        }
+        pairs = sum(len(n) * (len(n) - 1) // 2 for n in contexts.values())
+        with tqdm(total=pairs, desc=f"ABX, {title}", unit="pair", disable=None) as bar:
+            self.tables = {
+                context: all_distances([frames[i] for i in numbers], bar.update)
+                for context, numbers in contexts.items()
+            }
 
     def error(self, of_x: list[int], of_a: list[int], of_b: list[int]) -> float:
         """Share of triples in which X is nearer to B than to A, X itself left out as A."""
@@ -200,17 +204,20 @@ class _Distances:
         return float(wrong_XAB[other_XA].mean())
 
 
-def all_distances(frames: Sequence[Floats]) -> Floats:
-    """(n, n) distances of all tokens, pairs of like length together."""
+def all_distances(
+    frames: Sequence[Floats], done: Callable[[int], object] = lambda pairs: None
+) -> Floats:
+    """(n, n) distances of all tokens, pairs of like length together; `done` hears how many."""
     n = len(frames)
     pairs = np.stack(np.triu_indices(n, 1), axis=1)
     lengths = np.asarray([len(x) for x in frames])
-    order = np.lexsort((lengths[pairs[:, 1]], lengths[pairs[:, 0]]))
-    table = np.zeros((n, n))
-    for begin in range(0, len(pairs), _BLOCK):
-        few = pairs[order[begin : begin + _BLOCK]]
+    pairs = pairs[np.lexsort((lengths[pairs[:, 1]], lengths[pairs[:, 0]]))]
+    table, size = np.zeros((n, n)), max(1, _CELLS // max(lengths, default=1) ** 2)
+    for begin in range(0, len(pairs), size):
+        few = pairs[begin : begin + size]
         found = dtw([frames[i] for i in few[:, 0]], [frames[j] for j in few[:, 1]])
         table[few[:, 0], few[:, 1]] = table[few[:, 1], few[:, 0]] = found
+        done(len(few))
     return table
 
 
@@ -222,7 +229,7 @@ def dtw(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
     near 0 arccos makes 1e-8 of the last bit of a cosine, and equal distances must be ties.
     """
     x, y = _padded(a), _padded(b)
-    cost_PTU = np.arccos(np.clip(np.einsum("ptd,pud->ptu", x, y), -1, 1)) / np.pi
+    cost_PTU = np.arccos(np.clip(x @ y.transpose(0, 2, 1), -1, 1)) / np.pi
     pairs, steps, others = cost_PTU.shape
     total = np.full((steps + 1, others + 1, pairs), np.inf)
     length = np.zeros((steps + 1, others + 1, pairs))

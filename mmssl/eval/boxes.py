@@ -28,7 +28,7 @@ from mmssl.eval.bootstrap import interval
 from mmssl.eval.embed import DenseRows, Encoder, Rows, dense_rows, first_view, frozen, join_dense
 from mmssl.eval.features import cut, whole_views
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec, progress
 from mmssl.specs import ViewSpec
 from mmssl.types import Batch, UserError, ViewBatch
@@ -101,7 +101,7 @@ def evaluate(session: Session) -> Results:
         )
         result["random_encoder"] = {"boxes": guess}
         table = {**table, "random weights": guess["model"]}
-    result["plots"] = _plots(table)
+    result["plots"] = _plots(table, result["boxes"])
     return result
 
 
@@ -354,7 +354,7 @@ def _bounds(session: Session, own: Mapping[str, Floats], found: Scenes) -> Metri
     }
 
 
-def _plots(table: Mapping[str, Any]) -> list[Results]:
+def _plots(table: Mapping[str, Any], own: Metrics) -> list[Results]:
     x = [f"{rule} ≥ 0.5" for rule in RULES] + [f"{rule} AUC" for rule in RULES] + ["pointing"]
     lines, curves = {}, {}
     for name, row in table.items():
@@ -362,10 +362,16 @@ def _plots(table: Mapping[str, Any]) -> list[Results]:
         lines[name] = [*(p["at_0.5"] for p in parts), *(p["auc"] for p in parts), row["pointing"]]
         if "curve" in row:
             curves[name] = row["curve"]["at_0.5"]
+    keys = [f"{rule}.at_0.5" for rule in RULES] + [""] * len(RULES) + ["pointing"]
+    bounds = {"model": [interval_of(own, key) for key in keys]}
     levels = next(iter(table.values()))["curve"]["level"]
     return [
         plot(
-            "Share of clips with cIoU of at least 0.5, area under its curve, pointing", "", x, lines
+            "Share of clips with cIoU of at least 0.5, area under its curve, pointing",
+            "",
+            x,
+            lines,
+            bounds,
         ),
         plot("Share of clips with cIoU of at least 0.5", "level of the map", levels, curves),
     ]

@@ -23,7 +23,7 @@ from mmssl.eval.embed import Rows, frozen
 from mmssl.eval.features import pooled, whole_view
 from mmssl.eval.folds import Fold, Labels
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec, progress
 from mmssl.rng import seed_of
 from mmssl.specs import Modality
@@ -100,9 +100,10 @@ def evaluate(session: Session) -> Results:
         result["random_encoder"] = {"finetune": made[RANDOM]}
     shares = list(made[TRAINED])
     lines = {name: [part[share]["mean"] for share in shares] for name, part in made.items()}
+    bounds = {n: [interval_of(part[s], "mean") for s in shares] for n, part in made.items()}
     lines["majority"] = [majority["mean"]] * len(shares)
     title = f"Fine-tuning: {folding.headline(labels)}, mean over folds"
-    result["plots"] = [plot(title, "labels, %", [float(s) for s in shares], lines)]
+    result["plots"] = [plot(title, "labels, %", [float(s) for s in shares], lines, bounds)]
     return result
 
 

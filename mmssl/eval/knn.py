@@ -16,7 +16,7 @@ from mmssl.eval.features import SIGNAL, clip_features
 from mmssl.eval.folds import Fold, Labels
 from mmssl.eval.items import Metrics
 from mmssl.eval.probe import Options
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.retrieval import normalize
 from mmssl.eval.session import RANDOM, TRAINED, Session, progress
 from mmssl.types import UserError
@@ -37,6 +37,7 @@ def evaluate(session: Session) -> Results:
         UserError: no such field, one class only, folds that cannot be used, no such modality.
     """
     options = cast("Options", session.options)
+    session.check_fields(label=options.label, **({"fold": options.fold} if options.fold else {}))
     features = clip_features(session)
     labels, kept = folding.read_labels(features.rows.meta, options.label)
     metas = [features.rows.meta[i] for i in kept]
@@ -69,12 +70,14 @@ def evaluate(session: Session) -> Results:
 
 def _plot(made: dict[str, Metrics], majority: float, metric: str) -> dict[str, Any]:
     ks = [key.removeprefix("k") for key in made[TRAINED] if not key.endswith("_weighted")]
-    lines = {}
+    lines, bounds = {}, {}
     for name, part in made.items():
         for tail, title in (("", ""), ("_weighted", ", weighted")):
-            lines[f"{name}{title}"] = [part[f"k{k}{tail}"]["mean"] for k in ks]
+            rows = [part[f"k{k}{tail}"] for k in ks]
+            lines[f"{name}{title}"] = [row["mean"] for row in rows]
+            bounds[f"{name}{title}"] = [interval_of(row, "mean") for row in rows]
     lines["majority"] = [majority] * len(ks)
-    return plot(f"Nearest neighbours: {metric}", "k", ks, lines)
+    return plot(f"Nearest neighbours: {metric}", "k", ks, lines, bounds)
 
 
 def neighbours(

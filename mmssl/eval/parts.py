@@ -33,6 +33,8 @@ def split(rows: Rows, field: str) -> dict[str, Ints]:
 def no_field(option: str, field: str, metas: Iterable[Mapping[str, Any]]) -> UserError:
     """The error that names the fields the clips have."""
     known = ", ".join(sorted({name for meta in metas for name in meta}))
+    if not field:
+        return UserError(f"give {option}=FIELD, a field of the clips' meta; there are {known}")
     return UserError(f"{option}={field}: no clip of this data has that field; there are {known}")
 
 

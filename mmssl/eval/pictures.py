@@ -154,41 +154,79 @@ def curve(
 _COLOURS = ("#2f6fde", "#d1495b", "#8d99ae", "#edae49", "#3c896d", "#7b4fa3", "#30343f", "#a9714b")
 
 
-def lines(drawn: Mapping[str, Any], size: tuple[int, int] = (560, 240)) -> str:
+_LEFT, _RIGHT, _UP, _DOWN = 46, 390, 34, 214  # frame of a plot in its picture, 560 wide
+_LETTER = 6.2  # width of one
+
+
+def lines(drawn: Mapping[str, Any]) -> str:
     """`results.plot` as inline SVG with a legend; places are evenly spaced, gaps stay open.
 
-    Values at places with names, which have no order, are points that no line joins.
+    Values at places with names, which have no order, are points that no line joins, side by side.
+    Intervals are whiskers.
     """
-    width, height = size
-    named = {
-        name: [float("nan") if v is None else v for v in ys] for name, ys in drawn["lines"].items()
-    }
-    known = [v for ys in named.values() for v in ys if np.isfinite(v)] or [0.0]
-    low, high = min(0.0, *known), max(1.0, *known) if max(known) > 0.5 else max(known) * 1.2
-    left, right, up, down = 46, width - 170, 34, height - 26
-    px = np.linspace(left, right, max(2, len(drawn["x"])))
-    parts = [f'<text class="t" x="8" y="16">{escape(drawn["title"])}</text>']
-    parts.append(f'<path class="g" d="M{left} {up}H{right}M{left} {down}H{right}"/>')
-    for y, value in ((up + 4, high), (down + 4, low)):
-        parts.append(f'<text x="{left - 5}" y="{y}" class="e">{_short(value)}</text>')
-    for k in np.unique(np.linspace(0, len(drawn["x"]) - 1, 11).round().astype(int)):
-        place = drawn["x"][k]
-        text = _short(place) if isinstance(place, float) else escape(str(place))
-        parts.append(f'<text x="{px[k]:.0f}" y="{height - 8}" text-anchor="middle">{text}</text>')
-    for k, (name, ys) in enumerate(named.items()):
+    names = any(isinstance(x, str) for x in drawn["x"])
+    count, many = len(drawn["x"]), len(drawn["lines"])
+    step = (_RIGHT - _LEFT) / max(1, count if names else count - 1)
+    px: Floats = np.arange(count, dtype=np.float64) * step + (_LEFT + (step / 2 if names else 0.0))
+    values = {name: _with_bounds(drawn, name) for name in drawn["lines"]}
+    known = np.concatenate([x[np.isfinite(x)] for x in values.values()] + [np.zeros(1)])
+    low, high = known.min(), max(1.0, known.max()) if known.max() > 0.5 else known.max() * 1.2
+    places, height = _places(drawn["x"], px, step, names)
+    parts = [f'<text class="t" x="8" y="16">{escape(drawn["title"])}</text>', *places]
+    for share in np.linspace(0, 1, 5):
+        y = _DOWN - share * (_DOWN - _UP)
+        parts.append(f'<path class="g" d="M{_LEFT} {y:.0f}H{_RIGHT}"/>')
+        level = _short(low + share * (high - low))
+        parts.append(f'<text x="{_LEFT - 5}" y="{y + 4:.0f}" class="e">{level}</text>')
+    for k, (name, values_T3) in enumerate(values.items()):
         colour = _COLOURS[k % len(_COLOURS)]
-        py = down - scaled(np.nan_to_num(ys), low, high) * (down - up)
-        there = [(a, b) for a, b, v in zip(px, py, ys, strict=False) if np.isfinite(v)]
-        if not any(isinstance(x, str) for x in drawn["x"]):
-            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in there)
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            )
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in there]
-        y = up + 16 * k
-        parts.append(f'<rect x="{right + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{right + 29}" y="{y + 1}">{escape(name)}</text>')
-    return f'<svg class="lines" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+        at: Floats = px + (0.7 * step * ((k + 0.5) / many - 0.5) if names else 0.0)
+        there = np.isfinite(values_T3[:, 0])
+        py_T3 = _DOWN - scaled(values_T3[there], low, high) * (_DOWN - _UP)
+        parts += _marks(at[there], py_T3, colour, not names)
+        y = _UP + 16 * k
+        parts.append(
+            f'<rect x="{_RIGHT + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>'
+        )
+        parts.append(f'<text x="{_RIGHT + 29}" y="{y + 1}">{escape(name)}</text>')
+    return f'<svg class="lines" viewBox="0 0 560 {height:.0f}" role="img">{"".join(parts)}</svg>'
+
+
+def _with_bounds(drawn: Mapping[str, Any], name: str) -> Floats:
+    """(places, 3) value of a line, lower and upper bound; the value itself where there are none."""
+    ys = [np.nan if y is None else y for y in drawn["lines"][name]]
+    pairs = drawn.get("bounds", {}).get(name) or [None] * len(ys)
+    return np.asarray([(y, *(pair or (y, y))) for y, pair in zip(ys, pairs, strict=True)])
+
+
+def _marks(px: Floats, py_T3: Floats, colour: str, joined: bool) -> list[str]:
+    """Points and whiskers, and the line that joins the points."""
+    points = list(zip(px, *py_T3.T, strict=True))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points)
+    style = f'fill="none" stroke="{colour}"'
+    return [
+        *([f'<polyline points="{path}" {style} stroke-width="2"/>'] if joined else []),
+        *(f'<path d="M{x:.1f} {a:.1f}V{b:.1f}" {style}/>' for x, _, a, b in points if a != b),
+        *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y, *_ in points),
+    ]
+
+
+def _places(x: Sequence[Any], px: Floats, step: float, every: bool) -> tuple[list[str], float]:
+    """What stands below the axis, slanted where names would run into each other; whole height."""
+    texts = [_short(v) if isinstance(v, float) else str(v) for v in x]
+    longest = _LETTER * max(len(text) for text in texts)
+    if every and longest > step:
+        style, drop = 'class="e" transform="rotate(-40 {0:.0f} {1})"', 12
+        height = _DOWN + drop + 0.64 * longest + 8  # sine of 40 degrees
+    else:
+        style, drop, height = 'text-anchor="middle"', 18, _DOWN + 26.0
+    apart = 1 if every else -int(-max(longest + 6, 1) // max(step, 1))
+    shown = [
+        f'<text x="{at:.0f}" y="{_DOWN + drop}" {style.format(at, _DOWN + drop)}>'
+        f"{escape(text)}</text>"
+        for at, text in list(zip(px, texts, strict=True))[::apart]
+    ]
+    return shown, height
 
 
 def histogram(

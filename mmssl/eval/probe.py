@@ -16,7 +16,7 @@ from mmssl.eval import folds as folding
 from mmssl.eval.features import SIGNAL, Features, FeatureSpec, clip_features
 from mmssl.eval.folds import Fold, Labels
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, progress
 from mmssl.types import UserError
 
@@ -56,6 +56,7 @@ def evaluate(session: Session) -> Results:
         return scores_NK, {"c": chosen}
 
     options = cast("Options", session.options)
+    session.check_fields(label=options.label, fold=options.fold)
     features = clip_features(session)
     labels, kept = folding.read_labels(features.rows.meta, options.label)
     folds = folding.read_folds([features.rows.meta[i] for i in kept], options.fold)
@@ -111,9 +112,16 @@ def fold_plot(title: str, found: Results, suite: str, folds: Sequence[Fold]) -> 
         for name, part in parts.items()
         if part
     }
+    bounds = {
+        name: [interval_of(part, "mean"), *(None for _ in folds)]
+        for name, part in parts.items()
+        if part
+    }
     spread = found[suite]["std"]
     more = "" if spread is None else f", standard deviation over folds {spread:.3f}"
-    return plot(f"{title}: {metric}{more}", "fold", ["mean", *(f.name for f in folds)], lines)
+    return plot(
+        f"{title}: {metric}{more}", "fold", ["mean", *(f.name for f in folds)], lines, bounds
+    )
 
 
 # --- the probe

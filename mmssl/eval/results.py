@@ -248,22 +248,55 @@ def train_facts(run: Path) -> dict[str, Any]:
 
 
 def plot(
-    title: str, x_name: str, x: Sequence[Any], lines: Mapping[str, Sequence[float | None]]
+    title: str,
+    x_name: str,
+    x: Sequence[Any],
+    lines: Mapping[str, Sequence[float | None]],
+    bounds: Mapping[str, Sequence[Sequence[float] | None]] | None = None,
 ) -> Results:
-    """Lines over common places, as plain data: drawn in the report, printed in the terminal."""
-    return {"title": title, "x_name": x_name, "x": list(x), "lines": {**lines}}
+    """Lines over common places, as plain data: drawn in the report, printed in the terminal.
+
+    bounds: of some lines, the 95 % interval at every place, None where there is none.
+    """
+    known = {name: list(pairs) for name, pairs in (bounds or {}).items() if any(pairs)}
+    drawn = {"title": title, "x_name": x_name, "x": list(x), "lines": {**lines}}
+    return drawn | ({"bounds": known} if known else {})
+
+
+def interval_of(tree: Mapping[str, Any], key: str) -> list[float] | None:
+    """The 95 % interval of a number, None where it has none."""
+    found: list[float] | None = (tree.get("ci") or {}).get(key)
+    return found
+
+
+def plotted(drawn: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
+    """Texts of a line's numbers and of their intervals, which may be empty."""
+    ys = drawn["lines"][name]
+    pairs = drawn.get("bounds", {}).get(name) or [None] * len(ys)
+    return [
+        (number(y), f" [{pair[0]:.2f}, {pair[1]:.2f}]" if pair else "")
+        for y, pair in zip(ys, pairs, strict=True)
+    ]
 
 
 def _plot_lines(drawn: Mapping[str, Any]) -> list[str]:
-    wide = max(len(name) for name in (*drawn["lines"], drawn["x_name"])) + 2
     places = [number(x, 2) if isinstance(x, float) else str(x) for x in drawn["x"]]
-    widths = [max(7, len(place) + 1) for place in places]
-    head = "".join(f"{place:>{w}}" for place, w in zip(places, widths, strict=True))
-    rows = [
-        f"{name:{wide}}" + "".join(f"{number(y):>{w}}" for y, w in zip(ys, widths, strict=True))
-        for name, ys in drawn["lines"].items()
+    rows = [[drawn["x_name"], *places]]
+    rows += [[name, *map("".join, plotted(drawn, name))] for name in drawn["lines"]]
+    widths = [max(7, *map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [
+        f"{row[0]:{widths[0]}}"
+        + "".join(f" {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
     ]
-    return [drawn["title"], f"{drawn['x_name']:{wide}}{head}", *rows]
+    return [drawn["title"], *texts]
+
+
+def counts(results: Mapping[str, Any]) -> str:
+    """How much a suite has measured and left out: "n 200, n_missing 3"."""
+    own = results.get(str(results.get("suite"))) or {}
+    whole = {k: v for k, v in own.items() if isinstance(v, int)}
+    return ", ".join(f"{name} {value}" for name, value in whole.items())
 
 
 # --- the table in the terminal
@@ -274,6 +307,7 @@ def table(results: Mapping[str, Any]) -> str:
     blocks = [_retrieval_lines(results), _localization_lines(results), _other_lines(results)]
     if not any(blocks):
         blocks = [_plot_lines(drawn) for drawn in results.get("plots") or ()]
+        blocks += [[counts(results)]] if counts(results) else []
     lines = [line for block in blocks if block for line in ["", *block]]
     return "\n".join(lines[1:])
 

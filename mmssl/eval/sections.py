@@ -297,7 +297,12 @@ def plots(found: Results) -> str:
     if not drawn:
         return ""
     pieces = [f'<div class="wide">{pictures.lines(one)}{_numbers(one)}</div>' for one in drawn]
-    return f"<section><h2>{escape(str(found.get('suite')))}</h2>{''.join(pieces)}</section>"
+    told = escape(results.counts(found))
+    if any("bounds" in one for one in drawn):
+        told = "; ".join(filter(None, (told, "brackets and whiskers hold the 95 % interval")))
+    head = f"<h2>{escape(str(found.get('suite')))}</h2>"
+    note = f'<p class="dim">{told}</p>' if told else ""
+    return f"<section>{head}{note}{''.join(pieces)}</section>"
 
 
 def _numbers(drawn: Mapping[str, Any]) -> str:
@@ -305,9 +310,12 @@ def _numbers(drawn: Mapping[str, Any]) -> str:
     head = "".join(f'<th class="n">{escape(place)}</th>' for place in places)
     rows = "".join(
         f"<tr><td>{escape(name)}</td>"
-        + "".join(f'<td class="n">{number(y)}</td>' for y in ys)
+        + "".join(
+            f'<td class="n">{value}{f"<small>{pair}</small>" if pair else ""}</td>'
+            for value, pair in results.plotted(drawn, name)
+        )
         + "</tr>"
-        for name, ys in drawn["lines"].items()
+        for name in drawn["lines"]
     )
     return f"<table><tr><th>{escape(drawn['x_name'])}</th>{head}</tr>{rows}</table>"
 
@@ -385,5 +393,5 @@ def facts(found: Results) -> str:
 
 
 def _pairs(tree: Mapping[str, Any] | None) -> str:
-    shown = {k: v for k, v in (tree or {}).items() if v is not None}
+    shown = {k: v for k, v in (tree or {}).items() if v not in (None, "")}
     return ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in shown.items())

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mmssl.data.folders import MANIFEST, find_folder
 from mmssl.eval import results
 from mmssl.eval.items import ItemTable, Protocol
+from mmssl.eval.parts import no_field
 from mmssl.specs import RunSpec, Spec, ViewSpec
 from mmssl.types import Batch, UserError
 
@@ -98,11 +99,27 @@ class Session:
             self.options.micro_batch,
             self.tokenizer,
             self.options.limit or None,
+            workers=0 if views == {} else None,  # nothing to decode
         )
         with tqdm(total=self.clips, desc=title, unit="clip", disable=None) as bar:
             for batch in found:
                 yield batch
                 bar.update(batch.size)
+
+    def check_fields(self, **fields: str) -> None:
+        """See that some clip has each field, given by option, before hours are spent on decoding.
+
+        Raises:
+            UserError: no clip has one of them; names those there are.
+        """
+        metas: list[Mapping[str, Any]] = []
+        for batch in self.batches({}, "labels"):
+            metas += batch.meta
+            have = {name for meta in batch.meta for name in meta if meta[name] is not None}
+            fields = {option: field for option, field in fields.items() if field not in have}
+            if not fields:
+                return
+        raise no_field(*next(iter(fields.items())), metas)
 
     def view_of(self, modality: str) -> tuple[str, ViewSpec]:
         """Name and record of the run's first view of a modality.

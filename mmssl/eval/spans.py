@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmssl.eval.features import ClipFrames, FeatureSpec, clip_frames
-from mmssl.eval.parts import no_field
 from mmssl.eval.session import Session
 from mmssl.types import UserError
 
@@ -80,9 +79,9 @@ def labelled_clips(
     label = "segments" if options.segments else "label"
     fields = {label: getattr(options, label)}
     fields |= {option: field for option in also if (field := getattr(options, option))}
-    metas, any_span = [], False
+    session.check_fields(**fields)
+    any_span = False
     for clip in clip_frames(session):
-        metas.append(clip.meta)
         known = all(clip.meta.get(field) is not None for field in fields.values())
         if known and (spans := spans_of(clip.meta, options)):
             any_span = True
@@ -91,8 +90,5 @@ def labelled_clips(
             left_out.append(clip.key)
     if any_span:
         return
-    for option, field in fields.items():
-        if not any(meta.get(field) is not None for meta in metas):
-            raise no_field(option, field, metas)
     together = ", ".join(f"{option}={field}" for option, field in fields.items())
     raise UserError(f"no clip of this data has a value of all of {together}; name other fields")

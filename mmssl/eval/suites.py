@@ -94,6 +94,8 @@ def evaluate(suite: str, session: Session) -> tuple[results.Results, Album]:
     assert isinstance(options, EvalSpec)
     album = Album(limit=_PICTURED if options.report else 0)
     want = SUITES[suite]
+    if options.split_by:
+        session.check_fields(split_by=options.split_by)
     if want.maps:
         check_cost(session.clips, options.map_clips, models[TRAINED].map_pairs())
     wants = {TRAINED: want, RANDOM: replace(want, match=False, masked=False)}

@@ -25,7 +25,7 @@ from mmssl.eval.clapper import alignment_error
 from mmssl.eval.embed import Encoder, Rows, encoded_once, first_view, frozen, present
 from mmssl.eval.features import SIGNAL, cut, whole_views
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, SuiteSpec
 from mmssl.rng import seed_of
 from mmssl.specs import ViewSpec
@@ -349,13 +349,16 @@ def offset_numbers(scores_NC: Floats, right_N: NDArray[np.int64]) -> Metrics:
 def _plots(kinds: Mapping[str, Metrics], decoder: Metrics) -> list[Results]:
     x = ["accuracy", "AUC", "paired", "offset", "offset ±1"]
     lines = {}
-    for name, row in kinds.items():
+    for name, row in sorted(kinds.items(), key=lambda item: not item[0].startswith(TRAINED)):
         parts = row.get("offsets") or {}
         binary = [row.get("accuracy"), row["auc"], row["paired"]]
         lines[name] = [*binary, parts.get("accuracy"), parts.get("within_one")]
     chance: Metrics = next((row["offsets"] for row in kinds.values() if "offsets" in row), {})
     near = chance.get("chance_accuracy"), chance.get("chance_within_one")
     lines["chance"] = [0.5, 0.5, 0.5, *near]
+    bounds = {
+        name: [interval_of(row, "accuracy"), None, None, None, None] for name, row in kinds.items()
+    }
     error = decoder["mean_ms"]
     note = "could not be measured" if error is None else f"{error:+.1f} ms"
-    return [plot(f"In time or not (the decoder's own error: {note})", "score", x, lines)]
+    return [plot(f"In time or not (the decoder's own error: {note})", "score", x, lines, bounds)]

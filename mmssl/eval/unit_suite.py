@@ -19,7 +19,7 @@ from pydantic import Field
 from mmssl.data.sidecars import SideCar
 from mmssl.eval.features import SIGNAL
 from mmssl.eval.items import Metrics
-from mmssl.eval.results import Results, plot
+from mmssl.eval.results import Results, interval_of, plot
 from mmssl.eval.session import RANDOM, TRAINED, Session, progress
 from mmssl.eval.spans import Span, SpanSpec, labelled_clips
 from mmssl.eval.units import joint_counts, unit_quality
@@ -81,8 +81,9 @@ def evaluate(session: Session) -> Results:
     found |= {"random_encoder": {"units": made[RANDOM]}} if RANDOM in made else {}
     x = ["pnmi", "phone_purity", "cluster_purity"]
     lines = {name: [part[key] for key in x] for name, part in made.items()}
+    bounds = {name: [interval_of(part, key) for key in x] for name, part in made.items()}
     lines["majority"] = [0.0, share, None]
-    found["plots"] = [plot("Units against classes", "measure", x, lines)]
+    found["plots"] = [plot("Units against classes", "measure", x, lines, bounds)]
     return found
 
 

@@ -13,7 +13,7 @@ from mmssl.eval.load import load_model
 from mmssl.interop import entries, folder, hear, s3prl
 from mmssl.interop.entries import Flat, flat, real
 from mmssl.interop.layout import Heads, Layout
-from mmssl.interop.models import LAYOUTS, layout_of
+from mmssl.interop.models import LAYOUTS
 from mmssl.interop.names import State, bind
 from mmssl.interop.records import logical, names_of, spec_of, task_run, tower_run
 from mmssl.interop.whole import export_whole
@@ -67,6 +67,9 @@ def export_run(run: Path, out: Path, options: ExportSpec | None = None) -> str:
     options = options or ExportSpec()
     if options.format in WHOLE:
         return _export_whole(run, out, options)
+    if options.format not in ("", *LAYOUTS):
+        known = ", ".join([*WHOLE, *LAYOUTS])
+        raise UserError(f"export: `format`: {options.format!r} is not known; there are {known}")
     folder.check_new(out)
     model, spec, _ = load_model(run, options.which)
     chosen = _chosen(spec, model, options)
@@ -150,7 +153,8 @@ def _one(kind: str, wanted: str, names: Sequence[str]) -> str:
     if wanted not in names:
         have = ", ".join(names) or "none"
         said = f"no {kind} {wanted!r}; " if wanted else f"which {kind}? say {kind}=NAME; "
-        raise UserError(f"export: {said}there are {have}")
+        whole = f", or format={', '.join(WHOLE)} for the whole model" if kind == "tower" else ""
+        raise UserError(f"export: {said}there are {have}{whole}")
     return wanted
 
 
@@ -161,7 +165,7 @@ def _fitting(chosen: Chosen, wanted: str) -> Layout:
         UserError: none, or several of which no task says which one is meant.
     """
     if wanted:
-        return layout_of(wanted, "export: `format`")
+        return LAYOUTS[wanted]
     fits: list[str] = []
     refusals: list[str] = []
     for layout in LAYOUTS.values():

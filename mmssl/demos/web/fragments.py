@@ -153,22 +153,23 @@ def principal(points: Sequence[Point], centred: bool) -> Floats:
 
 
 def corpus_map(points: Sequence[Point], places_N2: Floats, wanted: str | None) -> str:
-    """Dots coloured by modality; those whose captions lack a wanted word are faint."""
+    """Dots coloured by modality; those whose captions lack a wanted word are faint, and below."""
     width, height, margin = _MAP
     xs = margin + (width - 2 * margin) * scaled(places_N2[:, 0])
     ys = margin + (height - 2 * margin) * (1 - scaled(places_N2[:, 1]))
     asked = (wanted or "").lower().split()
-    dots = []
+    drawn: dict[bool, list[str]] = {True: [], False: []}  # faint dots first: clicks hit the last
     for point, x, y in zip(points, xs, ys, strict=True):
         faint = not all(word in point.caption.lower() for word in asked)
         words = (point.modality, span(point.start_s, point.end_s), point.caption)
         told = " ".join(word for word in words if word)
-        dots.append(
+        drawn[faint].append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" data-row="{point.id}" '
             f'class="mmssl-{point.modality}{" mmssl-faint" if faint else ""}">'
             f"<title>{escape(told)}</title></circle>"
         )
-    return f'<svg class="mmssl-map" viewBox="0 0 {width} {height}">{"".join(dots)}</svg>'
+    dots = "".join(drawn[True] + drawn[False])
+    return f'<svg class="mmssl-map" viewBox="0 0 {width} {height}">{dots}</svg>'
 
 
 def legend(shown: Mapping[str, int], held: Mapping[str, int]) -> str:

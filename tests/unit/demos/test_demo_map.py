@@ -58,6 +58,8 @@ def test_the_dots_are_the_rows_of_the_index(desk, index, points):
     assert sorted(dots) == sorted(
         (p.id, p.modality, "" if "tin" in p.caption else " mmssl-faint") for p in points
     )
+    faint = [bool(dot[2]) for dot in dots]
+    assert faint == sorted(faint, reverse=True)  # none lies over a bright one and takes its clicks
     assert re.findall(r"(\w+)</span> (\d+) windows", told) == [
         ("audio", "12"), ("video", "12"), ("text", "6"),
     ]  # fmt: skip

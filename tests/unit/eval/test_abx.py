@@ -62,6 +62,18 @@ def test_warping_laws():
     assert abx.dtw([y], [x])[0] == pytest.approx(table[0, 1])
 
 
+def test_long_tokens_are_compared_few_at_a_time(monkeypatch):
+    frames = [token(RNG(i), 40 + i) for i in range(16)]
+    table, counted = abx.all_distances(frames), []
+    monkeypatch.setattr(abx, "_CELLS", 3 * 55**2)
+    widths = []
+    real = abx.dtw
+    monkeypatch.setattr(abx, "dtw", lambda a, b: widths.append(len(a)) or real(a, b))
+    np.testing.assert_allclose(abx.all_distances(frames, counted.append), table, atol=1e-6)
+    assert (max(widths), sum(widths)) == (3, 120)
+    assert counted == widths
+
+
 def by_triples(items, frames, across):
     """The definition, one triple after the other."""
     n = len(items)
@@ -153,17 +165,16 @@ def test_abx_of_tones(run, words):
 
 
 def test_clips_without_an_asked_field_are_left_out_and_counted(run, monkeypatch):
-    def clip_frames(session):
-        for i, clip in enumerate(plain(session)):
-            if i % 2:
-                clip.meta.pop("voice")
-            clip.meta["even"] = [1, None][i % 2]
-            clip.meta["odd"] = [None, 1][i % 2]
-            clip.meta["none"] = []
-            yield clip
+    def batches(session, *args):
+        for batch in plain(session, *args):
+            for i, meta in enumerate(batch.meta):
+                meta |= {"even": [1, None][i % 2], "odd": [None, 1][i % 2], "none": []}
+                if i % 2:
+                    meta.pop("voice")
+            yield batch
 
-    plain = spans.clip_frames
-    monkeypatch.setattr(spans, "clip_frames", clip_frames)
+    plain = Session.batches
+    monkeypatch.setattr(Session, "batches", batches)
     options = abx.Options(label="tone", speaker="voice", random=False, resamples=0)
     found = abx.evaluate(Session.open(run, options))
     assert (found["abx"]["tokens"], found["abx"]["unlabelled"]) == (9, 9)

@@ -98,7 +98,8 @@ def test_signal_frames_of_every_modality(run):
     ("words", "message"),
     [
         (["label=pitch", "fold=fold"], "label=pitch: no clip of this data has that field"),
-        (["label=tone"], "fold=: no clip of this data has that field; there are captions"),
+        (["label=tone"], "give fold=FIELD, a field of the clips' meta; there are captions"),
+        (["fold=fold"], "give label=FIELD, a field of the clips' meta; there are captions"),
         (["label=source_kind", "fold=fold"], "there are captions, duration_s, fold, has"),
         (["label=tone", "fold=fold", "modality=text"], "no view of text, only of audio, video"),
         (["label=tone", "fold=fold", "modality=video"], "no clip holds video"),
@@ -110,6 +111,30 @@ def test_signal_frames_of_every_modality(run):
 def test_bad_input(run, suite, words, message):
     with pytest.raises(UserError, match=message):
         suites.main(suite, str(run), [*words, "random=false"])
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("probe", ["label=tone", "fold=no"]),
+        ("knn", ["label=tone", "fold=no"]),
+        ("abx", ["label=tone", "speaker=no"]),
+        ("retrieval", ["split_by=no"]),
+    ],
+)
+def test_fields_that_no_clip_has_are_refused_before_anything_is_decoded(
+    run, monkeypatch, suite, words
+):
+    decoded = []
+    monkeypatch.setattr(
+        Session, "batches", lambda self, views=None, *_: decoded.append(views) or whole(self, {})
+    )
+    with pytest.raises(UserError, match="=no: no clip of this data has that field; there are"):
+        suites.main(suite, str(run), [*words, "random=false"])
+    assert decoded == [{}]
+
+
+whole = Session.batches
 
 
 def test_fine_tuning_learns_where_its_frozen_start_knows_nothing(run):

@@ -1,12 +1,13 @@
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mmssl.eval import pictures
+from mmssl.eval import pictures, results, sections
 from mmssl.eval.album import Album, Film, spectrogram
 from mmssl.eval.sections import facts, read_log
 
@@ -120,6 +121,42 @@ def test_lines_join_numbers_but_not_names():
     picture = pictures.lines(drawn | {"x": ["<purity", "pnmi"]})
     assert (picture.count("<polyline"), picture.count("<circle")) == (0, 3)
     assert "&lt;purity" in picture
+
+
+def test_intervals_are_whiskers_in_place():
+    drawn = results.plot("a", "k", [1, 5], {"one": [0.5, 1.0]}, {"one": [[0.25, 0.75], None]})
+    picture = pictures.lines(drawn)
+    (top,), (bottom,) = (re.findall(rf'y="(\d+)" class="e">{v}<', picture) for v in (1, 0))
+    x, low, high = map(float, re.findall(r'd="M(\S+) (\S+)V(\S+)" fill', picture)[0])
+    one = np.asarray([int(bottom), int(top)]) - 4.0  # texts hang 4 below their level
+    assert [low, high] == pytest.approx(np.interp([0.25, 0.75], [0, 1], one))
+    places = re.findall(r'<circle cx="(\S+)" cy="(\S+)"', picture)
+    assert np.asarray(places, float)[:, 1] == pytest.approx(np.interp([0.5, 1.0], [0, 1], one))
+    assert float(places[0][0]) == x
+    assert "brackets and whiskers hold the 95 % interval" in sections.plots({"plots": [drawn]})
+    assert "0.500<small> [0.25, 0.75]</small>" in sections.plots({"plots": [drawn]})
+
+
+@pytest.mark.parametrize("name", ["a", "quite a long name"])
+def test_points_of_names_stand_side_by_side_and_names_are_legible(name):
+    x, ys = [f"{name} {k}" for k in range(8)], [0.5] * 8
+    picture = pictures.lines(results.plot("", "", x, {"one": ys, "two": ys}))
+    at = [float(x) for x in re.findall(r'<circle cx="(\S+)"', picture)]
+    assert len(set(at)) == 16  # equal values do not hide each other
+    step = at[1] - at[0]
+    assert at[8] - at[0] < step
+    assert ("rotate" in picture) == (6 * len(x[0]) > step)
+    height = int(re.search(r'viewBox="0 0 560 (\d+)"', picture)[1])
+    assert (height > 300) == (len(name) > 9)
+
+
+def test_numbers_of_an_axis_are_named_evenly():
+    levels = np.round(np.arange(1, 20) * 0.05, 2).tolist()
+    picture = pictures.lines(results.plot("", "", levels, {"one": levels}))
+    named = re.findall(r'text-anchor="middle">(\S+?)<', picture)
+    steps = np.diff([float(text) for text in named])
+    assert len(named) >= 6
+    assert steps == pytest.approx(steps[0])
 
 
 def test_facts_tell_what_was_asked():

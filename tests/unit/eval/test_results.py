@@ -127,3 +127,19 @@ def test_numbers_for_people():
     assert results.number(7) == "7"
     assert results.bounded({"a": 0.5, "ci": {"a": [0.4, 0.612]}}, "a") == "0.500 [0.40, 0.61]"
     assert results.bounded({"a": 0.5}, "a") == "0.500"
+
+
+def test_intervals_and_counts_stand_in_the_table():
+    own = {"mean": 0.5, "n": 3, "n_missing": 1, "metric": "accuracy", "ci": {"mean": [0.2, 0.8]}}
+    bounds = {"trained": [results.interval_of(own, "mean"), results.interval_of(own, "std")]}
+    drawn = results.plot("title", "fold", ["mean", "7"], {"trained": [0.5, None]}, bounds)
+    assert drawn["bounds"] == {"trained": [[0.2, 0.8], None]}
+    assert "bounds" not in results.plot("title", "fold", ["7"], {"a": [1.0]}, {"a": [None]})
+    lines = results.table({"suite": "probe", "probe": own, "plots": [drawn]}).splitlines()
+    assert lines == [
+        "title",
+        "fold                  mean       7",
+        "trained 0.500 [0.20, 0.80]       -",
+        "",
+        "n 3, n_missing 1",
+    ]
