@@ -2,6 +2,7 @@
 
 from mmssl.backbones.byola import BYOLA
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
+from mmssl.backbones.pase import PASE
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
 from mmssl.backbones.trunks import VGG16, AlexNet, ResNet18, ResNet50, SpeechConv
@@ -12,6 +13,7 @@ NETWORKS = {
     "byol_a": BYOLA,
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
+    "pase": PASE,
     "resnet18": ResNet18,
     "resnet50": ResNet50,
     "resnet_v2": ResNetV2,
@@ -25,6 +27,7 @@ NETWORKS = {
 __all__ = [
     "BYOLA",
     "NETWORKS",
+    "PASE",
     "S3DG",
     "VGG16",
     "AlexNet",
