@@ -21,7 +21,7 @@ from mmssl.build.towers import (
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
-from mmssl.specs import KaldiSpec, RunSpec, SincNetSpec, SpectrumSpec
+from mmssl.specs import KaldiSpec, PASESpec, RunSpec, SincNetSpec, SpectrumSpec
 from mmssl.types import UserError
 from mmssl.views import mel
 
@@ -103,7 +103,7 @@ def _check_names(spec: RunSpec) -> None:
                 f"which towers.{tower}.frontend must give as kind log_mel with log ln_eps"
             )
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
-        part = found.backbone if isinstance(found.backbone, SincNetSpec) else found.frontend
+        part = found.backbone if isinstance(found.backbone, SincNetSpec | PASESpec) else found.frontend
         spectrum = spectrum or part is found.backbone
         rate = part.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:

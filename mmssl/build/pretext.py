@@ -7,10 +7,10 @@ from math import prod
 
 from mmssl.build.towers import data_shape, need_view
 from mmssl.data.labels import listed
-from mmssl.specs import ClassifySpec, ClusterSpec, OrderSpec, RotationSpec, RunSpec
+from mmssl.specs import ClassifySpec, ClusterSpec, OrderSpec, RotationSpec, RunSpec, SequenceSpec
 from mmssl.tasks.base import Task
 from mmssl.tasks.clustered import Clustered
-from mmssl.tasks.pretext import Order, Rotation
+from mmssl.tasks.pretext import Order, Rotation, Succession
 from mmssl.towers import AnyTower, ConvTower
 from mmssl.types import UserError
 from mmssl.views.pretext import tile_sizes
@@ -24,7 +24,7 @@ def make_pretext(
     widths: Mapping[str, int],
     check_pool: Callable[[str, str, str], None],
 ) -> Task:
-    """A task of turns, of order or of clusters; towers by name, widths by view.
+    """A task of turns, of order, of what comes next or of clusters; towers by name, widths by view.
 
     check_pool: refuses a pooling that a view does not have.
 
@@ -32,10 +32,14 @@ def make_pretext(
         UserError: names that do not exist, or parts that do not fit together.
     """
     target, where = task.target, f"tasks.{name}.target"
-    assert isinstance(target, RotationSpec | OrderSpec | ClusterSpec)
+    assert isinstance(target, RotationSpec | OrderSpec | SequenceSpec | ClusterSpec)
     view = need_view(run, target.view, f"{where}.view")
-    check_pool(f"tasks.{name}.pool", target.view, task.pool)
     width, embed = widths[target.view], task.embed
+    if isinstance(target, SequenceSpec):
+        if task.pool != ClassifySpec.model_fields["pool"].default:
+            raise UserError(f"tasks.{name}.pool: not read, single steps are compared; leave it out")
+        return Succession(name, target, width, embed, task.weight)
+    check_pool(f"tasks.{name}.pool", target.view, task.pool)
     if isinstance(target, ClusterSpec):
         if len(listed(run.data.train)) > 1:
             raise UserError(f"{where}: tells clips apart by their number; name one data.train")

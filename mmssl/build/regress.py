@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmssl.build.towers import make_signal, need_view
-from mmssl.frontends.prosody import Prosody
 from mmssl.heads.regress import FrameDecoder, WaveDecoder
-from mmssl.specs import ProsodySpec, RegressSpec, RunSpec, WaveDecoderSpec
+from mmssl.specs import RegressSpec, RunSpec, WaveDecoderSpec
 from mmssl.targets.signals import Standardize
 from mmssl.tasks.base import Task
 from mmssl.tasks.regress import Regress
@@ -35,18 +34,28 @@ def make_regress(
         )
     tower = towers[view.tower_name]
     token = round(view.hz / tower.token_rate(view.hz))  # samples
-    width = tower.width
+    signal = make_signal(task.signal)
+    assert signal is not None  # ids are no signal of a regression
     if isinstance(task.decoder, WaveDecoderSpec):
         if token != task.decoder.samples:
             raise UserError(
                 f"{where}.decoder.strides: make {task.decoder.samples} samples of a token, but "
-                f"tokens of {view.tower_name} are {token} apart; change the strides"
+                f"tokens of towers.{view.tower_name} are {token} apart; change the strides"
             )
-        decoder = WaveDecoder(width, **task.decoder.model_dump(exclude={"kind"}))
-        signal, shift, bands = make_signal(task.signal), 0, 1
-        return Regress(task.view, signal, shift, decoder, task.error, None, task.weight)
-    if isinstance(task.signal, ProsodySpec):
-        signal = Prosody(**task.signal.model_dump(exclude={"kind"}))
-    else:
-        signal = make_signal(task.signal)
-    ...
+        wave = WaveDecoder(tower.width, **task.decoder.model_dump(exclude={"kind"}))
+        standard = Standardize(1) if task.standardize else None
+        return Regress(task.view, signal, 0, wave, task.error, standard, task.weight)
+    hop: int = signal.params.hop  # type: ignore[union-attr, assignment]
+    if token % hop:
+        raise UserError(
+            f"{where}.signal.hop: {hop} samples, but tokens of towers.{view.tower_name} are "
+            f"{token} apart; use {token}, or a part of it"
+        )
+    ratio = token // hop
+    bands: int = signal.bands * getattr(signal, "channels", 1)  # type: ignore[operator]
+    # the frames of a token lie evenly around its centre
+    first = tower.first_centre() * ratio - (ratio - 1) / 2
+    shift = round(signal.first_centre - first)  # type: ignore[operator]
+    frames = FrameDecoder(tower.width, bands, ratio, task.decoder.hidden)
+    standard = Standardize(bands) if task.standardize else None
+    return Regress(task.view, signal, shift, frames, task.error, standard, task.weight)

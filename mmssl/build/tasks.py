@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmssl.build.later import make_future
 from mmssl.build.pretext import make_pretext
+from mmssl.build.regress import make_regress
 from mmssl.build.scores import check_map, make_map
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
@@ -16,7 +17,7 @@ from mmssl.build.targets import (
     word_begins,
 )
 from mmssl.build.towers import need_view
-from mmssl.heads.dense import PairScore, VectorScore
+from mmssl.heads.dense import PairScore, StepScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
 from mmssl.heads.match import (
     JointMatch,
@@ -47,6 +48,7 @@ from mmssl.specs import (
     PairSpec,
     PairsSpec,
     PrototypesSpec,
+    RegressSpec,
     RunSpec,
     SemiHardSpec,
     SiameseSpec,
@@ -86,6 +88,8 @@ class TaskBuilder:
             return self._pairs(name, task)
         if isinstance(task, MaskedSpec):
             return self._masked(name, task)
+        if isinstance(task, RegressSpec):
+            return make_regress(name, task, self.spec, self.towers)
         if isinstance(task, FutureSpec):
             return make_future(self.spec, name, task, self.towers)
         if isinstance(task, SiameseSpec):
@@ -212,6 +216,15 @@ class TaskBuilder:
 
     def _score(self, where: str, task: PairsSpec, pair: PairSpec) -> PairScore:
         score = pair.score
+        if isinstance(pair.objective, CriticSpec) and pair.objective.per_step:
+            space = task.heads.spaces[pair.space]
+            if poolings(space) != {"steps"} or not isinstance(score, FusionSpec):
+                raise UserError(
+                    f"{where}.objective.per_step: compares the steps of a space pooled by `steps`, "
+                    "by score `fusion`; use both, or leave it out"
+                )
+            width = space.dim // space.steps
+            return StepScore(FusionMLP(width, width, score.hidden), space.steps)
         if isinstance(score, MapSpec):
             return make_map(self.spec, where, pair.between, score, self.towers)
         if isinstance(score, DotSpec):

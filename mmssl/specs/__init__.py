@@ -43,6 +43,7 @@ from mmssl.specs.networks import (
     ConvAV8Spec,
     ConvSpec,
     EfficientNetSpec,
+    PASESpec,
     ResNet18Spec,
     ResNet50Spec,
     ResNetSpec,
@@ -65,6 +66,7 @@ from mmssl.specs.objectives import (
     TripletSpec,
 )
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
+from mmssl.specs.regress import ProsodySpec, RegressSpec, WaveDecoderSpec
 from mmssl.specs.run import (
     DataSpec,
     OptimSpec,
@@ -104,6 +106,7 @@ from mmssl.specs.tasks import (
     PairsSpec,
     PrototypesSpec,
     RotationSpec,
+    SequenceSpec,
     SiameseSpec,
     TaskSpec,
 )

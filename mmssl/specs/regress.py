@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmssl.specs.base import Number, Spec
-from mmssl.specs.towers import KaldiSpec, SpectrumSpec, WaveSpec
+from mmssl.specs.frontends import KaldiSpec, SpectrumSpec, WaveSpec
 
 
 class ProsodySpec(Spec):

@@ -17,6 +17,7 @@ from mmssl.specs.objectives import (
     QueueSpec,
 )
 from mmssl.specs.quantizers import QuantizerSpec
+from mmssl.specs.regress import RegressSpec
 from mmssl.specs.targets import TargetSpec
 from mmssl.specs.towers import TransformerSpec
 
@@ -109,6 +110,18 @@ class OrderSpec(Spec):
         return prod(self.tiles)
 
 
+class SequenceSpec(Spec):
+    """What comes later and what came before, see `mmssl.tasks.pretext.Succession`.
+
+    `frames`: tokens of a stretch. `gap`: from the drawn token to a stretch, at least.
+    """
+
+    kind: Literal["sequence"]
+    view: str
+    frames: int = Field(5, gt=0)
+    gap: int = Field(16, gt=0)
+
+
 class ClusterSpec(Spec):
     """The cluster of a clip's features of the last epoch, see `mmssl.tasks.clustered.Clustered`.
 
@@ -136,7 +149,8 @@ class ClassifySpec(Spec):
 
     kind: Literal["classify"]
     target: Annotated[
-        MatchSpec | LabelSpec | RotationSpec | OrderSpec | ClusterSpec, Field(discriminator="kind")
+        MatchSpec | LabelSpec | RotationSpec | OrderSpec | SequenceSpec | ClusterSpec,
+        Field(discriminator="kind"),
     ]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
     space: str = ""
@@ -311,6 +325,12 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec,
+    PairsSpec
+    | ClassifySpec
+    | MaskedSpec
+    | FutureSpec
+    | SiameseSpec
+    | PrototypesSpec
+    | RegressSpec,
     Field(discriminator="kind"),
 ]
