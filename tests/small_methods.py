@@ -16,6 +16,7 @@ from mmssl.specs import (
     BYOLASpec,
     CausalConvSpec,
     GumbelSpec,
+    PASESpec,
     PointwiseSpec,
     RecurrentSpec,
     ResNetSpec,
@@ -110,6 +111,8 @@ def _network(key: str, tower: TowerSpec) -> Iterator[str]:
         yield from (f"{key}.{k}" for k in ("hidden=16", "dropout=0"))
     if isinstance(backbone, ResNetSpec | S3DGSpec):
         yield f"{key}.channels=8"
+    if isinstance(backbone, PASESpec):
+        yield from (f"{key}.{k}" for k in ("width=16", f"channels={[8] * len(backbone.channels)}"))
     if isinstance(backbone, SincNetSpec):
         yield f"{key}.widths=[16, 16]"
     if isinstance(backbone, ResNetSpec):
@@ -146,6 +149,8 @@ def _masked(spec: RunSpec) -> Iterator[str]:
 def _unlabelled(spec: RunSpec) -> Iterator[str]:
     for name, task in spec.tasks.items():
         key = f"tasks.{name}"
+        if task.kind == "regress" and task.decoder.kind == "waveform":
+            yield f"{key}.decoder.channels={[8] * len(task.decoder.channels)}"
         if task.kind == "prototypes":
             yield from (f"{key}.{k}" for k in ("projector.widths=[16, 16]", "prototypes=8"))
             yield f"{key}.queue={min(task.queue, 8)}"
@@ -154,6 +159,8 @@ def _unlabelled(spec: RunSpec) -> Iterator[str]:
         yield f"{key}.embed={[16] * len(task.embed)}"
         if task.target.kind == "clusters":
             yield from (f"{key}.target.{k}" for k in ("clips=6", "clusters=2", "components=3"))
+        if task.target.kind == "sequence":
+            yield from (f"{key}.target.{k}" for k in ("frames=2", "gap=3"))
         if task.target.kind == "order":
             yield f"{key}.target.tiles=[2]"
 
@@ -169,8 +176,10 @@ def _heads(spec: RunSpec) -> Iterator[str]:
         if task.kind != "pairs":
             continue
         for space, s in task.heads.spaces.items():
-            dim = 8 * s.steps if s.pool == "steps" else 16
-            yield f"tasks.{name}.heads.spaces.{space}.dim={dim}"
+            steps = min(s.steps, 8)
+            dim = (16 if task.heads.form == "none" else 8) * steps if s.pool == "steps" else 16
+            key = f"tasks.{name}.heads.spaces.{space}"
+            yield from (f"{key}.{k}" for k in (f"dim={dim}", f"steps={steps}"))
         for pair, p in task.pairs.items():
             if p.score.kind == "map" and "none" not in str(p.score.form):
                 yield f"tasks.{name}.pairs.{pair}.score.dim=8"

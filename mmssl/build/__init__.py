@@ -103,7 +103,9 @@ def _check_names(spec: RunSpec) -> None:
                 f"which towers.{tower}.frontend must give as kind log_mel with log ln_eps"
             )
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
-        part = found.backbone if isinstance(found.backbone, SincNetSpec | PASESpec) else found.frontend
+        part = (
+            found.backbone if isinstance(found.backbone, SincNetSpec | PASESpec) else found.frontend
+        )
         spectrum = spectrum or part is found.backbone
         rate = part.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:

@@ -325,12 +325,6 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec
-    | ClassifySpec
-    | MaskedSpec
-    | FutureSpec
-    | SiameseSpec
-    | PrototypesSpec
-    | RegressSpec,
+    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec | RegressSpec,
     Field(discriminator="kind"),
 ]

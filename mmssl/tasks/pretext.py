@@ -138,7 +138,7 @@ class Succession(Pretext):
         self.spec = spec
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
-        """Cross-entropy of yes and no, the mean of both stretches; how often the critic is right."""
+        """Cross-entropy of yes and no, the mean of both stretches; the share that is right."""
         tokens = passes.tokens(self.view)
         x_PTD, pad_PT = time_steps(tokens)
         places, valid_P = self.places((~pad_PT).sum(1), tokens.view.seeds_P)

@@ -34,7 +34,8 @@ def test_the_layers_are_those_of_torch():
         y = (y - mean) / (var + 1e-5).sqrt()
         y = torch.where(y > 0, y, 0.25 * y)
     y = net.out(y)
-    y = (y - y.mean((0, 2), keepdim=True)) / (y.var((0, 2), keepdim=True, unbiased=False) + 1e-5) ** 0.5
+    mean, var = y.mean((0, 2), keepdim=True), y.var((0, 2), keepdim=True, unbiased=False)
+    y = (y - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(net.train()(x)[0], y.transpose(1, 2), atol=1e-5, rtol=1e-4)
 
 
@@ -44,13 +45,15 @@ def test_items_are_mirrored_at_their_own_ends():
     assert got[0, 0].tolist() == [3, 2, 1, 2, 3, 4, 5, 6, 5, 4]
     assert got[1, 0, :8].tolist() == [3, 2, 1, 2, 3, 4, 3, 2]
     assert torch.equal(reflected(x, 2, None)[0], got[0])
-    assert torch.equal(reflected(x, 2, torch.tensor([1, 1]))[0, 0, :5], torch.ones(5) * got.new_tensor([1, 1, 1, 1, 1]))
+    assert reflected(x, 2, torch.tensor([1, 1]))[0, 0, :5].eq(1).all()
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_changes_nothing(training):
-    net = small().train(training)
-    items = [torch.randn(1, 1, n) for n in (400, 230, 311)]
+    net = small()
+    net.sinc = torch.nn.Conv1d(1, 6, 31)  # in fp64, which sinc filters refuse
+    net = net.double().train(training)
+    items = [torch.randn(1, 1, n).double() for n in (400, 230, 311)]
     padding_changes_nothing(net, items, training)
 
 
@@ -61,5 +64,5 @@ def test_dummies_change_nothing():
 def test_short_sounds_are_refused():
     with pytest.raises(UserError, match="longer crop_s"):
         small().grid((15,))
-    with pytest.raises(UserError, match="frontend.kind: waveform"):
+    with pytest.raises(UserError, match=r"frontend\.kind: waveform"):
         small().grid((400, 64))
