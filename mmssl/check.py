@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
+    from mmssl.specs import RunSpec, SegmentsSpec, TaskSpec, UnitTargetSpec, ViewSpec
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -329,28 +329,32 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
                     what = f"{pair.objective.kind} on the map"
                 weight = f"{task.weight} x {pair.weight}"
                 rows.append((f"{name}.{key}", "pairs", " ~ ".join(pair.between), what, weight))
-        elif task.kind == "masked":
-            what = f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
-            rows.append((name, "masked", task.view, what, str(task.weight)))
-        elif task.kind == "future":
-            what = f"{task.target.kind}, {task.steps} steps"
-            rows.append((name, "future", task.view, what, str(task.weight)))
-        elif task.kind == "siamese":
-            what = (
-                f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
-            )
-            rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
-        elif task.kind == "prototypes":
-            what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
-            rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
-        elif task.target.kind == "match":
-            what = f"match by {task.score.kind}"
-            rows.append((name, "classify", " ~ ".join(task.target.between), what, str(task.weight)))
         else:
-            target = task.target
-            what = f"label {target.field}" if target.kind == "label" else target.kind
-            rows.append((name, "classify", task.target.view, what, str(task.weight)))
+            rows.append((name, task.kind, *_summary(task), str(task.weight)))
     return rows
+
+
+def _summary(task: TaskSpec) -> tuple[str, str]:
+    """What a task reads, and what it learns from that."""
+    if task.kind == "masked":
+        return task.view, f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
+    if task.kind == "future":
+        return task.view, f"{task.target.kind}, {task.steps} steps"
+    if task.kind == "siamese":
+        target = "itself" if task.decay is None else "its average"
+        return " ~ ".join(task.between), f"{task.objective.kind}, target {target}"
+    if task.kind == "prototypes":
+        what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
+        return " ~ ".join(task.views), what
+    if task.kind == "regress":
+        return task.view, f"{task.error} error of {task.signal.kind}"
+    if task.kind == "alignment":
+        return "two tables", f"critic against mapping, {task.critic_steps} : 1"
+    assert task.kind == "classify"  # `pairs` have rows of their own
+    target = task.target
+    if target.kind == "match":
+        return " ~ ".join(target.between), f"match by {task.score.kind}"
+    return target.view, f"label {target.field}" if target.kind == "label" else target.kind
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:

@@ -151,6 +151,8 @@ def _unlabelled(spec: RunSpec) -> Iterator[str]:
         key = f"tasks.{name}"
         if task.kind == "regress" and task.decoder.kind == "waveform":
             yield f"{key}.decoder.channels={[8] * len(task.decoder.channels)}"
+        if task.kind == "alignment":
+            yield from (f"{key}.{k}" for k in ("width=8", "hidden=[16, 16]", "critic_steps=2"))
         if task.kind == "prototypes":
             yield from (f"{key}.{k}" for k in ("projector.widths=[16, 16]", "prototypes=8"))
             yield f"{key}.queue={min(task.queue, 8)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmssl.build.later import make_future
+from mmssl.build.players import make_alignment
 from mmssl.build.pretext import make_pretext
 from mmssl.build.regress import make_regress
 from mmssl.build.scores import check_map, make_map
@@ -31,6 +32,7 @@ from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP
 from mmssl.objectives.contrastive import LogitScale
 from mmssl.specs import (
+    AlignmentSpec,
     BilinearSpec,
     ClassifySpec,
     CriticSpec,
@@ -88,6 +90,8 @@ class TaskBuilder:
             return self._pairs(name, task)
         if isinstance(task, MaskedSpec):
             return self._masked(name, task)
+        if isinstance(task, AlignmentSpec):
+            return make_alignment(name, task, self.spec)
         if isinstance(task, RegressSpec):
             return make_regress(name, task, self.spec, self.towers)
         if isinstance(task, FutureSpec):

@@ -65,6 +65,7 @@ from mmssl.specs.objectives import (
     SigmoidSpec,
     TripletSpec,
 )
+from mmssl.specs.players import AlignmentSpec
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.regress import ProsodySpec, RegressSpec, WaveDecoderSpec
 from mmssl.specs.run import (

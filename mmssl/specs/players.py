@@ -13,10 +13,10 @@ class AlignmentSpec(Spec):
     """A linear map of one table of vectors onto another, see `mmssl.tasks.players.Alignment`.
 
     `source`, `target`: safetensors files with rows of `width` numbers under the key `weight`, most
-    frequent first; a run that trains needs both. `frequent`: rows that the critic sees. `normalize`:
-    rows are centred and have length 1. `hidden`, `dropout` (of its input), `smooth` (of its labels):
-    of the critic, which has `critic_steps` steps to one of the mapping. `beta`: pull towards an
-    orthogonal mapping.
+    frequent first; a run that trains needs both. `frequent`: rows that the critic sees.
+    `normalize`: rows are centred and have length 1. `hidden`, `dropout` (of its input), `smooth`
+    (of its labels): of the critic, which has `critic_steps` steps to one of the mapping. `beta`:
+    pull towards an orthogonal mapping.
     """
 
     kind: Literal["alignment"]

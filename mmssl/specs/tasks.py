@@ -16,6 +16,7 @@ from mmssl.specs.objectives import (
     PairObjective,
     QueueSpec,
 )
+from mmssl.specs.players import AlignmentSpec
 from mmssl.specs.quantizers import QuantizerSpec
 from mmssl.specs.regress import RegressSpec
 from mmssl.specs.targets import TargetSpec
@@ -325,6 +326,13 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec | RegressSpec,
+    PairsSpec
+    | ClassifySpec
+    | MaskedSpec
+    | FutureSpec
+    | SiameseSpec
+    | PrototypesSpec
+    | RegressSpec
+    | AlignmentSpec,
     Field(discriminator="kind"),
 ]

@@ -57,7 +57,10 @@ class Turns:
                 "turns of others, which only 0 and 1 can do without; use one of these"
             )
         self.model, self.device, self.stage = model, device, int(train.zero)
-        owner, trained = model.players(), {n for n, p in model.named_parameters() if p.requires_grad}
+        owner, trained = (
+            model.players(),
+            {n for n, p in model.named_parameters() if p.requires_grad},
+        )
         self._own: dict[str, set[str]] = {}
         for name in trained:
             self._own.setdefault(owner[name], set()).add(name)
@@ -72,9 +75,7 @@ class Turns:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._own.get(player, set()))
 
-    def forward(
-        self, batch: Batch, step: int, total: int
-    ) -> tuple[Tensor, dict[str, Term]]:
+    def forward(self, batch: Batch, step: int, total: int) -> tuple[Tensor, dict[str, Term]]:
         """As `Engine.forward`, in the turn of step `step`."""
         self._player = self.model.turn(step)
         self._give(self._player)
