@@ -93,7 +93,8 @@ def _correlation(frames_PTW: Tensor, win: int) -> Tensor:
     square = F.pad(frames_PTW.square().cumsum(-1), (1, 0))
     energy = square[..., win:] - square[..., : size - win + 1]
     quiet = _QUIET * win
-    return cross / ((energy[..., :1] + quiet) * (energy + quiet).clamp(min=quiet)).sqrt()
+    scores: Tensor = cross / ((energy[..., :1] + quiet) * (energy + quiet).clamp(min=quiet)).sqrt()
+    return scores
 
 
 def interpolated(values_PT: Tensor, known_PT: Tensor, otherwise: float) -> Tensor:

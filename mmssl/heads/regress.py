@@ -21,7 +21,8 @@ class FrameDecoder(nn.Module):
 
     def forward(self, x_PTD: Tensor) -> Tensor:
         """(P, T, D) to (P, ratio T, F)."""
-        return self.layers(x_PTD).unflatten(2, (self.ratio, -1)).flatten(1, 2)
+        frames: Tensor = self.layers(x_PTD).unflatten(2, (self.ratio, -1))
+        return frames.flatten(1, 2)
 
 
 class WaveDecoder(nn.Module):
