@@ -158,6 +158,7 @@ def tables_of(tmp_path):
     return files, turn, order.argsort()
 
 
+@pytest.mark.slow
 def test_the_game_finds_the_turn_without_pairs(tmp_path, capsys):
     (speech, text), turn, theirs = tables_of(tmp_path)
     task = {"source": speech, "target": text, "width": 5, "frequent": 400, "hidden": "[64]"}
