@@ -52,10 +52,10 @@ def make_regress(
             f"{token} apart; use {token}, or a part of it"
         )
     ratio = token // hop
-    bands: int = signal.bands * getattr(signal, "channels", 1)  # type: ignore[operator]
+    bands: int = signal.bands * getattr(signal, "channels", 1)  # type: ignore[operator, assignment]
     # the frames of a token lie evenly around its centre
     first = tower.first_centre() * ratio - (ratio - 1) / 2
-    shift = round(signal.first_centre - first)  # type: ignore[operator]
+    shift = round(signal.first_centre - first)  # type: ignore[operator, arg-type]
     frames = FrameDecoder(tower.width, bands, ratio, task.decoder.hidden)
     standard = Standardize(bands) if task.standardize else None
     return Regress(task.view, signal, shift, frames, task.error, standard, task.weight)

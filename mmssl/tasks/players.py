@@ -118,7 +118,8 @@ class Alignment(Players):
     def after_step(self, position: float) -> None:
         """Move the mapping towards an orthogonal matrix, behind its own steps."""
         if self.turn == "mapping":
-            assign(self.mapping.weight, closer_to_orthogonal(self.mapping.weight, self.spec.beta))
+            (w_DD,) = self.mapping.parameters()
+            assign(w_DD, closer_to_orthogonal(w_DD, self.spec.beta))
 
 
 def closer_to_orthogonal(w_DD: Tensor, beta: float) -> Tensor:
