@@ -115,7 +115,7 @@ def _problems(model: Model, loss: torch.Tensor, terms: dict[str, Term]) -> list[
 
 
 class LabelReport(NamedTuple):
-    """What is wrong with the frame labels that a run predicts, and what could not be looked at."""
+    """What is wrong with the labels that a run predicts, and what could not be looked at."""
 
     problems: list[str]
     absent: list[str]
@@ -123,6 +123,8 @@ class LabelReport(NamedTuple):
 
 def judge_labels(model: Model, spec: RunSpec) -> LabelReport:
     """Hold frame labels against the shards, towers and classes of the run; reads them whole, once.
+
+    Of labels that come from clustering clips: hold the number of clips against the shards.
 
     Raises:
         UserError: a file is no side-car, or those of a label set fit neither each other nor a
@@ -133,6 +135,9 @@ def judge_labels(model: Model, spec: RunSpec) -> LabelReport:
 
     report = LabelReport([], [])
     for task_name, task in spec.tasks.items():
+        if task.kind == "classify" and task.target.kind == "clusters":
+            key = f"tasks.{task_name}.target.clips"
+            report.problems.extend(_clip_problems(spec, key, task.target.clips))
         if task.kind != "masked" or task.target.kind != "units":
             continue
         view = spec.views[task.view]
@@ -151,7 +156,7 @@ def judge_labels(model: Model, spec: RunSpec) -> LabelReport:
 
 
 def need_labels(model: Model, spec: RunSpec) -> None:
-    """Refuse to train on frame labels that are missing or degenerate (`judge_labels`).
+    """Refuse to train on labels that are missing or degenerate (`judge_labels`).
 
     Raises:
         UserError: they are; every problem is named.
@@ -168,7 +173,7 @@ def _label_problems(
     from mmssl.data.labels import LabelBook, check, listed
     from mmssl.data.sidecars import SideCar, shards_digest
 
-    folders = [f for f in listed(spec.data.train) if f and (is_address(f) or Path(f).is_dir())]
+    folders = _folders(spec)
     samples = {shards_digest(f): sum(s.samples for s in read_manifest(f)) for f in folders}
     files = {name: listed(spec.data.frame_labels[name])}
     cars = LabelBook.open(files, folders, required=True).cars[name]
@@ -178,6 +183,27 @@ def _label_problems(
             yield f"{key}: {classes} classes, but {car.path} has {has}; give those, or other labels"
         for problem in check(car, hz, samples.get(car.info.shards)):
             yield f"data.frame_labels.{name}: {problem}"
+
+
+def _clip_problems(spec: RunSpec, key: str, clips: int) -> Iterator[str]:
+    """Clips are in the order of their numbers: the last one has the highest."""
+    from mmssl.data.folders import read_manifest
+    from mmssl.data.ordered import eval_batches
+
+    for folder in _folders(spec):
+        last = sum(shard.samples for shard in read_manifest(folder)) - 1
+        for batch in eval_batches(folder, spec.data, {}, 1, None, workers=0, rows=[last]):
+            count = int(batch.index_B[0]) + 1
+            if not count <= clips <= 2 * count:  # with many more the first labels come late
+                numbers = f"the clips of {folder} have the numbers up to {count - 1}"
+                yield f"{key}: {clips}, but {numbers}; give {count}"
+
+
+def _folders(spec: RunSpec) -> list[str]:
+    """The folders of `data.train` that are there."""
+    from mmssl.data.labels import listed
+
+    return [f for f in listed(spec.data.train) if f and (is_address(f) or Path(f).is_dir())]
 
 
 def fake_batch(spec: RunSpec, rows: int = 4, seed: int = 0, missing: bool = True) -> Batch:
@@ -339,7 +365,8 @@ def _summary(task: TaskSpec) -> tuple[str, str]:
     if task.kind == "masked":
         return task.view, f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
     if task.kind == "future":
-        return task.view, f"{task.target.kind}, {task.steps} steps"
+        reads = " -> ".join(filter(None, (task.view, task.predicts)))
+        return reads, f"{task.target.kind}, {task.steps} steps"
     if task.kind == "siamese":
         target = "itself" if task.decay is None else "its average"
         return " ~ ".join(task.between), f"{task.objective.kind}, target {target}"

@@ -24,7 +24,6 @@ from mmssl.targets.teacher import evaluating
 from mmssl.tasks.base import Task, mixed_in
 from mmssl.tasks.classify import Match
 from mmssl.tasks.masked import Masked
-from mmssl.tasks.pairs import Pairs
 from mmssl.tasks.players import Players
 from mmssl.towers import AnyTower, JointTower, Passes
 from mmssl.types import Batch, Floor, Term, UserError
@@ -237,7 +236,7 @@ class Model(nn.Module):
         out: dict[Space, tuple[Tensor, Tensor]] = {}
         with evaluating(self):
             passes = self.passes(batch)
-            for task in self._pairs():
+            for task in self._tasks():
                 for (view, space), (z_BLD, filled) in task.vectors(passes).items():
                     key = (self.spec.views[view].modality, space)
                     out.setdefault(key, (z_BLD[:, 0], filled[:, 0]))
@@ -247,17 +246,17 @@ class Model(nn.Module):
         """{(modality, space): the view whose vectors `embed` gives for it}."""
         out: dict[Space, str] = {}
         with evaluating(self):  # some spaces are reached in evaluation only
-            for view, space in (key for task in self._pairs() for key in task.space_keys()):
+            for view, space in (key for task in self._tasks() for key in task.space_keys()):
                 out.setdefault((self.spec.views[view].modality, space), view)
         return out
 
     def space_for(self, a: str, b: str) -> str | None:
         """The space in which two modalities are compared: a trained pair's, else any common one."""
         modality = {view: spec.modality for view, spec in self.spec.views.items()}
-        for task in self._pairs():
-            for pair in task.vector_pairs():
-                if {modality[v] for v in pair.between} == {a, b}:
-                    return pair.space
+        for task in self._tasks():
+            for between, space in task.vector_pairs():
+                if {modality[v] for v in between} == {a, b}:
+                    return space
         spaces = [{s for known, s in self.spaces() if known == m} for m in (a, b)]
         common = sorted(spaces[0] & spaces[1])
         return common[0] if common else None
@@ -337,8 +336,8 @@ class Model(nn.Module):
                 if isinstance(task, Masked)
             }
 
-    def _pairs(self) -> list[Pairs]:
-        return [task for task in self.tasks.values() if isinstance(task, Pairs)]
+    def _tasks(self) -> list[Task]:
+        return list(self.tasks.values())  # type: ignore[arg-type]
 
 
 def need_tasks(spec: RunSpec) -> None:

@@ -200,25 +200,43 @@ def siamese() -> dict[str, Any]:
 
 
 def compared() -> dict[str, Any]:
-    """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss."""
+    """Changes that wire the tiny run with pairs whose rows of all ranks meet in one loss.
+
+    A label is said in terms of the pairs, behind a batch norm (CLAR), and sounds are laid over
+    those of other ranks (Jansen et al.).
+    """
     between = {"between": ["video", "audio"]}
     # light: the gradient of MINE's last bias is a rounding error, which must stay one
     critic = {"score": {"kind": "fusion", "hidden": 8}, "weight": 0.25}
     pairs = {
         "two_n": {"objective": {"kind": "info_nce", "form": "two_n", "temperature": 0.5}},
         "mined": {"objective": {"kind": "semi_hard", "margin": 0.5}},
+        "mixed": {"objective": {"kind": "semi_hard", "margin": 0.5, "negative": "mixed"}},
         **{
             b: {**critic, "objective": {"kind": "critic", "bound": b}}
             for b in ("bce", "mine", "nce")
         },
     }
-    towers = {name: TREE["towers"][name] for name in ("video", "audio")}
+    label = {"kind": "label", "view": "audio", "also": ["video"], "field": "kind"}
+    label |= {"form": "bn_relu_linear", "classes": ["a", "b"]}
+    heads = {"spaces": {"z": {"dim": 8, "pool": "mean"}}}
+    audio = TREE["towers"]["audio"]
+    audio = audio | {"frontend": {**audio["frontend"], "log": "ln_eps"}}
+    mel = [{"kind": kind} for kind in ("mel_noise", "mel_shift", "mel_mix")]
     return {
-        "towers": towers,
-        "views": {name: TREE["views"][name] for name in towers},
+        "towers": {"video": TREE["towers"]["video"], "audio": audio},
+        "views": {
+            "video": TREE["views"]["video"],
+            "audio": {**TREE["views"]["audio"], "augment": mel},
+        },
         "joints": {},
         "tasks": {
-            "align": {"kind": "pairs", "pairs": {n: {**between, **p} for n, p in pairs.items()}},
+            "align": {
+                "kind": "pairs",
+                "heads": heads,
+                "pairs": {n: {**between, **p} for n, p in pairs.items()},
+            },
+            "classes": {"kind": "classify", "space": "align.z", "target": label},
         },
     }
 
@@ -229,7 +247,13 @@ def unlabelled() -> dict[str, Any]:
     targets = {
         "turn": {"kind": "rotation", "view": "video"},
         "order": {"kind": "order", "view": "audio", "tiles": [2]},
-        "cluster": {"kind": "clusters", "view": "audio", "clips": 20, "clusters": 2},
+        "cluster": {
+            "kind": "clusters",
+            "view": "audio",
+            "clips": 20,
+            "clusters": 2,
+            "components": 1,
+        },
     }
     swav = {
         "kind": "prototypes",
@@ -253,18 +277,24 @@ def unlabelled() -> dict[str, Any]:
 
 
 def future() -> dict[str, Any]:
-    """Changes that wire the tiny run as CPC2: a copy of the sound, negatives from all rows."""
+    """Changes that wire the tiny run as CPC2: a copy of the sound, negatives from all rows.
+
+    Recurrent layers in the tower, a transformer in front of the heads.
+    """
     audio = {
         "modality": "audio",
         "frontend": {"kind": "waveform"},
         "cut": {"kind": "wave_conv", "channels": 8, "kernels": [40, 16], "strides": [20, 16]},
+        "positions": {"kind": "none"},
+        "backbone": {"kind": "recurrent", "width": WIDTH, "layers": 2, "residual": True},
+        "globals": [],
     }
     target = {"kind": "latents", "objective": "nce", "negatives": 16, "negatives_of": "batch"}
     target |= {"predictor": {"width": WIDTH, "layers": 1, "head_size": 8, "causal": True}}
     task = {"kind": "future", "view": "past", "predicts": "clean", "target": target, "steps": 2}
     view = {"modality": "audio", "crop_s": 0.5}
     return {
-        "shared": TREE["shared"] | {"causal": True},
+        "shared": None,
         "towers": {"audio": audio},
         "views": {"past": view, "clean": view},
         "joints": {},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmssl.backbones.dropout import Dropout
+from mmssl.objectives.precision import recurrent
 
 CELLS: dict[str, type[nn.GRU] | type[nn.LSTM]] = {"gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -49,12 +50,11 @@ class Recurrent(nn.Module):
 
         pad_BN: True at padding, which must stand behind the tokens; its output means nothing.
         """
-        x_BND = x_BND.to(next(self.parameters()).dtype)
         if pad_BN is not None:
             x_BND = x_BND.masked_fill(pad_BN[..., None], 0.0)
         hidden: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            new_BND = block(x_BND)[0]
+            new_BND = recurrent(block, x_BND)
             if i + 1 < self.layers:
                 new_BND = self.dropout(new_BND)
             add = self.residual and new_BND.shape == x_BND.shape

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mmssl.backbones.convnets import ConvNet, MapBatchNorm, Masked
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.frontends.lengths import Field, stack_field, stack_length
-from mmssl.frontends.patches import stack_lengths, zero_behind
+from mmssl.frontends.patches import dtype_of, stack_lengths, zero_behind
 from mmssl.frontends.sinc import SincConv
 from mmssl.types import UserError
 
@@ -177,7 +177,7 @@ class WaveResNet18(ConvNet):
         self, x_PCS: Tensor, lengths_P: Tensor | None = None, valid_P: Tensor | None = None
     ) -> tuple[Tensor, tuple[int, ...]]:
         """(P, 1, S) to tokens (P, T, D) and their grid, as `ConvNet`."""
-        x = zero_behind(x_PCS.to(next(self.parameters()).dtype), lengths_P)
+        x = zero_behind(x_PCS.to(dtype_of(self)), lengths_P)
         masked = [m for m in self.features.modules() if isinstance(m, Masked)]
         for part in masked:
             part.valid = valid_P

@@ -21,7 +21,15 @@ from mmssl.build.towers import (
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
-from mmssl.specs import KaldiSpec, PASESpec, RunSpec, SincNetSpec, SpectrumSpec
+from mmssl.specs import (
+    KaldiSpec,
+    PASESpec,
+    RunSpec,
+    SincNetSpec,
+    SpectrumSpec,
+    TowerSpec,
+    ViewSpec,
+)
 from mmssl.types import UserError
 from mmssl.views import mel
 
@@ -92,16 +100,7 @@ def _check_names(spec: RunSpec) -> None:
                 f"views.{name}: tower {tower!r} reads {found.modality}, the view is {view.modality}"
             )
         _check_ids(name, tower, spec)
-        front = found.frontend
-        if mel.chosen(view.augment) and view.crop_s <= 0:
-            raise UserError(
-                f"views.{name}.crop_s: {mel.chosen(view.augment)[0].kind} needs seconds"
-            )
-        if mel.chosen(view.augment) and (front.kind != "log_mel" or front.log != "ln_eps"):
-            raise UserError(
-                f"views.{name}.augment: {mel.chosen(view.augment)[0].kind} changes mel energies, "
-                f"which towers.{tower}.frontend must give as kind log_mel with log ln_eps"
-            )
+        _check_mel(name, view, found)
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
         part = (
             found.backbone if isinstance(found.backbone, SincNetSpec | PASESpec) else found.frontend
@@ -113,6 +112,26 @@ def _check_names(spec: RunSpec) -> None:
                 f"views.{name}.hz: {view.hz} Hz, but sample_rate of towers.{tower} is {rate} "
                 "Hz; make them equal"
             )
+
+
+def _check_mel(name: str, view: ViewSpec, tower: TowerSpec) -> None:
+    """What changes mel energies has a front-end that gives them, and the spectrogram to itself."""
+    kinds, front = [augment.kind for augment in mel.chosen(view.augment)], tower.frontend
+    where = f"towers.{view.tower_name}"
+    if not kinds:
+        return
+    if view.crop_s <= 0:
+        raise UserError(f"views.{name}.crop_s: {kinds[0]} needs seconds")
+    if front.kind != "log_mel" or front.log != "ln_eps":
+        raise UserError(
+            f"views.{name}.augment: {kinds[0]} changes mel energies, which {where}.frontend must "
+            "give as kind log_mel with log ln_eps"
+        )
+    if tower.augment is not None:
+        raise UserError(
+            f"views.{name}.augment: {kinds[0]} would be undone by {where}.augment, which begins "
+            "with the plain spectrogram; leave one of them out"
+        )
 
 
 def _check_ids(name: str, tower: str, spec: RunSpec) -> None:

@@ -40,7 +40,8 @@ def make_siamese(
     predictors = {}
     if task.predictor is not None:
         predictors = _mlps(task.predictor, dict.fromkeys(view_of, task.projector.widths[-1]))
-    return Siamese(task, online, predictors)
+    crossed = len({view.modality for view in views.values()}) > 1
+    return Siamese(task, online, predictors, name if crossed else None)
 
 
 def make_branch(

@@ -315,6 +315,11 @@ class TaskBuilder:
         views = (target.view, *target.also)
         for view in views:
             need_view(self.spec, view, f"tasks.{name}.target")
+        if target.field not in self.spec.data.labels:
+            raise UserError(
+                f"tasks.{name}.target.field: {target.field!r} is not read in training; add it to "
+                "data.labels"
+            )
         width, reader = self.widths[target.view], None
         if task.space:
             reader, width = self._space(f"tasks.{name}.space", task.space, views)

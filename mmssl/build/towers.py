@@ -216,9 +216,9 @@ def make_augments(run: RunSpec, towers: Mapping[str, AnyTower]) -> dict[str, Spe
         if spec.augment is None:
             continue
         signal = towers[name].signal
-        if not isinstance(signal, Spectrum | Kaldi | UtteranceFeatures):
+        if not isinstance(signal, Spectrum | Kaldi | UtteranceFeatures) or channels(spec) > 1:
             raise UserError(
-                f"towers.{name}.augment: changes spectrograms, but the front-end is "
+                f"towers.{name}.augment: changes spectrograms of one channel, but the front-end is "
                 f"{spec.frontend.kind}; use log_mel, or `augment` of the views"
             )
         shapes = {data_shape(n, v) for n, v in run.views.items() if v.tower_name == name}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmssl.frontends.lengths import Field
 from mmssl.frontends.wave_stem import LatentTokens
+from mmssl.objectives.precision import recurrent
 
 Grid = tuple[int, ...]
 
@@ -63,8 +64,8 @@ class FrameStem(nn.Module):
 
     def encode(self, x_P1TF: Tensor, lengths_P: Tensor | None = None) -> LatentTokens:
         """Tokens and the latents they are made of; those behind an item's end mean nothing."""
-        raw = self.encoder(x_P1TF[:, 0].to(self.proj.weight.dtype))
-        if isinstance(self.encoder, nn.LSTM):
-            raw = raw[0]
+        x_PTF = x_P1TF[:, 0].to(self.proj.weight.dtype)
+        lstm = self.encoder if isinstance(self.encoder, nn.LSTM) else None
+        raw = self.encoder(x_PTF) if lstm is None else recurrent(lstm, x_PTF)
         features = self.dropout(self.features(raw))
         return LatentTokens(self.project(features), features, raw, self.grid(x_P1TF.shape[2:]))

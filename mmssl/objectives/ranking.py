@@ -21,8 +21,10 @@ def ranks(scores: Tensor) -> Tensor:
 
 def normal_noise(seeds_P: Tensor, draws: int, things: int, stream: str) -> Tensor:
     """(P, M, N) standard normal numbers of the rows' seeds, fp32."""
-    u_PK = row_uniform(seeds_P, draws * things, stream) + _HALF_STEP
-    return (2**0.5 * torch.erfinv(2 * u_PK - 1)).reshape(-1, draws, things)
+    # In fp64: fp32 has no number between the largest uniform one and 1, whose noise is infinite.
+    u_PK = row_uniform(seeds_P, draws * things, stream).double() + _HALF_STEP
+    noise_PK: Tensor = torch.special.ndtri(u_PK)
+    return noise_PK.float().reshape(-1, draws, things)
 
 
 def perturbed_ranking(

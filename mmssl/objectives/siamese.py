@@ -35,14 +35,16 @@ def queue_nce(
     """(B,) InfoNCE of a row's key among the queue's (MoCo, He et al. 2020, eq. 1).
 
     Keys are constants; other keys of the batch are no negatives. Equal similarities give
-    ln(K + 1).
+    ln(K + 1). In fp32, autocast or not.
 
     valid_BK: which entries are negatives of a row (default all).
     """
     q_BD = F.normalize(wide(query_BD), dim=-1)
     k_BD = F.normalize(wide(key_BD.detach()), dim=-1)
     own_B1 = (q_BD * k_BD).sum(-1, keepdim=True)
-    scores = torch.cat([own_B1, q_BD @ queue_KD.detach().to(q_BD).T], 1) / temperature
+    with torch.autocast(q_BD.device.type, enabled=False):
+        others_BK = q_BD @ queue_KD.detach().to(q_BD).T
+    scores = torch.cat([own_B1, others_BK], 1) / temperature
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[:, 0] = True
     valid = torch.ones_like(positive)
@@ -54,12 +56,14 @@ def queue_nce(
 def cross_correlation(a_BD: Tensor, b_BD: Tensor, valid_B: Tensor) -> Tensor:
     """(D, D) correlation of the channels of two views over the valid rows of all ranks.
 
-    Both are standardised by their mean and biased variance over these rows, in fp64. The same on
-    every rank, with gradient to the rows of all.
+    Both are standardised by their mean and biased variance over these rows, in fp64, and multiplied
+    in fp32, autocast or not. The same on every rank, with gradient to the rows of all.
     """
     count = dist.sum_over_ranks(valid_B.sum().double())
     a, b = (_standardised(x, valid_B) for x in (a_BD, b_BD))
-    return dist.sum_with_gradient(a.T @ b) / count.clamp(min=1).to(a.dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        products_DD = a.T @ b
+    return dist.sum_with_gradient(products_DD) / count.clamp(min=1).to(a.dtype)
 
 
 def redundancy(c_DD: Tensor, off_diagonal: float) -> Tensor:

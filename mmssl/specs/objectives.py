@@ -55,7 +55,7 @@ class SemiHardSpec(Spec):
     """Triplets of first view, second view and the nearest farther row of the batch's second views.
 
     `margin`: in squared distances of unit vectors. `negative: mixed`: not mined, but the sound that
-    the augmentation `mix` of the second view has laid over it (Jansen et al. 2018). Watched:
+    the augmentation `mel_mix` of the second view has laid over it (Jansen et al. 2018). Watched:
     `active`, the share of triplets with a loss; `semi_hard`, of those with a farther row.
     """
 

@@ -72,7 +72,8 @@ class TrainSpec(Spec):
 
     steps: int = Field(1000, gt=0)
     batch: int = Field(32, gt=0)  # rows per optimiser step, all ranks together
-    accumulate: int = Field(1, gt=0)  # micro-batches per optimiser step
+    # micro-batches per optimiser step; losses and batch norms across rows see one at a time
+    accumulate: int = Field(1, gt=0)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     zero: Literal[0, 1, 2, 3] = 0

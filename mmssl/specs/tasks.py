@@ -126,8 +126,8 @@ class SequenceSpec(Spec):
 class ClusterSpec(Spec):
     """The cluster of a clip's features of the last epoch, see `mmssl.tasks.clustered.Clustered`.
 
-    `clips`: of `data.train`, one folder. `components`: principal components that are whitened.
-    `sweeps`: iterations of k-means.
+    `clips`: rows of the manifest that `data.train`, one folder, was made of. `components`:
+    principal components that are whitened. `sweeps`: iterations of k-means, at most.
     """
 
     kind: Literal["clusters"]
@@ -136,6 +136,14 @@ class ClusterSpec(Spec):
     clusters: int = Field(10_000, gt=1)
     components: int = Field(256, gt=0)
     sweeps: int = Field(20, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClusterSpec:
+        if self.clusters > self.clips:
+            raise ValueError(
+                f"{self.clusters} `clusters` of {self.clips} `clips`: ask for fewer clusters"
+            )
+        return self
 
 
 class ClassifySpec(Spec):

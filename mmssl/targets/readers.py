@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.frontends.patches import cells_of
+from mmssl.objectives.precision import recurrent
 from mmssl.objectives.regression import mean_square
 from mmssl.objectives.transcripts import ctc
 from mmssl.rng import row_uniform
@@ -57,7 +58,7 @@ class Consistency(Reader):
 
     def forward(self, seen: Seen, every: Everything) -> dict[str, Term]:
         """The error over all valid frames, hidden or not."""
-        x_PNH, _ = self.lstm(every.vectors_PNQ)
+        x_PNH = recurrent(self.lstm, every.vectors_PNQ)
         grid, cell = seen.tokens.grid, seen.tower.cell
         truth_PNK = cells_of(seen.tower.inputs(seen.view).detach(), grid, cell)
         error = mean_square(self.out(x_PNH), truth_PNK, every.valid_PN)

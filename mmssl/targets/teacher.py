@@ -22,9 +22,10 @@ class Teacher(nn.Module):
     """Exponential moving average of a student module (data2vec, BYOL, MoCo).
 
     student: is read after every step and is not owned. decay: share of the old weights that stays;
-    may be a schedule over the run. Running statistics of the student are copied, not averaged.
-    Runs in evaluation mode, whatever mode the model is in, unless it `follows` that mode: then
-    its batch norms read its own batch and its dropout is on while the model trains (BYOL, MoCo).
+    may be a schedule over the run. Runs in evaluation mode, whatever mode the model is in, with the
+    student's running statistics, unless it `follows` that mode: then its batch norms read its own
+    batch while the model trains, and keep running statistics of their own, as its weights are
+    others; its dropout is on (BYOL, MoCo).
 
     lag: () distance of its weights from the student's after the last update, over the norm of the
     student's; 0 before the first one.
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
                 buffer.lerp_(weight, 1 - decay)
                 gaps.append(torch.dist(weight, buffer))
                 sizes.append(torch.linalg.vector_norm(weight))
-            else:
+            elif not self.follows:
                 buffer.copy_(kept[name])
         self.lag = torch.stack(gaps).norm() / torch.stack(sizes).norm()
 
@@ -81,6 +82,7 @@ def as_buffers(module: nn.Module) -> nn.Module:
             whole = _whole(parameter).detach().float().clone()
             delattr(part, name)
             part.register_buffer(name, whole)
+            setattr(part, name, whole)  # recurrent layers keep a list of their weights, too
     return module
 
 

@@ -47,6 +47,19 @@ class Task(nn.Module):
     def after_step(self, position: float) -> None:
         """Update own buffers after an optimiser step; nothing by default."""
 
+    def vector_pairs(self) -> list[tuple[tuple[str, str], str]]:
+        """Pairs of views that are compared as vectors, each with the space it happens in."""
+        return []
+
+    def space_keys(self) -> list[tuple[str, str]]:
+        """(view, space) of every vector this task makes."""
+        keys = [(view, space) for between, space in self.vector_pairs() for view in between]
+        return list(dict.fromkeys(keys))
+
+    def vectors(self, passes: Passes) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """{(view, space): (vectors (B, L, S), filled (B, L))} of the views that the batch has."""
+        return {}
+
     def maps(self) -> list[tuple[MapScore, tuple[str, str]]]:
         """Scores of video cells against sound or text, each with its two views."""
         return []

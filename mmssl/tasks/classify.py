@@ -148,4 +148,5 @@ class Label(Task):
 
     def _label(self, meta: dict[str, Any]) -> int:
         value = meta.get(self.spec.field)
-        return self.spec.classes.index(value) if value in self.spec.classes else -1
+        name = None if value is None else str(value)
+        return self.spec.classes.index(name) if name in self.spec.classes else -1

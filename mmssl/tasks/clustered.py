@@ -120,7 +120,7 @@ class Clustered(Task):
         if highest >= self.spec.clips:
             raise UserError(
                 f"tasks.{self.name}.target.clips: {self.spec.clips}, but the data has a clip of "
-                f"number {highest}; give the number of clips of data.train"
+                f"number {highest}, its row in the manifest from 0; give at least {highest + 1}"
             )
         self._read.append((features[there], index[there], len(there)))
 
@@ -148,14 +148,17 @@ class Clustered(Task):
         spec = self.spec
         x_ND = whitened(features_ND.cpu().numpy(), spec.components)
         seed = seed_of(self.seed, self.name, "clusters", epoch)
-        found = fit(
-            lambda: iter([x_ND.copy()]),
-            spec.clusters,
-            Source(self.name, 1.0),
-            sweeps=spec.sweeps,
-            restarts=1,
-            seed=seed,
-        )
+        try:
+            found = fit(
+                lambda: iter([x_ND.copy()]),
+                spec.clusters,
+                Source(self.name, 1.0),
+                sweeps=spec.sweeps,
+                restarts=1,
+                seed=seed,
+            )
+        except UserError as error:
+            raise UserError(f"tasks.{self.name}.target.clusters: {error}") from error
         return found.assign(x_ND)
 
     def _fresh(self, epoch: int) -> tuple[Tensor, Tensor]:

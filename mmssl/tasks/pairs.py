@@ -103,18 +103,19 @@ class Pairs(Task):
         }
 
     def space_keys(self) -> list[tuple[str, str]]:
-        """(view, space) of every vector this task makes."""
-        keys = [(v, p.space) for p in self.vector_pairs() for v in p.between]
+        """With those that are reached in evaluation only."""
+        keys = super().space_keys()
         if not self.training:
             keys += [(v, s) for v, _ in keys for s in self.embedder.evaluation_spaces(v)]
         return list(dict.fromkeys(keys))
 
-    def vector_pairs(self) -> list[PairSpec]:
-        """The pairs that are compared as vectors."""
-        return [pair for name, pair in self.pairs.items() if not self._is_map(name)]
+    def vector_pairs(self) -> list[tuple[tuple[str, str], str]]:
+        """All but those of map scores."""
+        pairs = self.pairs.items()
+        return [(pair.between, pair.space) for name, pair in pairs if not self._is_map(name)]
 
     def vectors(self, passes: Passes) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """{(view, space): (vectors (B, L, S), filled (B, L))} of the views that the batch has."""
+        """Each view once for all its spaces."""
         spaces: dict[str, list[str]] = {}
         for view, space in self.space_keys():
             if view not in passes.batch.views:

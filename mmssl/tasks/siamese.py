@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmssl.banks import Fifo
+from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.heads.embed import pool
 from mmssl.heads.mlp import MLP
+from mmssl.objectives.precision import wide
 from mmssl.objectives.siamese import cross_correlation, negative_cosine, queue_nce, redundancy
 from mmssl.specs import CrossCorrelationSpec, QueueSpec, SiameseSpec
 from mmssl.targets.teacher import Teacher
@@ -60,15 +62,30 @@ class Branch(nn.Module):
 class Siamese(Task):
     """One term over the rows that have both views.
 
-    online: is read, its towers belong to the model. predictors: by tower, none without.
+    online: is read, its towers belong to the model. predictors: by tower, none without. space: of
+    the vectors in which two modalities are compared; None where both views are of one.
     """
 
-    def __init__(self, spec: SiameseSpec, online: Branch, predictors: Mapping[str, MLP]) -> None:
+    def __init__(
+        self,
+        spec: SiameseSpec,
+        online: Branch,
+        predictors: Mapping[str, MLP],
+        space: str | None = None,
+    ) -> None:
         super().__init__(spec.weight)
-        self.spec, self.queries = spec, spec.queries
+        self.spec, self.queries, self.space = spec, spec.queries, space
         self._online = (online,)  # a tuple hides the towers from this module's parameters
         self.projectors, self.predictors = online.projectors, nn.ModuleDict(predictors)
         self.teacher = None if spec.decay is None else Teacher(online, spec.decay, follows=True)
+        # Statistics by which single clips are standardised: the loss has those of its batch.
+        crossed = space is not None and isinstance(spec.objective, CrossCorrelationSpec)
+        self.norms = nn.ModuleDict(
+            {
+                tower: MaskedSyncBatchNorm(spec.projector.widths[-1], affine=False)
+                for tower in (online.towers if crossed else ())
+            }
+        )
         sizes = [spec.objective.size] if isinstance(spec.objective, QueueSpec) else []
         self.queues = nn.ModuleDict(
             {f"of_{view}": _queue(size, spec) for view in self.queries for size in sizes}
@@ -83,6 +100,8 @@ class Siamese(Task):
         self.last = {view: z_BD[both_B].detach() for view, z_BD in online.items()}
         objective = self.spec.objective
         if isinstance(objective, CrossCorrelationSpec):
+            for view in read if self.norms and self.training else ():
+                self.norms[passes.tower_of[view]](online[view].detach(), both_B)
             c_DD = cross_correlation(online[first], online[second], both_B)
             loss_B = redundancy(c_DD, objective.off_diagonal).expand(len(both_B))
         else:
@@ -104,15 +123,48 @@ class Siamese(Task):
         for queue in self.queues.values():
             queue.write()  # type: ignore[operator]
 
+    def vector_pairs(self) -> list[tuple[tuple[str, str], str]]:
+        """The two views, if they are of two modalities."""
+        return [] if self.space is None else [(self.spec.between, self.space)]
+
+    def vectors(self, passes: Passes) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """Those whose cosine is what the objective raises, the mean over both directions.
+
+        A view's vector holds its prediction beside its target, each of unit length; that of the
+        second view the other way round. Behind `cross_correlation` it is the projection in
+        standard units.
+        """
+        out: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        for view, space in self.space_keys():
+            if view not in passes.batch.views:
+                continue
+            there_B, tower = passes.batch.views[view].present_B, passes.tower_of[view]
+            z_BD = self._online[0](passes, view)
+            if self.norms:
+                parts = [self.norms[tower](z_BD, there_B)]
+            else:
+                asks_BD = self.predictors[tower](z_BD, there_B) if self.predictors else z_BD
+                parts = [asks_BD, self._target(passes, view, z_BD)]
+            parts = parts if view == self.spec.between[0] else parts[::-1]
+            vector_BS = torch.cat([F.normalize(part, dim=-1) for part in parts], -1)
+            out[view, space] = vector_BS[:, None], there_B[:, None]
+        return out
+
     def _targets(self, passes: Passes, online: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{query view: (B, D) the constant it is asked for, of the other view}."""
         other = dict(zip(self.spec.between, reversed(self.spec.between), strict=True))
+        asked = {view: other[view] for view in self.queries}
+        return {q: self._target(passes, view, online.get(view)) for q, view in asked.items()}
+
+    @torch.no_grad()
+    def _target(self, passes: Passes, view: str, z_BD: Tensor | None) -> Tensor:
+        """(B, D) what the other view is asked for; z_BD: this one's projection."""
         if self.teacher is None:
-            return {view: online[other[view]].detach() for view in self.queries}
-        with torch.no_grad():
-            twin = self.teacher.twin
-            own = twin.passes(passes)  # type: ignore[operator]
-            return {view: twin(own, other[view]) for view in self.queries}
+            assert z_BD is not None  # without a teacher all views are read
+            return z_BD.detach()
+        twin = self.teacher.twin
+        target_BD: Tensor = twin(twin.passes(passes), view)  # type: ignore[operator]
+        return target_BD
 
     def _regress(
         self,
@@ -135,7 +187,8 @@ class Siamese(Task):
         valid_BK = batch.source_B[:, None] != queue.source_K
         loss_B = queue_nce(z_BD, target_BD, queue.rows_K, objective.temperature, valid_BK)
         if self.training:
-            queue.offer(F.normalize(target_BD, dim=-1), batch.source_B, both_B, passes.position)
+            keys_BD = F.normalize(wide(target_BD), dim=-1)
+            queue.offer(keys_BD, batch.source_B, both_B, passes.position)
         return loss_B
 
 

@@ -45,7 +45,8 @@ def random_resize_crop(
     low_P = (u_P4[:, 3] * (size - height_P + 1)).long()
     in_time = _resampling(left_P, width_P, steps, steps)
     in_bands = _resampling(low_P, height_P, size, size)
-    return (in_time.to(x_P1TF) @ x_P1TF[:, 0] @ in_bands.to(x_P1TF).transpose(1, 2))[:, None]
+    with torch.autocast(x_P1TF.device.type, enabled=False):
+        return (in_time.to(x_P1TF) @ x_P1TF[:, 0] @ in_bands.to(x_P1TF).transpose(1, 2))[:, None]
 
 
 def linear_fader(x_P1TF: Tensor, seeds_P: Tensor, gain: float) -> Tensor:

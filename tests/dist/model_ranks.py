@@ -22,9 +22,10 @@ from tiny_run import RECIPES, absent_rows, take_rows, tiny_batch, tiny_model, ti
 
 from mmssl import dist  # noqa: E402
 from mmssl.partition import assemble, assign, piece  # noqa: E402
+from mmssl.tasks.clustered import Clustered  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
 
-KEPT = ("queues.", ".bank.", ".features_ND", ".known_N")
+KEPT = ("queues.", ".bank.", ".features_ND", ".known_N", ".labels_N")
 
 
 def measure(call: dict[str, object], device: torch.device) -> None:
@@ -35,6 +36,9 @@ def measure(call: dict[str, object], device: torch.device) -> None:
         train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes
     )
     model = tiny_model(spec).train()
+    for task in model.tasks.values():
+        if isinstance(task, Clustered):  # as behind an epoch
+            task.labels_N.copy_(torch.arange(len(task.labels_N)) % 2)
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)
     mine = rows[dist.rank()]
@@ -43,6 +47,9 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     engine.backward(loss)
     pairs = zip(names, model.parameters(), strict=True)
     grads = {name: safe_get_full_grad(p).clone() for name, p in pairs}
+    for task in model.tasks.values():
+        if isinstance(task, Clustered):  # an epoch ends
+            task.seen.fill_(task.spec.clips)
     model.after_step(0, 10)
     memory = {n: b.float() for n, b in model.named_buffers() if any(k in n for k in KEPT)}
     # a parameter that is given other values keeps them through a step of size 0
@@ -51,6 +58,9 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     assign(first, given)
     engine.step(0.0)
     memory["lost"] = assemble(first, piece(first)) - given
+    for name, task in model.tasks.items():
+        if isinstance(task, Clustered):  # the new top layer is everywhere the same
+            memory[f"top.{name}"] = assemble(task.out.weight, piece(task.out.weight))
     # the mean over ranks is the loss of the global batch
     total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
     if dist.rank() == 0:

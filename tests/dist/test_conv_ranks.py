@@ -1,4 +1,4 @@
-"""Batch norms of convolutional towers cover all ranks: two compute what one computes."""
+"""Batch norms of convolutional towers cover all ranks: several compute what one computes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from launching import TEST_LIMIT_S, checked
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    checked([Path(conv_ranks.__file__), tmp_path / "out.pt"], processes=2)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_equal_one(tmp_path: Path, processes: int) -> None:
+    checked([Path(conv_ranks.__file__), tmp_path / "out.pt"], processes)
     ours = torch.load(tmp_path / "out.pt", weights_only=True)
     reference = conv_ranks.run()
     assert set(ours) == set(reference)
@@ -21,7 +22,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert set(ours[network]) == set(expected)
         largest = max(float(v.abs().max()) for n, v in expected.items() if n.endswith("weight"))
         assert largest > 0
+        limit = 1e-6 if network == "sincnet" else 1e-8  # its filters are fp32
         for name, value in expected.items():
             error = float((ours[network][name] - value).abs().max())
             floor = 1e-6 * largest
-            assert error <= 1e-8 * max(float(value.abs().max()), floor), (network, name)
+            assert error <= limit * max(float(value.abs().max()), floor), (network, name)

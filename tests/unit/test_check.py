@@ -58,6 +58,11 @@ def test_show_prints_what_is_read_and_what_is_learned(capsys, tiny_file):
     assert ("masked_video", "masked", "video", "patches, tubes 0.5", "1.0") in rows
 
 
+def test_a_future_task_is_shown_with_what_it_predicts(capsys):
+    check.show("cpc2_tiny")
+    assert "past -> clean  latents, 8 steps" in capsys.readouterr().out
+
+
 def test_show_honours_overrides(capsys, tiny_file):
     check.show(tiny_file(), ["views.video.size=32", "tasks.match.weight=0.2"])
     out = capsys.readouterr().out
@@ -69,7 +74,7 @@ def test_show_honours_overrides(capsys, tiny_file):
 def test_a_label_task_is_shown_with_its_field(capsys, tiny_file):
     label = {"kind": "label", "view": "audio", "field": "shape", "classes": ["circle", "square"]}
     tasks = {"shape": {"kind": "classify", "target": label, "pool": "mean"}}
-    check.show(tiny_file(tasks=tasks))
+    check.show(tiny_file(tasks=tasks, data={"labels": ["shape"]}))
     assert "label shape" in capsys.readouterr().out
 
 
@@ -252,6 +257,19 @@ def test_labels_are_looked_at_without_their_shards(labelled):
     (_, car, _) = labelled([7] * 100)
     with pytest.raises(UserError, match="uses 1 of 100 classes"):
         check.check("speech/hubert_it1", hubert(car))
+
+
+def test_clips_that_are_clustered_are_counted_in_the_shards(shards):
+    def judged(clips, *more):
+        name = "deep_cluster_tiny"
+        spec = small(name, f"tasks.cluster.target.clips={clips}", f"data.train={shards}", *more)
+        return check.judge_labels(small_model(spec), spec).problems
+
+    assert judged(4) == judged(8) == []
+    what = f"tasks.cluster.target.clips: {{}}, but the clips of {shards} have the numbers up to 3"
+    assert judged(3) == [what.format(3) + "; give 4"]
+    assert judged(9) == [what.format(9) + "; give 4"]
+    assert judged(9, "data.train=nowhere") == []
 
 
 def test_labels_that_are_not_there_are_named(shards, tmp_path, capsys):

@@ -197,7 +197,7 @@ def test_policy_scales_freezes_and_spares_vectors_from_decay():
         ),
         (
             {"views": {**TREE["views"], "audio": {"modality": "audio", "hz": 8000, "crop_s": 1}}},
-            "sample_rate is 16000",
+            "sample_rate of towers.audio is 16000",
         ),
         ({"shared": None}, "no `shared` transformer"),
         ({"tasks": {"m": {**TREE["tasks"]["masked_audio"], "view": "sound"}}}, "no view 'sound'"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.transformer import Transformer
+from mmssl.targets.teacher import Teacher
 from mmssl.types import UserError
 
 
@@ -43,6 +44,31 @@ def test_dropout_lies_between_layers_alone():
     deep = Recurrent(64, 6, layers=2, dropout=0.9).train()
     first = deep(x, return_hidden=True)[1][0]
     assert float((first == 0).float().mean()) == pytest.approx(0.9, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_cells_keep_the_precision_of_their_weights_under_autocast(kind):
+    torch.manual_seed(0)
+    net = Recurrent(8, 8, 2, kind, residual=True)
+    x = torch.randn(2, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x)[0]
+        assert torch.equal(net(x.bfloat16())[0], net(x.bfloat16().float())[0])
+    assert torch.equal(out, net(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_teacher_of_recurrent_layers_follows(kind):
+    torch.manual_seed(0)
+    student = Recurrent(8, 8, 2, kind)
+    teacher, x = Teacher(student, 0.0), torch.randn(2, 5, 8)
+    torch.testing.assert_close(teacher.twin(x)[0], student(x)[0])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(2)
+    teacher.update(0.0)
+    torch.testing.assert_close(teacher.twin(x)[0], student(x)[0])
+    assert not teacher.twin(x)[0].requires_grad
 
 
 def causal(kind):

@@ -119,7 +119,12 @@ def test_a_batch_without_sound_offers_nothing(model):
     ("override", "match"),
     [
         ("towers.audio.frontend={kind: waveform}", r"towers\.audio\.augment: changes spectrograms"),
+        ("towers.audio.frontend.kind=spectrum_stack", r"of one channel, but .* spectrum_stack"),
         ("views.second.crop_s=0.3", r"lengths of \[4800, 6400\] samples; give them one crop_s"),
+        (
+            "views.second.augment=[{kind: gain}, {kind: mel_noise}]",
+            r"views\.second\.augment: mel_noise would be undone by towers\.audio\.augment",
+        ),
         ("towers.audio.augment.canvas=0.5", "`canvas` is at least 1"),
         ("towers.audio.augment.time=[1.5, 0.6]", "low <= high"),
     ],

@@ -248,21 +248,21 @@ def chain(step, rows=8, frames=30):
     return states, means[states] + 0.2 * noise
 
 
-def test_four_codes_find_four_states():
-    """From first values that leave no code unused, as those of about half of the seeds do."""
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_state_has_one_code(seed):
+    """Whatever the first values; on these depends how many of the four codes stay in use."""
     four = ("entries=4", "width=16")
     overrides = [f"tasks.future.target.quantizer.{k}" for k in four]
-    model = given("vq_apc", 4, 16, "tasks.future.first=1", *overrides, seed=2)
+    model = given("vq_apc", 4, 16, "tasks.future.first=1", *overrides, seed=seed)
     trained(model, lambda step: chain(step)[1], 120, 2e-2)
     states, frames = chain(10_000, rows=32)
     ids = codes_of(model.eval(), frames, 0)
     joint = torch.zeros(4, 4).index_put_(
         (states.flatten(), ids.flatten()), torch.ones(states.numel()), accumulate=True
     )
-    p = joint / joint.sum()
-    independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
-    nats = float(torch.where(p > 0, p * (p / independent).log(), 0.0).sum())
-    assert nats > 1.25  # of ln 4 = 1.386
+    shares = joint / joint.sum(1, keepdim=True)
+    assert float(shares.amax(1).min()) > 0.98
+    assert len(set(shares.argmax(1).tolist())) >= 2
 
 
 def codes_of(model, frames, seed):

@@ -95,10 +95,26 @@ def test_published_constants_of_the_losses():
 
 PUBLISHED = {
     "audio/byol_a": {"kind": "byol"},
+    "general/moco": {"kind": "queue", "size": 65536, "temperature": 0.07, "symmetric": False},
     "general/moco_v2": {"kind": "queue", "size": 65536, "temperature": 0.2, "symmetric": False},
     "general/simsiam": {"kind": "cosine"},
     "general/barlow_twins": {"kind": "cross_correlation", "off_diagonal": 0.0051},
 }
+
+
+def test_moco_with_another_head_temperature_and_augmentation_is_version_2():
+    one, two = (config.load(f"general/moco{v}").model_dump() for v in ("", "_v2"))
+    task, published = one["tasks"]["moco"], two["tasks"]["moco"]
+    assert task["projector"]["widths"] == [128]  # a linear map
+    task["projector"]["widths"] = published["projector"]["widths"]
+    task["objective"]["temperature"] = published["objective"]["temperature"]
+    for name, view in one["views"].items():
+        assert [a["kind"] for a in view["augment"]] == INSTANCE
+        view["augment"] = two["views"][name]["augment"]
+    assert [key for key in one if one[key] != two[key]] == ["name", "paper"]
+
+
+INSTANCE = ["random_resized_crop", "grayscale", "color_jitter", "horizontal_flip"]
 
 
 def test_the_rate_of_simsiams_predictor_does_not_decay():
@@ -109,6 +125,32 @@ def test_the_rate_of_simsiams_predictor_does_not_decay():
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         assert rates[id(p)] == (spec.optim.lr if ".predictors." in name else 0.001), name
+
+
+@pytest.mark.parametrize(
+    ("crossed", "alone"),
+    [
+        ("simclr_av_tiny", "simclr_tiny"),
+        ("byol_av_tiny", "byol_a_tiny"),
+        ("barlow_av_tiny", "barlow_twins_tiny"),
+    ],
+)
+def test_naming_a_modality_makes_a_method_of_sounds_audio_visual(crossed, alone):
+    """Heads, loss and optimiser are those of the run on sounds: only what is read is another."""
+    both, sounds = config.load(crossed), config.load(alone)
+    assert [v.modality for v in sounds.views.values()] == ["audio", "audio"]
+    assert [v.modality for v in both.views.values()] == ["audio", "video"]
+    assert list(both.views) == list(sounds.views)
+    assert sorted(both.towers) == ["audio", "video"]
+    now, before = both.model_dump(), sounds.model_dump()
+    differing = {key for key in now if now[key] != before[key]}
+    assert differing <= {"name", "towers", "views", "data", "train"}
+    spec = small(crossed)
+    model = small_model(spec).train()
+    loss, _ = model(full_batch(spec, 4), 0, 10)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.space_for("audio", "video")
 
 
 # ---------------------------------------------------------------- the losses

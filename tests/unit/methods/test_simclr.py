@@ -84,7 +84,7 @@ def test_rows_without_a_side_and_equal_recordings_compete_with_nobody():
     batch.source_B[3] = batch.source_B[0]
     z = flat(model, batch).double()
     table = (z @ z.T / temperature(model.spec)).fill_diagonal_(-math.inf)
-    absent = [2, 6 + 1]
+    absent = [1, 6 + 2]
     table[:, absent] = -math.inf
     for i, j in ((0, 3), (0, 9), (6, 3), (6, 9)):
         table[i, j] = table[j, i] = -math.inf

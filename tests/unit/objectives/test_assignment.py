@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from toy_inv import ToyInv
 
 from mmssl.objectives.assignment import sinkhorn, soft_cross_entropy
 
@@ -87,55 +88,24 @@ def test_equal_scores_cost_ln_k_and_no_gradient_goes_through_the_assignment():
     torch.testing.assert_close(loss, torch.full((5,), math.log(3000)), rtol=1e-5, atol=0)
 
 
-def toy(centroids, rotation, rows, generator, count):
-    """Views of TOY-INV: signal in 16 of 64 numbers, louder noise in the others, all rotated."""
-    out = []
-    for _ in range(count):
-        noise = torch.randn(len(rows), 16, generator=generator)
-        rest = 2 * torch.randn(len(rows), 48, generator=generator)
-        out.append(torch.cat([rows + 0.1 * noise, rest], 1) @ rotation)
-    return out
-
-
-def neighbours(train, labels, test, truth):
-    """Share of right labels by the 20 nearest of `train`."""
-    near = (F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T).topk(20).indices
-    return float((labels[near].mode(1).values == truth).float().mean())
-
-
 @pytest.mark.slow
 def test_swapped_prediction_learns_what_views_share():
     """TOY-INV with 50 prototypes: 20 nearest neighbours, 44 % before."""
-    g = torch.Generator().manual_seed(0)
+    toy = ToyInv()
     torch.manual_seed(0)
-    centroids = torch.randn(10, 16, generator=g)
-    labels = torch.randint(10, (2000,), generator=g)
-    rows = centroids[labels] + 0.5 * torch.randn(2000, 16, generator=g)
-    rotation = torch.linalg.qr(torch.randn(64, 64, generator=g))[0]
     nn = torch.nn
     encoder = nn.Sequential(
         *(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU()),
         *(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()),
     )
     head = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
-    table = nn.Parameter(F.normalize(torch.randn(50, 64, generator=g), dim=-1))
+    table = nn.Parameter(F.normalize(torch.randn(50, 64, generator=toy.generator), dim=-1))
     parameters = [*encoder.parameters(), *head.parameters(), table]
     optimiser = torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-4)
-
-    def score():
-        encoder.eval()
-        with torch.no_grad():
-            views = toy(centroids, rotation, rows, g, 2)
-            found = neighbours(
-                encoder(views[0][:1000]), labels[:1000], encoder(views[1][1000:]), labels[1000:]
-            )
-        encoder.train()
-        return found
-
-    before = score()
+    before = toy.score(encoder.eval())
+    encoder.train()
     for _ in range(600):
-        picked = torch.randint(2000, (256,), generator=g)
-        views = toy(centroids, rotation, rows[picked], g, 2)
+        _, views = toy.batch(256)
         a, b = (F.normalize(head(encoder(view)), dim=-1) @ table.T for view in views)
         loss = (
             soft_cross_entropy(a, sinkhorn(b), 0.1) + soft_cross_entropy(b, sinkhorn(a), 0.1)
@@ -145,4 +115,4 @@ def test_swapped_prediction_learns_what_views_share():
         optimiser.step()
         table.data = F.normalize(table.data, dim=-1)
     assert before < 0.7
-    assert score() >= 0.97
+    assert toy.score(encoder.eval()) >= 0.97

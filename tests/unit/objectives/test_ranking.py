@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from mmssl.objectives import ranking
 from mmssl.objectives.ranking import kendall_tau, normal_noise, perturbed_ranking, ranks
 
 
@@ -25,6 +26,14 @@ def test_noise_is_standard_normal_and_a_rows_own():
     assert abs(float(z.std()) - 1) < 0.01
     assert z.isfinite().all()
     assert torch.equal(normal_noise(torch.tensor([8]), 4000, 10, "noise").double(), z[1:2])
+
+
+def test_noise_is_finite_at_both_ends_of_what_is_drawn(monkeypatch):
+    ends = torch.tensor([[0.0, 1 - 2.0**-24]])
+    monkeypatch.setattr(ranking, "row_uniform", lambda *_: ends)
+    low, high = normal_noise(torch.tensor([1]), 1, 2, "noise")[0, 0].tolist()
+    assert high == pytest.approx(5.42, abs=0.01)
+    assert low == -high
 
 
 @pytest.mark.parametrize(("things", "value"), [(6, 8.463), (9, 20.311), (10, 25.389)])

@@ -98,12 +98,15 @@ def test_keys_are_constants_and_entries_can_be_left_out():
 
 def test_barlow_equals_the_published_code():
     """nn.BatchNorm1d without affine, C = za^T zb / B, as in the authors' release."""
-    a, b = rows(16, 32) + 1, 3 * rows(16, 32, 1)
+    a, b = (rows(16, 32) + 1).requires_grad_(), (3 * rows(16, 32, 1)).requires_grad_()
     norm = nn.BatchNorm1d(32, affine=False).double()
     c = norm(a).T @ norm(b) / 16
     on = (c.diagonal() - 1).square().sum()
     off = c[~torch.eye(32, dtype=torch.bool)].square().sum()
-    torch.testing.assert_close(barlow(a, b), on + LAMBDA * off, atol=1e-9, rtol=0)
+    want, got = on + LAMBDA * off, barlow(a, b)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    slopes = (torch.autograd.grad(loss, (a, b)) for loss in (got, want))
+    torch.testing.assert_close(*slopes, atol=1e-9, rtol=0)
 
 
 def test_barlow_agrees_with_lightly():
@@ -155,3 +158,12 @@ def test_both_views_get_a_gradient():
     a, b = rows(6, 4).requires_grad_(), rows(6, 4, 1).requires_grad_()
     barlow(a, b).backward()
     assert min(float(x.grad.abs().max()) for x in (a, b)) > 0
+
+
+def test_all_is_fp32_under_autocast():
+    """Rows of a layer in bf16 are widened; products stay exact enough for a temperature."""
+    a, b, queue = rows(32, 64).float(), rows(32, 64, 1).float(), unit(256, 64, 2).float()
+    want = queue_nce(a, b, queue, 0.07), cross_correlation(a, b, everyone(a))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = queue_nce(a, b, queue, 0.07), cross_correlation(a, b, everyone(a))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

@@ -89,5 +89,20 @@ def test_a_teacher_that_follows_reads_its_own_batch_while_the_model_trains():
     assert float(teacher.twin(x).mean(0).abs().max()) > 0.1
     holder.train()
     assert all(part.training for part in teacher.modules())
-    teacher.update(0.5)
-    assert torch.equal(teacher.twin.get_buffer("1.running_mean"), student[1].running_mean)
+
+
+def test_statistics_belong_to_the_weights_whose_outputs_they_describe():
+    """In evaluation a teacher far behind its student still gives normalised outputs."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    teacher, plain = Teacher(student, 1.0, follows=True), Teacher(student, 1.0)
+    x = 5 + 3 * torch.randn(64, 3)
+    with torch.no_grad():
+        student[0].bias += 10.0
+    for _ in range(100):
+        student(x), teacher.twin(x)
+        teacher.update(0.5)
+    plain.update(0.5)
+    assert torch.equal(plain.twin.get_buffer("1.running_mean"), student[1].running_mean)
+    teacher.train(False)
+    torch.testing.assert_close(teacher.twin(x).mean(0), torch.zeros(4), atol=1e-3, rtol=0)

@@ -248,11 +248,12 @@ def test_wrong_matches_are_refused(spec, message):
 # ---------------------------------------------------------------- labels
 
 
-def label_model(**options):
+def label_model(labels=("shape",), **options):
     target = {"kind": "label", "view": "audio", "field": "shape", "classes": ["circle", "square"]}
     task = {"kind": "classify", "target": target, "pool": "mean", **options}
     parts = {part: {"audio": TREE[part]["audio"]} for part in ("towers", "views")}
-    return tiny_model(tiny_spec(tasks={"shape": task}, joints={}, **parts))
+    data = {"labels": list(labels)}
+    return tiny_model(tiny_spec(tasks={"shape": task}, joints={}, data=data, **parts))
 
 
 def labelled(rows, values):
@@ -290,6 +291,21 @@ def test_rows_without_the_view_are_left_out():
     batch = tiny_batch(spec=model.spec)
     batch.meta[:] = [{"shape": "circle"}] * 6
     assert int(model(batch, 0, 10)[1]["shape"].count) == 5
+
+
+def test_numbers_are_classes_by_their_digits():
+    spec = label_model().spec
+    target = spec.tasks["shape"].target.model_copy(update={"classes": ["0", "1"]})
+    task = spec.tasks["shape"].model_copy(update={"target": target})
+    model = tiny_model(spec.model_copy(update={"tasks": {"shape": task}}))
+    _, terms = model(labelled(4, [1, "1", 0, 2]), 0, 10)
+    assert int(terms["shape"].count) == 3
+
+
+def test_a_field_that_training_does_not_read_is_refused():
+    """Rows come without it: the task would never see a label."""
+    with pytest.raises(UserError, match=r"field: 'shape' is not read .* add it to data\.labels"):
+        label_model(labels=())
 
 
 def test_no_label_at_all_is_zero_and_keeps_the_graph_whole():

@@ -53,7 +53,7 @@ def test_labels_come_at_the_end_of_an_epoch_and_are_kept_for_the_next():
     assert sorted(task.labels_N.unique().tolist()) == [0, 1, 2]
     # the top layer is new: small, and its bias 0, so that all clusters look alike
     assert not torch.equal(task.out.weight, top)
-    assert float(task.out.weight.std()) == pytest.approx(0.01, rel=0.3)
+    assert float(task.out.weight.detach().std()) == pytest.approx(0.01, rel=0.3)
     assert not task.out.bias.any()
     torch.nn.init.zeros_(task.out.weight)
     _, terms = model(rows(model, 0), 2, 10)
@@ -113,3 +113,9 @@ def test_what_does_not_fit_is_refused():
         model(rows(model, 10), 0, 10)
     with pytest.raises(UserError, match=r"name one data\.train"):
         started("data.train=[a, b]")
+    with pytest.raises(UserError, match=r"target.*13 `clusters` of 12 `clips`"):
+        started("tasks.cluster.target.clusters=13")
+    model.tasks["cluster"].seen.fill_(12)  # of clips without the view
+    model(replace(rows(model, 0, 2)), 0, 10)
+    with pytest.raises(UserError, match=r"tasks\.cluster\.target\.clusters: .*3 clusters of 2 "):
+        model.after_step(0, 10)

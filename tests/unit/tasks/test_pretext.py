@@ -129,3 +129,26 @@ def test_what_does_not_fit_is_refused():
     )
     with pytest.raises(UserError, match="ids have no signal"):
         tiny_model(text)
+
+
+@pytest.mark.slow
+def test_the_pieces_of_a_rising_tone_are_put_in_order():
+    spec = config.load("permutations_tiny")
+    model = small_model(spec).train()
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    seconds = torch.arange(4000) / 8000
+
+    def tau(step):
+        batch = full_batch(spec, 8, step)
+        start = 300 + 200 * torch.rand(8, 1, generator=torch.Generator().manual_seed(step))
+        wave = 0.1 * torch.sin(2 * math.pi * (start * seconds + 3000 * seconds**2))
+        view = replace(batch.views["x"], data=wave)
+        loss, terms = model(replace(batch, views={"x": view}), step, 100)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return float(terms["order.tau"].sum / terms["order.tau"].count)
+
+    found = [tau(step) for step in range(100)]
+    assert abs(sum(found[:5]) / 5) < 0.5
+    assert sum(found[-10:]) / 10 > 0.9

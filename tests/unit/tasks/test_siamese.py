@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_methods import full_batch, small, small_model, values
-from tiny_run import TREE, absent_rows, gradients, tiny_model, tiny_spec
+from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_model, tiny_spec
 from torch.nn import functional as F
 
 from mmssl import config
@@ -130,6 +130,65 @@ def test_a_method_runs_on_the_shared_transformer(name):
     _, grads = gradients(model, full_batch(shared, 4))
     assert set(grads) == {n for n, _ in model.named_parameters()}
     assert any(n.startswith("trunk.") for n in grads)
+
+
+# ---------------------------------------------------------------- vectors of two modalities
+
+
+def cosines(model, batch):
+    """(B,) between the two modalities of a row, in the task's space."""
+    vectors = model.embed(batch)
+    (audio, there), (video, _) = vectors["audio", "s"], vectors["video", "s"]
+    return (audio * video).sum(1)[there]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("byol", lambda c: 4 - 4 * c), ("simsiam", lambda c: -c)]
+)
+def test_the_cosine_of_two_modalities_is_what_the_loss_asks_for(kind, loss):
+    model = crossed_model(kind)
+    batch = full_batch(model.spec, 6)
+    with torch.no_grad():  # a teacher that is not the network itself
+        for p in model.towers.parameters():
+            p.mul_(1.1)
+    model.after_step(0, 10)
+    assert model.spaces() == {("audio", "s"): "audio", ("video", "s"): "video"}
+    assert model.space_for("video", "audio") == "s"
+    want = values(model.eval(), batch)["s"]
+    assert float(loss(cosines(model, batch)).mean()) == pytest.approx(want, rel=1e-5)
+    alone = replace(batch, views={"video": batch.views["video"]})
+    assert set(model.embed(alone)) == {("video", "s")}
+    torch.testing.assert_close(model.embed(alone)["video", "s"], model.embed(batch)["video", "s"])
+
+
+def test_a_queue_compares_query_with_key_both_ways():
+    model = crossed_model("moco").eval()
+    task, batch = model.tasks["s"], full_batch(model.spec, 6)
+    passes = model.passes(batch)
+    q = {v: F.normalize(task._online[0](passes, v).detach()) for v in ("audio", "video")}
+    k = {v: F.normalize(task._target(passes, v, None)) for v in q}
+    want = ((q["audio"] * k["video"]).sum(1) + (q["video"] * k["audio"]).sum(1)) / 2
+    torch.testing.assert_close(cosines(model, batch), want)
+
+
+def test_correlated_projections_are_compared_in_standard_units_of_the_training():
+    model = crossed_model("barlow", projector={"widths": [8], "norm": "none"})
+    task, batch = model.tasks["s"], full_batch(model.spec, 64)
+    for norm in task.norms.values():
+        norm.momentum = 1.0
+    model(batch, 0, 10)
+    found = model.embed(batch)
+    for v in ("audio", "video"):
+        z = task._online[0](model.passes(batch), v).detach()
+        units = (z - z.mean(0)) / (z.var(0) + 1e-5).sqrt()
+        torch.testing.assert_close(found[v, "s"][0], F.normalize(units), atol=1e-4, rtol=0)
+    other = full_batch(model.spec, 4, seed=1)
+    alone = model.eval().embed(take_rows(other, [2]))["audio", "s"][0]
+    torch.testing.assert_close(alone, model.embed(other)["audio", "s"][0][2:3])
+
+
+def test_two_views_of_one_modality_have_no_space():
+    assert small_model(small("byol_a_tiny")).spaces() == {}
 
 
 # ---------------------------------------------------------------- constants
@@ -259,6 +318,15 @@ def test_queue_loss_is_cross_entropy_and_spares_the_own_recording():
     found = task(passes, batch)[""]
     assert float(found.sum.detach() / found.count) == pytest.approx(want, rel=1e-5)
     assert "key" not in task.last  # the keys' side is not encoded by the online network
+
+
+def test_keys_have_unit_length_in_bf16():
+    model = moco()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(full_batch(model.spec, 6), 0, 10)
+    model.after_step(0, 10)
+    lengths = model.tasks["moco"].queues["of_query"].rows_K.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(16), atol=1e-6, rtol=0)
 
 
 def test_only_training_feeds_the_queue():

@@ -55,6 +55,13 @@ def test_draws_belong_to_the_item():
     assert not torch.equal(random_resize_crop(x[:1], SEEDS[1:2], **FULL), whole[:1])
 
 
+def test_a_crop_keeps_its_precision_under_autocast():
+    x = maps().float()
+    want = random_resize_crop(x, SEEDS, **FULL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(random_resize_crop(x, SEEDS, **FULL), want)
+
+
 def test_mixing_adds_energies():
     x, other = maps(), maps(seed=1)
     share = torch.linspace(0, 0.4, 40, dtype=torch.float64)
