@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
+    from mmssl.specs import RunSpec, SegmentsSpec, TaskSpec, UnitTargetSpec, ViewSpec
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -363,7 +363,7 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
     return rows
 
 
-def _flow(task: Any) -> tuple[str, str]:
+def _flow(task: TaskSpec) -> tuple[str, str]:
     """What a task other than `pairs` reads, and what it makes of that."""
     if task.kind == "masked":
         return task.view, f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
@@ -378,9 +378,14 @@ def _flow(task: Any) -> tuple[str, str]:
         return " ~ ".join(task.views), f"{task.prototypes} prototypes, {assigned}"
     if task.kind == "reconstruct":
         return task.view, f"said by {task.decoder.kind}"
-    if task.target.kind == "match":
-        return " ~ ".join(task.target.between), f"match by {task.score.kind}"
+    if task.kind == "regress":
+        return task.view, f"{task.error} error of {task.signal.kind}"
+    if task.kind == "alignment":
+        return "two tables", f"critic against mapping, {task.critic_steps} : 1"
+    assert task.kind == "classify"  # `pairs` have rows of their own
     target = task.target
+    if target.kind == "match":
+        return " ~ ".join(target.between), f"match by {task.score.kind}"
     return target.view, f"label {target.field}" if target.kind == "label" else target.kind
 
 

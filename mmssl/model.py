@@ -24,6 +24,7 @@ from mmssl.targets.teacher import evaluating
 from mmssl.tasks.base import Task, mixed_in
 from mmssl.tasks.classify import Match
 from mmssl.tasks.masked import Masked
+from mmssl.tasks.players import Players
 from mmssl.towers import AnyTower, JointTower, Passes
 from mmssl.types import Batch, Floor, Term, UserError
 from mmssl.views import mel
@@ -80,6 +81,7 @@ class Model(nn.Module):
         without any row is 0.
         """
         need_tasks(self.spec)
+        self.turn(step)
         batch = self._augmented(self._mixed(batch), step / max(1, total))
         passes = self.passes(batch, step / max(1, total))
         terms = {
@@ -97,6 +99,25 @@ class Model(nn.Module):
         report = {name: Term(sums[i : i + 1], counts[i : i + 1]) for i, name in enumerate(terms)}
         self._remember(passes)
         return loss, report
+
+    def turn(self, step: int) -> str:
+        """Tell the tasks which step comes; returns whose it is among players, if there are any."""
+        for task in self.tasks.values():
+            task.begin(step)  # type: ignore[operator]
+        return next((task.turn for task in self.tasks.values() if isinstance(task, Players)), "")
+
+    def players(self) -> dict[str, str]:
+        """{parameter: the player who trains it}, in the order of their turns; empty without any."""
+        for name, task in self.tasks.items():
+            if isinstance(task, Players):
+                *others, last = task.rounds
+                owns = {f"tasks.{name}.{player}.": player for player in others}
+                found = {
+                    p: next((who for start, who in owns.items() if p.startswith(start)), last)
+                    for p, _ in self.named_parameters()
+                }
+                return found
+        return {}
 
     def _weighted(
         self, task: nn.Module, passes: Passes, batch: Batch

@@ -17,6 +17,7 @@ from mmssl.specs import (
     BYOLASpec,
     CausalConvSpec,
     GumbelSpec,
+    PASESpec,
     PointwiseSpec,
     ReconstructSpec,
     RecurrentSpec,
@@ -114,6 +115,8 @@ def _network(key: str, tower: TowerSpec) -> Iterator[str]:
         yield f"{key}.channels=8"
     if isinstance(backbone, Audio2VecSpec):
         yield from (f"{key}.{k}" for k in ("channels=[8, 8]", "width=16", "frames=6", "shift=6"))
+    if isinstance(backbone, PASESpec):
+        yield from (f"{key}.{k}" for k in ("width=16", f"channels={[8] * len(backbone.channels)}"))
     if isinstance(backbone, SincNetSpec):
         yield f"{key}.widths=[16, 16]"
     if isinstance(backbone, ResNetSpec):
@@ -157,23 +160,30 @@ def _rebuilt(key: str, task: ReconstructSpec) -> Iterator[str]:
         yield f"{key}.decoder.{name}={value}"
 
 
+_PRETEXTS = {
+    "rotation": (),
+    "gap": ("frames=6",),
+    "clusters": ("clips=6", "clusters=2", "components=3"),
+    "sequence": ("frames=2", "gap=3"),
+    "order": ("tiles=[2]",),
+}
+
+
 def _unlabelled(spec: RunSpec) -> Iterator[str]:
     for name, task in spec.tasks.items():
         key = f"tasks.{name}"
         if isinstance(task, ReconstructSpec):
             yield from _rebuilt(key, task)
+        if task.kind == "regress" and task.decoder.kind == "waveform":
+            yield f"{key}.decoder.channels={[8] * len(task.decoder.channels)}"
+        if task.kind == "alignment":
+            yield from (f"{key}.{k}" for k in ("width=8", "hidden=[16, 16]", "critic_steps=2"))
         if task.kind == "prototypes":
             yield from (f"{key}.{k}" for k in ("projector.widths=[16, 16]", "prototypes=8"))
             yield f"{key}.queue={min(task.queue, 8)}"
-        if task.kind != "classify" or task.target.kind in ("match", "label"):
-            continue
-        yield f"{key}.embed={[16] * len(task.embed)}"
-        if task.target.kind == "gap":
-            yield f"{key}.target.frames=6"
-        if task.target.kind == "clusters":
-            yield from (f"{key}.target.{k}" for k in ("clips=6", "clusters=2", "components=3"))
-        if task.target.kind == "order":
-            yield f"{key}.target.tiles=[2]"
+        if task.kind == "classify" and task.target.kind in _PRETEXTS:
+            yield f"{key}.embed={[16] * len(task.embed)}"
+            yield from (f"{key}.target.{k}" for k in _PRETEXTS[task.target.kind])
 
 
 def _heads(spec: RunSpec) -> Iterator[str]:
@@ -187,8 +197,10 @@ def _heads(spec: RunSpec) -> Iterator[str]:
         if task.kind != "pairs":
             continue
         for space, s in task.heads.spaces.items():
-            dim = 8 * s.steps if s.pool == "steps" else 16
-            yield f"tasks.{name}.heads.spaces.{space}.dim={dim}"
+            steps = min(s.steps, 8)
+            dim = (16 if task.heads.form == "none" else 8) * steps if s.pool == "steps" else 16
+            key = f"tasks.{name}.heads.spaces.{space}"
+            yield from (f"{key}.{k}" for k in (f"dim={dim}", f"steps={steps}"))
         for pair, p in task.pairs.items():
             if p.score.kind == "map" and "none" not in str(p.score.form):
                 yield f"tasks.{name}.pairs.{pair}.score.dim=8"

@@ -322,6 +322,42 @@ def rebuilt() -> dict[str, Any]:
     }
 
 
+def workers() -> dict[str, Any]:
+    """Changes that wire the tiny run as PASE: signals of a chunk, and two chunks step by step."""
+    audio = {
+        "modality": "audio",
+        "frontend": {"kind": "waveform"},
+        "cut": {"kind": "patches", "patch": [160]},
+    }
+    spaces = {
+        "frames": {"dim": 16, "pool": "steps", "steps": 4},
+        "mean": {"dim": 8, "pool": "mean"},
+    }
+    critic = {"between": ["anchor", "context"], "score": {"kind": "fusion", "hidden": 8}}
+    pairs = {
+        "lim": {"space": "frames", "objective": {"kind": "critic", "per_step": True}},
+        "gim": {"space": "mean", "objective": {"kind": "critic"}},
+    }
+    regress = {"kind": "regress", "view": "anchor"}
+    spectrum = {"kind": "log_spectrogram", "n_fft": 256, "win": 256, "hop": 160, "f_max": 0}
+    view = {"modality": "audio", "crop_s": 0.5}
+    return {
+        "towers": {"audio": audio},
+        "views": {"anchor": view, "context": view},
+        "joints": {},
+        "tasks": {
+            "lps": {**regress, "signal": spectrum},
+            "prosody": {**regress, "signal": {"kind": "prosody"}},
+            "mi": {
+                "kind": "pairs",
+                "heads": {"spaces": spaces},
+                "pairs": {n: {**critic, "weight": 0.25, **p} for n, p in pairs.items()},
+            },
+            "spc": {"kind": "classify", "target": {"kind": "sequence", "view": "anchor"}},
+        },
+    }
+
+
 RECIPES = {
     "compared": compared,
     "every_part": dict,
@@ -331,6 +367,7 @@ RECIPES = {
     "rebuilt": rebuilt,
     "siamese": siamese,
     "unlabelled": unlabelled,
+    "workers": workers,
 }
 
 

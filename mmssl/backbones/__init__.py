@@ -3,6 +3,7 @@
 from mmssl.backbones.audio2vec import Audio2Vec
 from mmssl.backbones.byola import BYOLA
 from mmssl.backbones.convnets import ConvAV8, EfficientNetB0
+from mmssl.backbones.pase import PASE
 from mmssl.backbones.resnet import ResNetV2
 from mmssl.backbones.s3d import S3DG
 from mmssl.backbones.trunks import VGG16, AlexNet, ResNet18, ResNet50, SpeechConv
@@ -14,6 +15,7 @@ NETWORKS = {
     "byol_a": BYOLA,
     "conv_av8": ConvAV8,
     "efficientnet_b0": EfficientNetB0,
+    "pase": PASE,
     "resnet18": ResNet18,
     "resnet50": ResNet50,
     "resnet_v2": ResNetV2,
@@ -27,6 +29,7 @@ NETWORKS = {
 __all__ = [
     "BYOLA",
     "NETWORKS",
+    "PASE",
     "S3DG",
     "VGG16",
     "AlexNet",

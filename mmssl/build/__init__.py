@@ -21,7 +21,15 @@ from mmssl.build.towers import (
 from mmssl.dist import MaskedSyncBatchNorm
 from mmssl.model import Model
 from mmssl.quantizers import GumbelQuantizer, VectorQuantizer
-from mmssl.specs import KaldiSpec, RunSpec, SincNetSpec, SpectrumSpec, TowerSpec, ViewSpec
+from mmssl.specs import (
+    KaldiSpec,
+    PASESpec,
+    RunSpec,
+    SincNetSpec,
+    SpectrumSpec,
+    TowerSpec,
+    ViewSpec,
+)
 from mmssl.types import UserError
 from mmssl.views import mel
 
@@ -94,7 +102,9 @@ def _check_names(spec: RunSpec) -> None:
         _check_ids(name, tower, spec)
         _check_mel(name, view, found)
         spectrum = isinstance(found.frontend, SpectrumSpec | KaldiSpec)
-        part = found.backbone if isinstance(found.backbone, SincNetSpec) else found.frontend
+        part = (
+            found.backbone if isinstance(found.backbone, SincNetSpec | PASESpec) else found.frontend
+        )
         spectrum = spectrum or part is found.backbone
         rate = part.sample_rate if spectrum else view.hz  # type: ignore[union-attr]
         if view.modality == "audio" and rate != view.hz:

@@ -8,10 +8,18 @@ from math import prod
 from mmssl.build.reconstruct import check_slices
 from mmssl.build.towers import data_shape, need_view
 from mmssl.data.labels import listed
-from mmssl.specs import ClassifySpec, ClusterSpec, GapSpec, OrderSpec, RotationSpec, RunSpec
+from mmssl.specs import (
+    ClassifySpec,
+    ClusterSpec,
+    GapSpec,
+    OrderSpec,
+    RotationSpec,
+    RunSpec,
+    SequenceSpec,
+)
 from mmssl.tasks.base import Task
 from mmssl.tasks.clustered import Clustered
-from mmssl.tasks.pretext import Gap, Order, Rotation
+from mmssl.tasks.pretext import Gap, Order, Rotation, Succession
 from mmssl.towers import AnyTower, ConvTower
 from mmssl.types import UserError
 from mmssl.views.pretext import tile_sizes
@@ -25,7 +33,7 @@ def make_pretext(
     widths: Mapping[str, int],
     check_pool: Callable[[str, str, str], None],
 ) -> Task:
-    """A task of turns, of order, of gaps or of clusters; towers by name, widths by view.
+    """A task of turns, order, gaps, successions or clusters; towers by name, widths by view.
 
     check_pool: refuses a pooling that a view does not have.
 
@@ -33,10 +41,14 @@ def make_pretext(
         UserError: names that do not exist, or parts that do not fit together.
     """
     target, where = task.target, f"tasks.{name}.target"
-    assert isinstance(target, RotationSpec | OrderSpec | GapSpec | ClusterSpec)
+    assert isinstance(target, RotationSpec | OrderSpec | GapSpec | SequenceSpec | ClusterSpec)
     view = need_view(run, target.view, f"{where}.view")
-    check_pool(f"tasks.{name}.pool", target.view, task.pool)
     width, embed = widths[target.view], task.embed
+    if isinstance(target, SequenceSpec):
+        if task.pool != ClassifySpec.model_fields["pool"].default:
+            raise UserError(f"tasks.{name}.pool: not read, single steps are compared; leave it out")
+        return Succession(name, target, width, embed, task.weight)
+    check_pool(f"tasks.{name}.pool", target.view, task.pool)
     if isinstance(target, ClusterSpec):
         if len(listed(run.data.train)) > 1:
             raise UserError(f"{where}: tells clips apart by their number; name one data.train")

@@ -82,7 +82,7 @@ def _text_stem(
     if cut.kind == "embedding":
         stem: nn.Module = TEXTS["embedding"](vocab_size, width)
         return stem
-    table = _word_table(cut.table) if cut.table else None
+    table = vector_table(cut.table) if cut.table else None
     generator = torch.Generator().manual_seed(0)
     stem = TEXTS["frozen"](vocab_size, width, cut.table_width, table, generator)
     return stem
@@ -145,12 +145,17 @@ def _borrowed(
     return SummedEmbedding(owner.stem.tables, width, borrowed=True)
 
 
-def _word_table(path: str) -> torch.Tensor:
+def vector_table(path: str) -> torch.Tensor:
+    """Rows of vectors in a file.
+
+    Raises:
+        UserError: no such file, or none of vectors.
+    """
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
         raise UserError(
-            f"{path}: no such word table; give a safetensors file with the key `weight`"
+            f"{path}: no such table of vectors; give a safetensors file with the key `weight`"
         )
     tensors = load_file(path)
     if "weight" not in tensors:

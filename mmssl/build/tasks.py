@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmssl.build.later import make_future
+from mmssl.build.players import make_alignment
 from mmssl.build.pretext import make_pretext
 from mmssl.build.reconstruct import make_reconstruct
+from mmssl.build.regress import make_regress
 from mmssl.build.scores import check_map, make_map
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
@@ -17,7 +19,7 @@ from mmssl.build.targets import (
     word_begins,
 )
 from mmssl.build.towers import need_view
-from mmssl.heads.dense import PairScore, VectorScore
+from mmssl.heads.dense import PairScore, StepScore, VectorScore
 from mmssl.heads.embed import POOLINGS, Embedder, poolings
 from mmssl.heads.match import (
     JointMatch,
@@ -31,6 +33,7 @@ from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Bilinear, Distance, Dot, FusionMLP
 from mmssl.objectives.contrastive import LogitScale
 from mmssl.specs import (
+    AlignmentSpec,
     BilinearSpec,
     ClassifySpec,
     CriticSpec,
@@ -49,6 +52,7 @@ from mmssl.specs import (
     PairsSpec,
     PrototypesSpec,
     ReconstructSpec,
+    RegressSpec,
     RunSpec,
     SemiHardSpec,
     SiameseSpec,
@@ -88,6 +92,10 @@ class TaskBuilder:
             return self._pairs(name, task)
         if isinstance(task, MaskedSpec):
             return self._masked(name, task)
+        if isinstance(task, AlignmentSpec):
+            return make_alignment(name, task, self.spec)
+        if isinstance(task, RegressSpec):
+            return make_regress(name, task, self.spec, self.towers)
         if isinstance(task, FutureSpec):
             return make_future(self.spec, name, task, self.towers)
         if isinstance(task, SiameseSpec):
@@ -216,6 +224,15 @@ class TaskBuilder:
 
     def _score(self, where: str, task: PairsSpec, pair: PairSpec) -> PairScore:
         score = pair.score
+        if isinstance(pair.objective, CriticSpec) and pair.objective.per_step:
+            space = task.heads.spaces[pair.space]
+            if poolings(space) != {"steps"} or not isinstance(score, FusionSpec):
+                raise UserError(
+                    f"{where}.objective.per_step: compares the steps of a space pooled by `steps`, "
+                    "by score `fusion`; use both, or leave it out"
+                )
+            width = space.dim // space.steps
+            return StepScore(FusionMLP(width, width, score.hidden), space.steps)
         if isinstance(score, MapSpec):
             return make_map(self.spec, where, pair.between, score, self.towers)
         if isinstance(score, DotSpec):

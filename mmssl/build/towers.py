@@ -31,12 +31,14 @@ from mmssl.specs import (
     ConvPositionSpec,
     ConvSpec,
     FixedPositionSpec,
+    FrontendSpec,
     JointSpec,
     KaldiSpec,
     Modality,
     NearestSpec,
     Number,
     PointwiseSpec,
+    ProsodySpec,
     QuantizerSpec,
     RecurrentSpec,
     RunSpec,
@@ -131,7 +133,7 @@ def make_tower(
         UserError: parts that do not fit together.
     """
     spec = run.towers[name]
-    signal = _signal(spec)
+    signal = make_signal(spec.frontend)
     if isinstance(spec.backbone, ConvSpec):
         if signal is None:
             raise UserError(f"towers.{name}.backbone: {spec.backbone.kind} cannot read text")
@@ -195,18 +197,19 @@ def _quantizer(name: str, spec: TowerSpec, width: int) -> tuple[Quantizer | None
     return quantizer, temperature
 
 
-def _signal(spec: TowerSpec) -> nn.Module | None:
-    options = spec.frontend.model_dump(exclude={"kind", "utterance"})
-    if isinstance(spec.frontend, KaldiSpec):
-        return _whole(Kaldi(KaldiParams(**options)), spec.frontend.utterance)
-    if isinstance(spec.frontend, SpectrumSpec):
-        if spec.frontend.kind == "log_spectrogram":
+def make_signal(spec: FrontendSpec | ProsodySpec) -> nn.Module | None:
+    """A front-end; ids have none."""
+    options = spec.model_dump(exclude={"kind", "utterance"})
+    if isinstance(spec, KaldiSpec):
+        return _whole(Kaldi(KaldiParams(**options)), spec.utterance)
+    if isinstance(spec, SpectrumSpec):
+        if spec.kind == "log_spectrogram":
             options = {k: v for k, v in options.items() if not k.startswith("mel_")}
-        spectrum: Spectrum = SIGNALS[spec.frontend.kind](SpectrumParams(**options))
-        return _whole(spectrum, spec.frontend.utterance)
-    if spec.frontend.kind == "ids":
+        spectrum: Spectrum = SIGNALS[spec.kind](SpectrumParams(**options))
+        return _whole(spectrum, spec.utterance)
+    if spec.kind == "ids":
         return None
-    signal: nn.Module = SIGNALS[spec.frontend.kind](**options)
+    signal: nn.Module = SIGNALS[spec.kind](**options)
     return signal
 
 

@@ -2,6 +2,7 @@
 
 from mmssl.frontends.patches import PatchEmbed
 from mmssl.frontends.positions import FactorisedPositions
+from mmssl.frontends.prosody import Prosody
 from mmssl.frontends.spectra import LogMel, LogSpectrogram, SpectrumParams
 from mmssl.frontends.stack import SpectrumStack
 from mmssl.frontends.stems import ConvStem, VideoConvStem
@@ -13,6 +14,7 @@ SIGNALS = {
     "log_mel": LogMel,
     "log_spectrogram": LogSpectrogram,
     "spectrum_stack": SpectrumStack,
+    "prosody": Prosody,
     "waveform": Waveform,
     "frames": Frames,
 }
@@ -30,6 +32,7 @@ __all__ = [
     "LogMel",
     "LogSpectrogram",
     "PatchEmbed",
+    "Prosody",
     "SpectrumParams",
     "SpectrumStack",
     "TextEmbedding",

@@ -55,6 +55,19 @@ class VectorScore(nn.Module):
         return self.score.pairs(a[0][:, 0], b[0][:, 0])
 
 
+class StepScore(VectorScore):
+    """A side's vector is that of `steps` steps, each of which is compared by itself."""
+
+    def __init__(self, score: FusionMLP, steps: int) -> None:
+        super().__init__(score)
+        self.steps = steps
+
+    def pairs(self, a: Parts, b: Parts) -> Tensor:
+        """(A, steps) scores of a (A, 1, steps * D) with b, step by step."""
+        left, right = (x[0].reshape(len(x[0]) * self.steps, -1) for x in (a, b))
+        return self.score.pairs(left, right).reshape(-1, self.steps)
+
+
 class MapScore(nn.Module):
     """`ScoreMap` with its own projections of video cells and of the query.
 

@@ -23,7 +23,8 @@ def critic_loss(
 ) -> Tensor:
     """(P,) losses whose mean is minus a bound or estimate of the mutual information (LIM, 2019).
 
-    With a critic of zeros: `bce` 2 ln 2, `mine` 0 (Belghazi et al. 2018), `nce` ln(1 + G).
+    With a critic of zeros: `bce` 2 ln 2, `mine` 0 (Belghazi et al. 2018), `nce` ln(1 + G). Rows may
+    have further axes, (P, ...): their places are critics of their own, compared over rows only.
 
     Args:
         own_P: critic of two views of one recording.
@@ -36,7 +37,8 @@ def critic_loss(
     own_P, false_P = wide(own_P), wide(false_P)
     if bound == "bce":
         return F.softplus(-own_P) + F.softplus(false_P)
-    total = torch.logsumexp(wide(false_G).masked_fill(~rows_G, -math.inf), 0)
+    off_G = ~rows_G.reshape(-1, *[1] * (false_G.ndim - 1))
+    total = torch.logsumexp(wide(false_G).masked_fill(off_G, -math.inf), 0)
     if bound == "mine":
         return total - rows_G.sum().clamp(min=1).to(total).log() - own_P
     return torch.logaddexp(own_P, total) - own_P

@@ -44,6 +44,7 @@ from mmssl.specs.networks import (
     ConvAV8Spec,
     ConvSpec,
     EfficientNetSpec,
+    PASESpec,
     ResNet18Spec,
     ResNet50Spec,
     ResNetSpec,
@@ -65,6 +66,7 @@ from mmssl.specs.objectives import (
     SigmoidSpec,
     TripletSpec,
 )
+from mmssl.specs.players import AlignmentSpec
 from mmssl.specs.quantizers import GumbelSpec, NearestSpec, QuantizerSpec
 from mmssl.specs.reconstruct import (
     ConvDecoderSpec,
@@ -74,6 +76,7 @@ from mmssl.specs.reconstruct import (
     SpeakerSpec,
     WaveNetSpec,
 )
+from mmssl.specs.regress import ProsodySpec, RegressSpec, WaveDecoderSpec
 from mmssl.specs.run import (
     DataSpec,
     OptimSpec,
@@ -114,6 +117,7 @@ from mmssl.specs.tasks import (
     PairsSpec,
     PrototypesSpec,
     RotationSpec,
+    SequenceSpec,
     SiameseSpec,
     TaskSpec,
 )

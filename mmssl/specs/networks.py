@@ -151,6 +151,27 @@ class SincNetSpec(Spec):
         return self
 
 
+class PASESpec(Spec):
+    """Sinc filters and convolutions on the waveform; see `mmssl.backbones.pase.PASE`."""
+
+    kind: Literal["pase"]
+    sample_rate: int = Field(16000, gt=0)  # Hz; must equal the view's `hz`
+    filters: int = Field(64, gt=0)
+    kernel: int = Field(251, gt=0)
+    channels: list[Annotated[int, Field(gt=0)]] = [64, 128, 128, 256, 256, 512, 512]
+    kernels: list[Annotated[int, Field(gt=0)]] = [20, 11, 11, 11, 11, 11, 11]
+    strides: list[Annotated[int, Field(gt=0)]] = [10, 2, 1, 2, 1, 2, 2]
+    width: int = Field(100, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> PASESpec:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"`kernel` ({self.kernel}) must be odd: a filter has a middle tap")
+        if not len(self.channels) == len(self.kernels) == len(self.strides) > 0:
+            raise ValueError("`channels`, `kernels` and `strides` need one entry per layer")
+        return self
+
+
 class WaveResNetSpec(Spec):
     """ResNet-18 in one dimension on the waveform (CLAR)."""
 
@@ -170,6 +191,7 @@ ConvSpec = (
     | ResNetSpec
     | S3DGSpec
     | SincNetSpec
+    | PASESpec
     | WaveResNetSpec
     | Audio2VecSpec
 )

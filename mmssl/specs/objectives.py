@@ -66,10 +66,14 @@ class SemiHardSpec(Spec):
 
 
 class CriticSpec(Spec):
-    """Mutual information by a critic of own and random pairs; see `mmssl.objectives.critic`."""
+    """Mutual information by a critic of own and random pairs; see `mmssl.objectives.critic`.
+
+    `per_step`: in a space that is pooled in `steps`, each of them is compared by itself.
+    """
 
     kind: Literal["critic"]
     bound: Literal["bce", "mine", "nce"] = "bce"
+    per_step: bool = False
     equal_text: Literal[False] = False
 
 

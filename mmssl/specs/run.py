@@ -120,11 +120,20 @@ class RunSpec(Spec):
     paper: str = ""
     out: str = ""  # run folder; empty = runs/<name>
     shared: TrunkSpec | None = None
-    towers: dict[str, TowerSpec] = Field(min_length=1)
+    towers: dict[str, TowerSpec]
     joints: dict[str, JointSpec] = {}
-    views: dict[str, ViewSpec] = Field(min_length=1)
+    views: dict[str, ViewSpec]
     tasks: dict[str, TaskSpec]  # empty: towers to start from or to evaluate, see `mmssl import`
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
     data: DataSpec = DataSpec()
     validation: ValidateSpec = Field(ValidateSpec(), alias="validate")
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> RunSpec:
+        tables = bool(self.tasks) and all(t.kind == "alignment" for t in self.tasks.values())
+        if not (tables or (self.towers and self.views)):
+            raise ValueError("`towers` and `views` need one entry at least")
+        if tables and (self.towers or self.views):
+            raise ValueError("an `alignment` reads tables: leave `towers` and `views` empty, {}")
+        return self

@@ -16,8 +16,10 @@ from mmssl.specs.objectives import (
     PairObjective,
     QueueSpec,
 )
+from mmssl.specs.players import AlignmentSpec
 from mmssl.specs.quantizers import QuantizerSpec
 from mmssl.specs.reconstruct import ReconstructSpec
+from mmssl.specs.regress import RegressSpec
 from mmssl.specs.targets import TargetSpec
 from mmssl.specs.towers import TransformerSpec
 
@@ -121,6 +123,18 @@ class GapSpec(Spec):
     frames: int = Field(96, gt=0)
 
 
+class SequenceSpec(Spec):
+    """What comes later and what came before, see `mmssl.tasks.pretext.Succession`.
+
+    `frames`: tokens of a stretch. `gap`: from the drawn token to a stretch, at least.
+    """
+
+    kind: Literal["sequence"]
+    view: str
+    frames: int = Field(5, gt=0)
+    gap: int = Field(16, gt=0)
+
+
 class ClusterSpec(Spec):
     """The cluster of a clip's features of the last epoch, see `mmssl.tasks.clustered.Clustered`.
 
@@ -156,7 +170,7 @@ class ClassifySpec(Spec):
 
     kind: Literal["classify"]
     target: Annotated[
-        MatchSpec | LabelSpec | RotationSpec | OrderSpec | GapSpec | ClusterSpec,
+        MatchSpec | LabelSpec | RotationSpec | OrderSpec | GapSpec | SequenceSpec | ClusterSpec,
         Field(discriminator="kind"),
     ]
     score: MatchScoreSpec = FusionSpec(kind="fusion")
@@ -338,6 +352,8 @@ TaskSpec = Annotated[
     | FutureSpec
     | SiameseSpec
     | PrototypesSpec
-    | ReconstructSpec,
+    | ReconstructSpec
+    | RegressSpec
+    | AlignmentSpec,
     Field(discriminator="kind"),
 ]

@@ -41,6 +41,9 @@ class Task(nn.Module):
         """Terms of the local rows."""
         raise NotImplementedError
 
+    def begin(self, step: int) -> None:
+        """Hear of the step that comes, before its `forward`; nothing by default."""
+
     def after_step(self, position: float) -> None:
         """Update own buffers after an optimiser step; nothing by default."""
 

@@ -104,9 +104,8 @@ class PairTerms:
         if isinstance(objective, CriticSpec):
             false_B = score.pairs(a[0].parts, tuple(p[index_b] for p in b[1].parts))  # type: ignore[operator]
             false_G, found_G = dist.gather(false_B), dist.gather_no_grad(found_b)
-            return _mean_term(
-                critic_loss(own_B, false_B, false_G, found_G, objective.bound), found_b
-            )
+            loss_B = critic_loss(own_B, false_B, false_G, found_G, objective.bound)
+            return _mean_term(loss_B.reshape(batch.size, -1).mean(1), found_b)
         assert isinstance(objective, TripletSpec)
         false_a = score.pairs(tuple(p[index_a] for p in a[1].parts), b[0].parts)  # type: ignore[operator]
         false_b = score.pairs(a[0].parts, tuple(p[index_b] for p in b[1].parts))  # type: ignore[operator]

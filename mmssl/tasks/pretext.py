@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmssl.heads.embed import pool
 from mmssl.heads.mlp import mlp
@@ -20,12 +21,13 @@ from mmssl.objectives.classification import (
     correct,
     softmax_cross_entropy,
 )
+from mmssl.objectives.precision import wide
 from mmssl.objectives.ranking import kendall_tau, normal_noise, perturbed_ranking
 from mmssl.rng import row_uniform
-from mmssl.specs import GapSpec, Number, OrderSpec, RotationSpec
+from mmssl.specs import GapSpec, Number, OrderSpec, RotationSpec, SequenceSpec
 from mmssl.tasks.base import Task
 from mmssl.tasks.masked import keep_items
-from mmssl.towers import Passes, item_weight
+from mmssl.towers import Passes, item_weight, time_steps
 from mmssl.types import Batch, Term, ViewBatch
 from mmssl.views.pretext import TURNS, mirrored, permutations, slices, tiles, turned
 
@@ -162,6 +164,57 @@ class Gap(Pretext):
             "": Term(binary_cross_entropy(logits_P, gap_P, valid_P).sum(), valid_P.sum()),
             "error": Term(error_P.where(valid_P, 0.0).sum(), valid_P.sum()),
         }
+
+
+class Succession(Pretext):
+    """Which of two stretches follows a step, and which precedes it (PASE's SPC, 2019).
+
+    One step of each item and a stretch of `frames` steps on either side, `gap` away or farther, are
+    drawn; a critic reads the step and a stretch. Items too short for that take no part.
+    """
+
+    def __init__(
+        self, name: str, spec: SequenceSpec, width: int, embed: list[int], weight: Number
+    ) -> None:
+        head = mlp((1 + spec.frames) * width, [*embed, 1])
+        super().__init__(name, spec.view, "", head, weight)
+        self.spec = spec
+
+    def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
+        """Cross-entropy of yes and no, the mean of both stretches; the share that is right."""
+        tokens = passes.tokens(self.view)
+        x_PTD, pad_PT = time_steps(tokens)
+        places, valid_P = self.places((~pad_PT).sum(1), tokens.view.seeds_P)
+        valid_P = valid_P & (item_weight(tokens.view) > 0)
+        after_P, before_P = (self.logits(x_PTD, places[0], start) for start in places[1:])
+        loss_P = (F.softplus(-after_P) + F.softplus(before_P)) / 2
+        right_P = ((after_P > 0).to(loss_P) + (before_P < 0).to(loss_P)) / 2
+        return {
+            "": Term(loss_P.where(valid_P, 0.0).sum(), valid_P.sum()),
+            "accuracy": Term(right_P.where(valid_P, 0.0).sum(), valid_P.sum()),
+        }
+
+    def places(self, steps_P: Tensor, seeds_P: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(P,) the step, the starts of the later and of the earlier stretch; where they fit."""
+        frames, gap = self.spec.frames, self.spec.gap
+        reach = gap + frames - 1  # steps from the drawn one to a stretch's far end, at least
+        u_P3 = row_uniform(seeds_P, 3, f"{self.name}/places")
+
+        def drawn(i: int, count_P: Tensor) -> Tensor:
+            return (u_P3[:, i] * count_P).long().clamp(min=0)
+
+        step_P = reach + drawn(0, steps_P - 2 * reach)
+        after_P = step_P + gap + drawn(1, steps_P - step_P - reach)
+        before_P = drawn(2, step_P - reach + 1)
+        return [step_P, after_P, before_P], steps_P > 2 * reach
+
+    def logits(self, x_PTD: Tensor, step_P: Tensor, start_P: Tensor) -> Tensor:
+        """(P,) log-odds that the stretch from `start` on follows the step."""
+        stretch = start_P[:, None] + torch.arange(self.spec.frames, device=x_PTD.device)
+        index = torch.cat([step_P[:, None], stretch], 1).clamp(max=x_PTD.shape[1] - 1)
+        picked = x_PTD.gather(1, index[..., None].expand(-1, -1, x_PTD.shape[2]))
+        logits: Tensor = self.head(picked.flatten(1))
+        return wide(logits[:, 0])
 
 
 def _items(view: ViewBatch, items: Tensor, signal: Tensor) -> ViewBatch:

@@ -32,6 +32,10 @@ class ConvTower(nn.Module):
         field = self._time_field()
         return (field.first + getattr(self.signal, "first_centre", 0.0)) / field.stride
 
+    def token_rate(self, rate: float) -> float:
+        """Tokens per second along the time axis of a view of that rate (Hz, frames per second)."""
+        return token_rate_of(rate, self.signal, self._time_field().stride)
+
     def _time_field(self) -> Field:
         """How cells see time."""
         if self.modality == "video":
@@ -67,6 +71,6 @@ class ConvTower(nn.Module):
         if frames is not None:
             steps = self.network.out_lengths(frames, signal.ndim - 2)  # type: ignore[operator]
             pad = padding_mask(steps.clamp(min=1), grid)
-        rate = token_rate_of(view.rate, self.signal, self._time_field().stride)
+        rate = self.token_rate(view.rate)
         filled = full_padding(pad, x)
         return Tokens(x, filled, x, filled, grid, grid, {}, rate, rate, view)

@@ -45,6 +45,7 @@ from mmssl.train.engine import Engine
 from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import random_state, seed_all, set_random_state
 from mmssl.train.safe import load_plain
+from mmssl.train.turns import Turns
 from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes, whole_state
 from mmssl.types import Batch, UserError
@@ -106,7 +107,7 @@ class Job:
     folder: Path
     config: str
     digest: str
-    engine: Engine
+    engine: Engine | Turns
     loader: Loader
     layout: Layout
     average: Average | None

@@ -22,7 +22,8 @@ from torch import nn
 from mmssl import config, dist
 from mmssl.build import build_model
 from mmssl.check import need_labels
-from mmssl.data.loader import TrainLoader, train_loader
+from mmssl.data.draws import Draws
+from mmssl.data.loader import train_loader
 from mmssl.data.text import Tokenizer
 from mmssl.model import Model, need_tasks
 from mmssl.rng import seed_of
@@ -33,12 +34,13 @@ from mmssl.train.checkpoint import Job, Loader, Progress
 from mmssl.train.commit import on_rank0, read_manifest, replace_file, write_text
 from mmssl.train.copies import Copies, fetch
 from mmssl.train.elastic import Layout
-from mmssl.train.engine import Engine, Trainable, session
+from mmssl.train.engine import Trainable, session
 from mmssl.train.loop import train
 from mmssl.train.meters import Meters
 from mmssl.train.preempt import StopRequest
 from mmssl.train.randomness import seed_all
 from mmssl.train.start import load_start_weights
+from mmssl.train.turns import make_engine
 from mmssl.train.validate import Evaluate, Validator
 from mmssl.train.watchdog import Watchdog
 from mmssl.train.weights import Average, shapes
@@ -213,6 +215,9 @@ def open_folder(spec: RunSpec, folder: Path) -> None:
 
 
 def _check_data(spec: RunSpec, has_tokenizer: bool) -> None:
+    if not spec.views:
+        _check_tables(spec)
+        return
     if not spec.data.train:
         raise UserError("data.train is empty: name a folder of shards (data_tools.make_shards)")
     folders = [spec.data.train] if isinstance(spec.data.train, str) else list(spec.data.train)
@@ -232,6 +237,17 @@ def _check_data(spec: RunSpec, has_tokenizer: bool) -> None:
         )
 
 
+def _check_tables(spec: RunSpec) -> None:
+    for name, task in spec.tasks.items():
+        for key in ("source", "target"):
+            path = getattr(task, key)
+            if not Path(path).is_file():
+                raise UserError(
+                    f"tasks.{name}.{key}={path}: no such file; name a safetensors file with rows "
+                    "of vectors under the key `weight`"
+                )
+
+
 def _has_text(spec: RunSpec) -> bool:
     return any(view.modality == "text" for view in spec.views.values())
 
@@ -246,7 +262,9 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
         folder / (f"{name}.jsonl" if world == 1 else f"{name}-{rank:05d}.jsonl") for name in _LISTS
     )
 
-    def make_loader(layout: Layout) -> TrainLoader:
+    def make_loader(layout: Layout) -> Loader:
+        if not spec.views:
+            return Draws(layout.rows * layout.joined, rank, world)
         return train_loader(
             spec.data.model_copy(update={"workers": layout.workers}),
             spec.views,
@@ -270,8 +288,10 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
         load_start_weights(cast("Model", model), spec)
 
     def evaluate(model: nn.Module, clips: int) -> dict[str, float]:
-        from mmssl.eval import suites
+        from mmssl.eval import alignment, suites
 
+        if not spec.views:
+            return alignment.quick(cast("Any", model))
         return suites.quick(cast("Any", model), spec, tokenizer, clips)
 
     parts = Parts(make_model, make_loader, evaluate, load_start)
@@ -295,7 +315,7 @@ def _job(
     model = parts.make_model().train()
     if fresh and parts.load_start is not None:
         parts.load_start(model)
-    engine = Engine(model, spec.optim, spec.train, device)
+    engine = make_engine(model, spec.optim, spec.train, device)
     average = Average(model) if spec.optim.ema != 0 else None
     seed_all(seed_of(spec.train.seed, "rank", dist.rank()))
     text, digest = config.dump(spec), config.digest(spec)

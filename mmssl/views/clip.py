@@ -22,6 +22,7 @@ WAVE_OPS: dict[str, Callable[..., Tensor]] = {
     "gain": wave.gain,
     "noise": wave.noise,
     "pitch": wave.pitch,
+    "rescale": wave.rescale,
     "time_mask": wave.time_mask,
     "band_noise": wave.band_noise,
     "reverb": wave.reverb,

@@ -8,12 +8,24 @@ import torch
 import torchaudio
 from torch import Tensor
 
+_TINY = 1e-12  # keeps the ratio of two silences finite
+
 
 def gain(wave_S: Tensor, generator: torch.Generator, db: tuple[float, float] = (-6, 6)) -> Tensor:
     """Multiply by a random gain, uniform in decibels; louder than full scale is clipped."""
     low, high = db
     value = low + (high - low) * torch.rand((), generator=generator).item()
     return (wave_S * 10 ** (value / 20)).clamp(-1, 1)
+
+
+def rescale(
+    wave_S: Tensor, generator: torch.Generator, peak: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Give the crop a random maximum, uniform in its amplitude (PASE); silence stays zero."""
+    low, high = peak
+    value = low + (high - low) * torch.rand((), generator=generator).item()
+    loudest = wave_S.abs().max() if wave_S.numel() else wave_S.new_zeros(())
+    return wave_S * (value / loudest.clamp(min=_TINY))
 
 
 def noise(
@@ -52,9 +64,6 @@ def time_mask(
     out = wave_S.clone()
     out[first : first + length] = 0.01 * torch.randn(length, generator=generator)
     return out
-
-
-_TINY = 1e-12  # keeps the ratio of two silences finite
 
 
 def band_noise(

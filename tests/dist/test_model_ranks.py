@@ -69,14 +69,8 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     "recipe",
     [
-        "compared",
-        "every_part",
-        "flagship",
-        "future",
-        "localizers",
-        "rebuilt",
-        "siamese",
-        "unlabelled",
+        *("compared", "every_part", "flagship", "future", "localizers"),
+        *("rebuilt", "siamese", "unlabelled", "workers"),
     ],
 )
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:

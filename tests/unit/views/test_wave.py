@@ -132,3 +132,14 @@ def test_a_room_decays_by_60_db_in_its_time():
     assert 10 * math.log10(direct / tail.sum()) == pytest.approx(3, abs=1e-3)
     early, late = tail[:400].mean(), tail[2000:2400].mean()
     assert 10 * math.log10(early / late) == pytest.approx(30, abs=2)  # a quarter of a second apart
+
+
+def test_rescaled_peaks_are_uniform():
+    wave_S = 0.1 * torch.randn(400, generator=generator())
+    peaks = torch.stack([wave.rescale(wave_S, generator(i)).abs().max() for i in range(300)])
+    assert 0.45 < float(peaks.mean()) < 0.55
+    assert float(peaks.max()) <= 1
+    twice = wave.rescale(2 * wave_S, generator(3))
+    torch.testing.assert_close(twice, wave.rescale(wave_S, generator(3)))
+    assert wave.rescale(torch.zeros(8), generator()).eq(0).all()
+    assert wave.rescale(torch.zeros(0), generator()).shape == (0,)
