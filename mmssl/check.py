@@ -367,6 +367,9 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
                 f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
             )
             rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
+        elif task.kind == "separate":
+            what = f"{task.objective.kind}, {task.sounds} sounds into {task.outputs}"
+            rows.append((name, "separate", task.view, what, str(task.weight)))
         elif task.kind == "prototypes":
             what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
             rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))

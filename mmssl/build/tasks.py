@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmssl.build.later import make_future
 from mmssl.build.pretext import make_pretext
 from mmssl.build.scores import check_map, make_map
+from mmssl.build.separate import make_separate
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
     TARGETS,
@@ -49,6 +50,7 @@ from mmssl.specs import (
     PrototypesSpec,
     RunSpec,
     SemiHardSpec,
+    SeparateSpec,
     SiameseSpec,
     TaskSpec,
     TowerSpec,
@@ -88,6 +90,8 @@ class TaskBuilder:
             return self._masked(name, task)
         if isinstance(task, FutureSpec):
             return make_future(self.spec, name, task, self.towers)
+        if isinstance(task, SeparateSpec):
+            return make_separate(self.spec, name, task, self.towers)
         if isinstance(task, SiameseSpec):
             widths = self.widths
             return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)

@@ -42,6 +42,7 @@ from mmssl.specs.networks import (
     BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
+    DilatedConvSpec,
     EfficientNetSpec,
     ResNet18Spec,
     ResNet50Spec,
@@ -73,6 +74,7 @@ from mmssl.specs.run import (
     TrunkSpec,
     ValidateSpec,
 )
+from mmssl.specs.separate import PermutationSpec, RemixSpec, SeparateSpec
 from mmssl.specs.stages import LabellingSpec, LabelStageSpec, StagesSpec
 from mmssl.specs.targets import (
     CodeTargetSpec,

@@ -17,6 +17,7 @@ from mmssl.specs.objectives import (
     QueueSpec,
 )
 from mmssl.specs.quantizers import QuantizerSpec
+from mmssl.specs.separate import SeparateSpec
 from mmssl.specs.targets import TargetSpec
 from mmssl.specs.towers import TransformerSpec
 
@@ -319,6 +320,6 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec,
+    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec | SeparateSpec,
     Field(discriminator="kind"),
 ]
