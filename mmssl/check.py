@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from mmssl.model import Model
-    from mmssl.specs import RunSpec, SegmentsSpec, UnitTargetSpec, ViewSpec
+    from mmssl.specs import (
+        MaskedSpec,
+        RunSpec,
+        SegmentsSpec,
+        SeparateSpec,
+        UnitTargetSpec,
+        ViewSpec,
+    )
 
 VOCABULARY = 512  # of the made-up tokenizer, where the run names none
 SPECIAL = {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
@@ -355,9 +362,8 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
                     what = f"{pair.objective.kind} on the map"
                 weight = f"{task.weight} x {pair.weight}"
                 rows.append((f"{name}.{key}", "pairs", " ~ ".join(pair.between), what, weight))
-        elif task.kind == "masked":
-            what = f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
-            rows.append((name, "masked", task.view, what, str(task.weight)))
+        elif task.kind == "masked" or task.kind == "separate":
+            rows.append((name, task.kind, task.view, _objective(task), str(task.weight)))
         elif task.kind == "future":
             what = f"{task.target.kind}, {task.steps} steps"
             reads = " -> ".join(filter(None, (task.view, task.predicts)))
@@ -367,9 +373,6 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
                 f"{task.objective.kind}, target {'itself' if task.decay is None else 'its average'}"
             )
             rows.append((name, "siamese", " ~ ".join(task.between), what, str(task.weight)))
-        elif task.kind == "separate":
-            what = f"{task.objective.kind}, {task.sounds} sounds into {task.outputs}"
-            rows.append((name, "separate", task.view, what, str(task.weight)))
         elif task.kind == "prototypes":
             what = f"{task.prototypes} prototypes, assigned: {len(task.assigned)} of the views"
             rows.append((name, "prototypes", " ~ ".join(task.views), what, str(task.weight)))
@@ -381,6 +384,12 @@ def _task_rows(spec: RunSpec) -> list[tuple[str, ...]]:
             what = f"label {target.field}" if target.kind == "label" else target.kind
             rows.append((name, "classify", task.target.view, what, str(task.weight)))
     return rows
+
+
+def _objective(task: MaskedSpec | SeparateSpec) -> str:
+    if task.kind == "masked":
+        return f"{task.target.kind}, {task.mask.rule} {task.mask.ratio}"
+    return f"{task.objective.kind}, {task.sounds} sounds into {task.outputs}"
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:

@@ -142,7 +142,7 @@ class WaveStem(nn.Module):
         return out
 
     def decode(self, latents_PTC: Tensor) -> Tensor:
-        """(P, T, C) to the waveforms (P, S) of a stem with `synthesis`: S = (T - 1) stride + field."""
+        """(P, T, C) to waveforms (P, (T - 1) stride + field); for stems with `synthesis`."""
         assert self.decoder is not None  # `build` refuses other stems
         wave_P1S: Tensor = self.decoder(latents_PTC.transpose(1, 2))
         return wave_P1S[:, 0]

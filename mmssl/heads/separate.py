@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmssl.objectives.precision import wide
 from mmssl.types import Tokens
 
 Consistency = Literal["none", "equal", "learned"]
@@ -46,5 +47,5 @@ class MaskHead(nn.Module):
         if self.shares is not None:
             valid_PN1 = (~tokens.pad_PN)[..., None]
             mean_PD = (tokens.x_PND * valid_PN1).sum(1) / valid_PN1.sum(1).clamp(min=1)
-            share_PM = self.shares(mean_PD).float().softmax(-1)
+            share_PM = wide(self.shares(mean_PD)).softmax(-1)
         return source_PMS + share_PM[..., None] * (mixture_PS - source_PMS.sum(1))[:, None]

@@ -32,7 +32,7 @@ def si_sdr(estimate: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
 
 
 def noise_to_signal(estimate: Tensor, reference: Tensor, limit_db: float) -> Tensor:
-    """(...) -SNR of (..., S) signals that cannot fall below -`limit_db` (Wisdom et al. 2020, eq. 2).
+    """(...) -SNR of (..., S) signals, not below -`limit_db` (Wisdom et al. 2020, eq. 2).
 
     10 log10(|r - e|^2 + t |r|^2) - 10 log10 |r|^2, t = 10^(-limit_db / 10): a perfect estimate has
     -`limit_db` (and a gradient of 0), none at all 10 log10(1 + t).
@@ -60,7 +60,7 @@ def best_permutation(cost_PMK: Tensor, audible_PK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def best_remix(estimate_PMS: Tensor, reference_PKS: Tensor, limit_db: float) -> Tensor:
-    """(P, M) the reference that each output is added to, so that `noise_to_signal` sums to the least.
+    """(P, M) the reference that each output is added to, so that `noise_to_signal` is the least.
 
     Mixture invariant training (Wisdom et al. 2020, eq. 3). All K^M assignments are compared, by
     products of the signals instead of the K^M remixes themselves.

@@ -54,7 +54,9 @@ class SeparateSpec(Spec):
     @property
     def outputs(self) -> int:
         """How many sounds a mixture is taken apart into."""
-        return self.sounds if isinstance(self.objective, PermutationSpec) else self.objective.outputs
+        return (
+            self.sounds if isinstance(self.objective, PermutationSpec) else self.objective.outputs
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> SeparateSpec:

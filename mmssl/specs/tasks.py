@@ -320,6 +320,12 @@ class PrototypesSpec(Spec):
 
 
 TaskSpec = Annotated[
-    PairsSpec | ClassifySpec | MaskedSpec | FutureSpec | SiameseSpec | PrototypesSpec | SeparateSpec,
+    PairsSpec
+    | ClassifySpec
+    | MaskedSpec
+    | FutureSpec
+    | SiameseSpec
+    | PrototypesSpec
+    | SeparateSpec,
     Field(discriminator="kind"),
 ]

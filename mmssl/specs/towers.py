@@ -135,7 +135,12 @@ class PointwiseSpec(Spec):
 BackboneSpec = (
     Literal["shared"]
     | Annotated[
-        TransformerSpec | CausalConvSpec | DilatedConvSpec | RecurrentSpec | PointwiseSpec | ConvSpec,
+        TransformerSpec
+        | CausalConvSpec
+        | DilatedConvSpec
+        | RecurrentSpec
+        | PointwiseSpec
+        | ConvSpec,
         Field(discriminator="kind"),
     ]
 )

@@ -17,6 +17,7 @@ from mmssl.frontends.patches import zero_behind
 from mmssl.frontends.wave_stem import WaveStem
 from mmssl.heads.separate import MaskHead
 from mmssl.objectives.negatives import companions
+from mmssl.objectives.precision import wide
 from mmssl.objectives.separation import (
     best_permutation,
     best_remix,
@@ -44,6 +45,12 @@ class Mixtures:
     sound_PKS: Tensor
     valid_P: Tensor
 
+    def of(self, kept_P: Tensor) -> Mixtures:
+        """Some of them."""
+        columns = {name: column[kept_P] for name, column in self.heard.columns().items()}
+        heard = replace(self.heard, **columns, labels={})  # type: ignore[arg-type]
+        return Mixtures(heard, self.sound_PKS[kept_P], self.valid_P[kept_P])
+
 
 class Separate(Task):
     """Every item is mixed with others of the batch and taken apart again.
@@ -64,7 +71,7 @@ class Separate(Task):
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
         """The loss in dB: of every audible sound, or of every one of the two mixtures."""
         with torch.no_grad():
-            mixed = self.mixtures(batch, self.spec.sounds, self.spec.db)
+            mixed = self.mixtures(batch, self.spec.sounds, self.spec.db, self.spec.clean)
         output_PMS = self.separate(passes, mixed.heard)
         objective = self.spec.objective
         if objective.kind == "permutation":
@@ -85,14 +92,18 @@ class Separate(Task):
         loss_PK = cost_PMK.gather(1, index_PK[:, None])[:, 0]
         return Term(loss_PK[audible_PK].sum(), audible_PK.sum())
 
-    def mixtures(self, batch: Batch, sounds: int, db: tuple[float, float]) -> Mixtures:
+    def mixtures(
+        self, batch: Batch, sounds: int, db: tuple[float, float], clean: str = ""
+    ) -> Mixtures:
         """Each item of the batch with `sounds` - 1 others, at random levels; a collective.
 
-        db: the range of the item's level above each of the others.
+        db: the range of the item's level above each of the others. clean: view of the sounds
+        themselves, empty = what is heard.
         """
-        heard, clean = batch.views[self.spec.view], batch.views[self.spec.clean or self.spec.view]
+        heard = batch.views[self.spec.view]
+        twin = batch.views[clean or self.spec.view]
         lengths_P, seeds_P, count = heard.lengths_P, heard.seeds_P, sounds - 1
-        own_PVS = zero_behind(torch.stack([heard.data, clean.data], 1), lengths_P)
+        own_PVS = zero_behind(torch.stack([heard.data, twin.data], 1), lengths_P)
         valid_P = item_weight(heard) > 0
         if not count:
             return Mixtures(replace(heard, data=own_PVS[:, 0]), own_PVS[:, 1:], valid_P)
@@ -129,6 +140,6 @@ class Separate(Task):
         tokens = passes.tokens(self.spec.view, source=framed, name=self.name)
         latents_PMNE = self.head(tokens)
         wave_PMS = stem.decode(latents_PMNE.flatten(0, 1)).unflatten(0, latents_PMNE.shape[:2])
-        wave_PMS = wave_PMS[..., edge : edge + samples].float()
+        wave_PMS = wide(wave_PMS[..., edge : edge + samples])
         inside_P1S = torch.arange(samples, device=wave_PMS.device) < view.lengths_P[:, None, None]
         return self.head.consistent(tokens, wave_PMS * inside_P1S, view.data)

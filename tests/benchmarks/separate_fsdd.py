@@ -1,6 +1,6 @@
 """Separation of two spoken digits of speakers that training has not heard (FSDD).
 
-    python tests/benchmarks/separate_fsdd.py --data DIR [--work runs/separate_fsdd] [--runs mixit pit]
+    python tests/benchmarks/separate_fsdd.py --data DIR [--work DIR] [--runs mixit pit]
 
 DIR holds `fsdd/recordings/DIGIT_SPEAKER_INDEX.wav` of the Free Spoken Digit Dataset (3,000
 recordings of six speakers at 8 kHz, CC BY-SA 4.0, https://github.com/Jakobovski/free-spoken-digit-dataset).
@@ -75,10 +75,10 @@ def save(found: dict[str, Any], out: Path) -> None:
     lines = [
         "# Two digits at once, of unheard speakers (FSDD)",
         "",
-        f"SI-SDR of the outputs above that of the mixture, in dB, on mixtures of {found['unheard'][0]}",
-        f"and {found['unheard'][1]}; mean over both sounds and all mixtures, with its 95 % interval",
-        "(bootstrap over mixtures). One output stands for each sound; `added up`: all outputs are added",
-        "to the sound they belong to, which needs the sounds to be known.",
+        "SI-SDR of the outputs above that of the mixture, in dB, on mixtures of",
+        f"{' and '.join(found['unheard'])}; mean over both sounds and all mixtures, with its",
+        "95 % interval (bootstrap over mixtures). One output stands for each sound; `added up`:",
+        "every output is added to the sound it belongs to. Both choices know the sounds.",
         "",
         "| run | trained with | gain | added up | random weights | mixtures | minutes |",
         "|---|---|---|---|---|---|---|",
@@ -100,8 +100,8 @@ def _row(name: str, part: dict[str, Any]) -> str:
     told = {"mixit": "mixtures of mixtures alone", "pit": "both sounds"}[name]
     return (
         f"| {name} | {told} | **{trained['gain_db']:.2f}** ({low:.2f} to {high:.2f}) | "
-        f"{trained['added_up']['gain_db']:.2f} | {random_weights['gain_db']:.2f} | {trained['n']} | "
-        f"{part['minutes']:.0f} |"
+        f"{trained['added_up']['gain_db']:.2f} | {random_weights['gain_db']:.2f} | "
+        f"{trained['n']} | {part['minutes']:.0f} |"
     )
 
 

@@ -68,7 +68,16 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.mark.parametrize(
     "recipe",
-    ["compared", "every_part", "flagship", "future", "localizers", "siamese", "unlabelled"],
+    [
+        "compared",
+        "every_part",
+        "flagship",
+        "future",
+        "localizers",
+        "separation",
+        "siamese",
+        "unlabelled",
+    ],
 )
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
     layouts = NORMED if recipe in ("compared", "siamese") else LAYOUTS
