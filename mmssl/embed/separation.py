@@ -6,6 +6,7 @@ Letters in shapes: M outputs, S samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def separated(model: Model, views: Mapping[str, ViewSpec], rows: Iterable[Row]) 
                         f"{row.name}, audio: is longer than data.max_seconds ({longest_s:g} s), "
                         "which is taken apart at once; cut it"
                     )
-                batch = collated([piece], whole).to(device)
-                output_MS = task.separate(model.passes(batch), batch.views[name])[0]
-                found.append(output_MS[:, : len(piece.data.data)].cpu())
+                # alone in its batch, it needs no padding, which learned positions would feel
+                exact = replace(piece, padded_s=len(piece.data.data) / whole.hz)
+                batch = collated([exact], whole).to(device)
+                found.append(task.separate(model.passes(batch), batch.views[name])[0].cpu())
     return found
