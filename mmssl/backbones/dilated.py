@@ -111,7 +111,9 @@ class DilatedConvs(nn.Module):
         if pad_BN is not None:
             x_BEN = x_BEN.masked_fill(pad_BN[:, None], 0.0)
         x_BDN: Tensor = self.enter(self.norm(x_BEN, pad_BN))
-        total_BDN, hidden, inputs = x_BDN.new_zeros(()), [], []
+        total_BDN = x_BDN.new_zeros(())
+        hidden: list[Tensor] = []
+        inputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i % self.per_repeat == 0:
                 for bridge, earlier in zip(self.bridges[len(inputs)], inputs, strict=False):  # type: ignore[arg-type]

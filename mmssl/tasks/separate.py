@@ -7,12 +7,14 @@ views (heard, clean), G rows of all ranks, N tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmssl import dist
+from mmssl.frontends.lengths import Field
 from mmssl.frontends.patches import zero_behind
 from mmssl.frontends.wave_stem import WaveStem
 from mmssl.heads.separate import MaskHead
@@ -47,8 +49,10 @@ class Mixtures:
 
     def of(self, kept_P: Tensor) -> Mixtures:
         """Some of them."""
-        columns = {name: column[kept_P] for name, column in self.heard.columns().items()}
-        heard = replace(self.heard, **columns, labels={})  # type: ignore[arg-type]
+        columns: dict[str, Any] = {
+            name: column[kept_P] for name, column in self.heard.columns().items()
+        }
+        heard = replace(self.heard, **columns, labels={})
         return Mixtures(heard, self.sound_PKS[kept_P], self.valid_P[kept_P])
 
 
@@ -127,19 +131,22 @@ class Separate(Task):
 
     def separate(self, passes: Passes, view: ViewBatch) -> Tensor:
         """(P, M, S) the sounds in every item of a view, 0 behind its end."""
-        stem = passes.tower(self.spec.view).stem  # type: ignore[union-attr]
+        stem = passes.tower(self.spec.view).stem
         assert isinstance(stem, WaveStem)  # `build` refuses others
         field = stem.fields()[0]
         edge, samples = max(0, field.size - field.stride), view.data.shape[1]
-        width, lengths_P = (
-            field.size + -(-(n + field.size - 2 * field.stride) // field.stride) * field.stride
-            for n in (samples, view.lengths_P)
-        )
-        data_PS = F.pad(view.data, (edge, int(width) - samples - edge))
-        framed = replace(view, data=data_PS, lengths_P=lengths_P)
+        width = int(_framed(torch.tensor(samples), field))
+        data_PS = F.pad(view.data, (edge, width - samples - edge))
+        framed = replace(view, data=data_PS, lengths_P=_framed(view.lengths_P, field))
         tokens = passes.tokens(self.spec.view, source=framed, name=self.name)
         latents_PMNE = self.head(tokens)
         wave_PMS = stem.decode(latents_PMNE.flatten(0, 1)).unflatten(0, latents_PMNE.shape[:2])
         wave_PMS = wide(wave_PMS[..., edge : edge + samples])
         inside_P1S = torch.arange(samples, device=wave_PMS.device) < view.lengths_P[:, None, None]
         return self.head.consistent(tokens, wave_PMS * inside_P1S, view.data)
+
+
+def _framed(lengths: Tensor, field: Field) -> Tensor:
+    """Lengths with room at both ends, so that every sample is in as many frames, filled up."""
+    steps = -(-(lengths + field.size - 2 * field.stride) // field.stride)
+    return field.size + steps * field.stride
