@@ -116,7 +116,8 @@ class DilatedConvs(nn.Module):
         inputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i % self.per_repeat == 0:
-                for bridge, earlier in zip(self.bridges[len(inputs)], inputs, strict=False):  # type: ignore[arg-type]
+                bridges = self.bridges[len(inputs)].children()
+                for bridge, earlier in zip(bridges, inputs, strict=False):
                     x_BDN = x_BDN + bridge(earlier)
                 inputs.append(x_BDN)
             x_BDN, skip_BDN = block(x_BDN, pad_BN)

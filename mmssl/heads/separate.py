@@ -37,7 +37,8 @@ class MaskHead(nn.Module):
         masks = getattr(torch, self.activation)(self.masks(tokens.x_PND))
         masks_PMNE = masks.unflatten(2, (self.outputs, -1)).transpose(1, 2)
         latents_P1NE = tokens.raw_PNE.masked_fill(tokens.pad_PN[..., None], 0.0).unsqueeze(1)
-        return masks_PMNE * latents_P1NE
+        out: Tensor = masks_PMNE * latents_P1NE
+        return out
 
     def consistent(self, tokens: Tokens, source_PMS: Tensor, mixture_PS: Tensor) -> Tensor:
         """Outputs whose sum is the mixture, as `consistency` asks (Wisdom et al. 2019)."""

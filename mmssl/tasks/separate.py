@@ -80,7 +80,7 @@ class Separate(Task):
         objective = self.spec.objective
         if objective.kind == "permutation":
             return {"": self._permuted(output_PMS, mixed)}
-        pair_P2S = mixed.sound_PKS.unflatten(1, (2, -1)).sum(2)
+        pair_P2S = torch.stack([part.sum(1) for part in mixed.sound_PKS.chunk(2, 1)], 1)
         place_PM = best_remix(output_PMS, pair_P2S, objective.limit_db)
         remix_P2S = remixed(output_PMS, place_PM, 2)
         loss_P2 = noise_to_signal(remix_P2S, pair_P2S, objective.limit_db)
@@ -140,7 +140,7 @@ class Separate(Task):
         framed = replace(view, data=data_PS, lengths_P=_framed(view.lengths_P, field))
         tokens = passes.tokens(self.spec.view, source=framed, name=self.name)
         latents_PMNE = self.head(tokens)
-        wave_PMS = stem.decode(latents_PMNE.flatten(0, 1)).unflatten(0, latents_PMNE.shape[:2])
+        wave_PMS = stem.decode(latents_PMNE.flatten(0, 1)).reshape(*latents_PMNE.shape[:2], -1)
         wave_PMS = wide(wave_PMS[..., edge : edge + samples])
         inside_P1S = torch.arange(samples, device=wave_PMS.device) < view.lengths_P[:, None, None]
         return self.head.consistent(tokens, wave_PMS * inside_P1S, view.data)

@@ -9,7 +9,7 @@ Four speakers are trained on, two (`--unheard`) are tested. `mixit` hears mixtur
 of two recordings and no recording alone (configs/runs/mixit_tiny.yaml); `pit` is told both
 recordings of each mixture (pit_tiny), an upper bound. `mmssl eval separation` mixes every test
 recording with one of the other unheard speaker, within 5 dB, and gives the SI-SDR of the outputs
-above that of the mixture. Further arguments override keys of all runs. The text of
+above that of the mixture. Further arguments, before --runs, override keys of all runs. The text of
 `separate_fsdd.notes.md` beside the results, if there is one, ends the table.
 
 Everything is kept under --work: a finished step is not computed again.
