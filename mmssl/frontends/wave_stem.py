@@ -94,9 +94,10 @@ class WaveStem(nn.Module):
         self.features = nn.LayerNorm(channels, eps=eps) if project else nn.Identity()
         self.proj = nn.Linear(channels, width) if project else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        field = self.fields()[0]
-        back = nn.ConvTranspose1d(channels, 1, field.size, field.stride, bias=False)
-        self.decoder = back if synthesis else None
+        self.decoder: nn.ConvTranspose1d | None = None
+        if synthesis:
+            field = self.fields()[0]
+            self.decoder = nn.ConvTranspose1d(channels, 1, field.size, field.stride, bias=False)
 
     @property
     def _stack(self) -> tuple[list[int], list[int], list[int]]:
