@@ -378,6 +378,9 @@ def _flow(task: TaskSpec) -> tuple[str, str]:
         return " ~ ".join(task.views), f"{task.prototypes} prototypes, {assigned}"
     if task.kind == "reconstruct":
         return task.view, f"said by {task.decoder.kind}"
+    if task.kind == "separate":
+        what = f"{task.objective.kind}, {task.sounds} sounds into {task.outputs}"
+        return task.view, what
     if task.kind == "regress":
         return task.view, f"{task.error} error of {task.signal.kind}"
     if task.kind == "alignment":

@@ -16,6 +16,7 @@ from mmssl.specs import (
     Audio2VecSpec,
     BYOLASpec,
     CausalConvSpec,
+    DilatedConvSpec,
     GumbelSpec,
     PASESpec,
     PointwiseSpec,
@@ -97,6 +98,10 @@ def _backbone(name: str, tower: TowerSpec) -> Iterator[str]:
         yield from (f"{key}.{k}" for k in ("width=16", "layers=2", "dropout=0"))
         if tower.cut.kind == "wave_conv":  # its latents are what the backbone reads
             yield from (f"towers.{name}.cut.channels=16", f"{key}.width_in=16")
+    if isinstance(backbone, DilatedConvSpec):
+        yield f"towers.{name}.cut.channels=16"
+        sizes = ("width_in=16", "width=16", "hidden=16", "blocks=2", "repeats=2")
+        yield from (f"{key}.{k}" for k in sizes)
     if isinstance(backbone, PointwiseSpec):
         yield f"{key}.width=16"
     yield from _network(key, tower)

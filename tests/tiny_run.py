@@ -358,6 +358,27 @@ def workers() -> dict[str, Any]:
     }
 
 
+def separation() -> dict[str, Any]:
+    """Changes that wire the tiny run with mixtures of rows of all ranks, taken apart both ways."""
+    cut = {"kind": "wave_conv", "channels": 8, "kernels": [80], "strides": [40], "norm": "none"}
+    audio = {
+        "modality": "audio",
+        "frontend": {"kind": "waveform"},
+        "cut": {**cut, "activation": "none", "synthesis": True},
+    }
+    task = {"kind": "separate", "view": "audio", "mask": "sigmoid", "weight": 0.1}
+    remix = {"kind": "remix", "outputs": 3}
+    return {
+        "towers": {"audio": audio},
+        "views": {"audio": {"modality": "audio", "crop_s": 0.25}},
+        "joints": {},
+        "tasks": {
+            "pit": {**task, "sounds": 2, "consistency": "learned"},
+            "mixit": {**task, "sounds": 2, "objective": remix, "consistency": "equal"},
+        },
+    }
+
+
 RECIPES = {
     "compared": compared,
     "every_part": dict,
@@ -365,6 +386,7 @@ RECIPES = {
     "future": future,
     "localizers": localizers,
     "rebuilt": rebuilt,
+    "separation": separation,
     "siamese": siamese,
     "unlabelled": unlabelled,
     "workers": workers,

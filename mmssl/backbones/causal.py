@@ -11,6 +11,7 @@ from math import sqrt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.backbones.dilated import DilatedConvs
 from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.transformer import Transformer
 from mmssl.frontends.norms import TimeGroupNorm
@@ -91,4 +92,4 @@ class Pointwise(nn.Module):
         return x_BND, [x_BND] if return_hidden else []
 
 
-Trunk = Transformer | CausalConvs | Recurrent | Pointwise
+Trunk = Transformer | CausalConvs | DilatedConvs | Recurrent | Pointwise

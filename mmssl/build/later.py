@@ -43,7 +43,7 @@ def make_future(
             f"{where}: the positions of towers.{tower_name} are convolutions that look ahead; use "
             "another kind"
         )
-    predicts = _predicted(spec, where, task)
+    predicts = same_cut(spec, f"{where}.predicts", task.view, task.predicts)
     field = tower.stem.fields()[0]  # type: ignore[operator]
     first = task.first or ceil(field.size / field.stride)
     if isinstance(task.target, LaterFrameSpec):
@@ -56,20 +56,24 @@ def make_future(
     return Future(name, task.view, predicts, target, steps, task.weight, task.weights)
 
 
-def _predicted(spec: RunSpec, where: str, task: FutureSpec) -> str:
-    """The name of the view that is predicted, whose tokens must be those of the other one."""
-    if not task.predicts:
-        return task.view
-    heard = spec.views[task.view]
-    other = need_view(spec, task.predicts, f"{where}.predicts")
+def same_cut(spec: RunSpec, where: str, view: str, twin: str) -> str:
+    """The name of a view that is compared with another one place by place; empty: that one.
+
+    Raises:
+        UserError: there is none, or it is another cut.
+    """
+    if not twin:
+        return view
+    heard = spec.views[view]
+    other = need_view(spec, twin, where)
     for key in ("modality", "tower_name", "window", "crop_s", "hz", "fps", "size"):
         if getattr(heard, key) != getattr(other, key):
             key = key.removesuffix("_name")
             raise UserError(
-                f"{where}.predicts: views.{task.predicts}.{key} differs from views.{task.view}."
-                f"{key}, so that their tokens do not match; make them equal"
+                f"{where}: views.{twin}.{key} differs from views.{view}.{key}, so that their "
+                "tokens do not match; make them equal"
             )
-    return task.predicts
+    return twin
 
 
 def _frames(task: FutureSpec, target: LaterFrameSpec, tower: Tower, colours: int) -> LaterFrames:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmssl.specs import CausalConvSpec, RecurrentSpec, RunSpec, Trainable, TransformerSpec
+from mmssl.specs import (
+    CausalConvSpec,
+    DilatedConvSpec,
+    RecurrentSpec,
+    RunSpec,
+    Trainable,
+    TransformerSpec,
+)
+
+_LAYERED = TransformerSpec | CausalConvSpec | DilatedConvSpec | RecurrentSpec
 
 _ON_TOP = ("norm.", "trunk.norm.", "own_trunk.norm.", "post.")
 
@@ -17,7 +26,7 @@ def policy_of(spec: RunSpec, model: nn.Module) -> dict[str, tuple[float, bool]]:
     for name, tower in spec.towers.items():
         backbone = tower.backbone
         own = 0
-        if isinstance(backbone, TransformerSpec | CausalConvSpec | RecurrentSpec):
+        if isinstance(backbone, _LAYERED):
             own = backbone.layers
         groups.append((f"towers.{name}.", tower, own))
     for name, joint in spec.joints.items():

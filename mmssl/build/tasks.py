@@ -10,6 +10,7 @@ from mmssl.build.pretext import make_pretext
 from mmssl.build.reconstruct import make_reconstruct
 from mmssl.build.regress import make_regress
 from mmssl.build.scores import check_map, make_map
+from mmssl.build.separate import make_separate
 from mmssl.build.siamese import make_prototypes, make_siamese
 from mmssl.build.targets import (
     TARGETS,
@@ -55,6 +56,7 @@ from mmssl.specs import (
     RegressSpec,
     RunSpec,
     SemiHardSpec,
+    SeparateSpec,
     SiameseSpec,
     TaskSpec,
     TowerSpec,
@@ -98,6 +100,8 @@ class TaskBuilder:
             return make_regress(name, task, self.spec, self.towers)
         if isinstance(task, FutureSpec):
             return make_future(self.spec, name, task, self.towers)
+        if isinstance(task, SeparateSpec):
+            return make_separate(self.spec, name, task, self.towers)
         if isinstance(task, SiameseSpec):
             widths = self.widths
             return make_siamese(name, task, self.spec, self.towers, widths, self._check_pool)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mmssl.backbones import NETWORKS
 from mmssl.backbones.causal import CausalConvs, Pointwise, Trunk
+from mmssl.backbones.dilated import DilatedConvs
 from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.tokens import DenseGelu, ExtraTokens
 from mmssl.backbones.transformer import Transformer
@@ -30,6 +31,7 @@ from mmssl.specs import (
     CausalConvSpec,
     ConvPositionSpec,
     ConvSpec,
+    DilatedConvSpec,
     FixedPositionSpec,
     FrontendSpec,
     JointSpec,
@@ -167,6 +169,8 @@ def make_tower(
 def _backbone(name: str, spec: TowerSpec, run: RunSpec, shared: Transformer | None) -> Trunk:
     if isinstance(spec.backbone, CausalConvSpec):
         return CausalConvs(**spec.backbone.model_dump(exclude={"kind"}))
+    if isinstance(spec.backbone, DilatedConvSpec):
+        return DilatedConvs(**spec.backbone.model_dump(exclude={"kind"}))
     if isinstance(spec.backbone, RecurrentSpec):
         options = spec.backbone.model_dump(exclude={"kind"})
         return Recurrent(**options | {"width_in": options["width_in"] or options["width"]})

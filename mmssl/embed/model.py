@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmssl.data.text import Tokenizer
-from mmssl.embed import sources
+from mmssl.embed import separation, sources
 from mmssl.embed.ahead import cores, in_order
 from mmssl.embed.sources import Row
 from mmssl.embed.spaces import TOWERS, Spaces
@@ -264,7 +264,7 @@ class EmbeddingModel:
         frames = partial(self._frames, layers)
         parts: dict[int, list[tuple[Piece, list[Tensor], Tensor]]] = {}
         for piece, (found, times_T) in self._run(
-            _of_one(chosen), views, frames, batch_size, window_s, hop_s, threads
+            sources.of_one(chosen), views, frames, batch_size, window_s, hop_s, threads
         ):
             parts.setdefault(piece.item, []).append((piece, found, times_T + piece.start_s))
         # windows of another length are in other batches, which come in their own order
@@ -296,6 +296,15 @@ class EmbeddingModel:
             ([x[p][~pad_T].float().cpu() for x in stack], times_PT[p][~pad_T.cpu()])
             for p, pad_T in enumerate(pad_PT)
         ]
+
+    def separate(self, inputs: Any) -> Any:
+        """(M, S) sounds that a `separate` task finds in a whole item; a list for several items.
+
+        At the rate of the task's view, `audio_view().hz`. Errors as of `encode`.
+        """
+        rows = self._rows(inputs, {"audio"}, ["a mixture"])
+        found = separation.separated(self.model, self._spaces.views, rows)
+        return found[0] if sources.is_single(inputs) else found
 
     # ------------------------------------------------------------ comparing
 
@@ -385,10 +394,3 @@ def _same(x: Tensor) -> Tensor:
 def _rows_of(vectors: Tensor) -> Tensor:
     x = torch.as_tensor(vectors)
     return x[None] if x.ndim == 1 else x
-
-
-def _of_one(rows: Iterable[Row]) -> Iterator[Row]:
-    for row in rows:
-        if len(row.sources) != 1:
-            raise UserError(f'{row.name}: say of what frames are wanted, {{"audio": ...}} or video')
-        yield row

@@ -213,3 +213,15 @@ def counted(found: Iterator[Row]) -> Iterator[Row]:
     if first is None:
         raise UserError("there is nothing to encode: the list is empty")
     return chain([first], found)
+
+
+def of_one(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, as long as each has one source.
+
+    Raises:
+        UserError: one has several.
+    """
+    for row in rows:
+        if len(row.sources) != 1:
+            raise UserError(f'{row.name}: say of what frames are wanted, {{"audio": ...}} or video')
+        yield row

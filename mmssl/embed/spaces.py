@@ -17,6 +17,7 @@ from mmssl.heads.embed import pool
 from mmssl.model import Model, Space
 from mmssl.specs import (
     CausalConvSpec,
+    DilatedConvSpec,
     PositionSpec,
     RecurrentSpec,
     SegmentsSpec,
@@ -120,7 +121,8 @@ class Spaces:
 
 def _knows_no_length(tower: TowerSpec) -> bool:
     learned = isinstance(tower.positions, PositionSpec) and tower.positions.kind == "learned"
-    sequence = isinstance(tower.backbone, TransformerSpec | CausalConvSpec | RecurrentSpec)
+    kinds = TransformerSpec | CausalConvSpec | DilatedConvSpec | RecurrentSpec
+    sequence = isinstance(tower.backbone, kinds)
     return (sequence or tower.backbone == "shared") and not learned
 
 

@@ -41,6 +41,7 @@ MODULES = {
     "sync": "mmssl.eval.sync",
     "abx": "mmssl.eval.abx",
     "units": "mmssl.eval.unit_suite",
+    "separation": "mmssl.eval.separation",
 }
 _PICTURED = 1000  # clips whose pictures are kept for the report
 _ASKED = ("audio->video", "text->video", "video->text")  # directions of the report's examples

@@ -19,7 +19,9 @@ from mmssl.types import UserError
 
 Grid = tuple[int, ...]
 NORMS = ("layer", "group", "none")
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU} | {
+    "none": nn.Identity
+}
 
 
 class ChannelNorm(nn.Module):

@@ -49,7 +49,8 @@ class WaveStem(nn.Module):
     log_compress: log(|z| + 1) at the end (vq-wav2vec). gradient_scale multiplies the gradient that
     enters the convolutions; their learning rate would do the same only without Adam. dropout: of
     the tokens. project: False leaves LayerNorm and map out: the tokens are the latents themselves
-    (vq-wav2vec), and the width is the number of channels.
+    (vq-wav2vec), and the width is the number of channels. synthesis: a transposed convolution back
+    to the waveform, from all that one latent sees (Conv-TasNet).
 
     Overlapping: hide tokens of this stem (its methods mask features), or whole input cells.
     """
@@ -67,6 +68,7 @@ class WaveStem(nn.Module):
         gradient_scale: float = 1.0,
         dropout: float = 0.0,
         project: bool = True,
+        synthesis: bool = False,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -92,6 +94,10 @@ class WaveStem(nn.Module):
         self.features = nn.LayerNorm(channels, eps=eps) if project else nn.Identity()
         self.proj = nn.Linear(channels, width) if project else nn.Identity()
         self.dropout = nn.Dropout(dropout)
+        self.decoder: nn.ConvTranspose1d | None = None
+        if synthesis:
+            field = self.fields()[0]
+            self.decoder = nn.ConvTranspose1d(channels, 1, field.size, field.stride, bias=False)
 
     @property
     def _stack(self) -> tuple[list[int], list[int], list[int]]:
@@ -135,6 +141,12 @@ class WaveStem(nn.Module):
         """(P, T, C) features, perhaps masked, to (P, T, D) tokens."""
         out: Tensor = self.dropout(self.proj(features_PTC))
         return out
+
+    def decode(self, latents_PTC: Tensor) -> Tensor:
+        """(P, T, C) to waveforms (P, (T - 1) stride + field); for stems with `synthesis`."""
+        assert self.decoder is not None  # `build` refuses other stems
+        wave_P1S: Tensor = self.decoder(latents_PTC.transpose(1, 2))
+        return wave_P1S[:, 0]
 
     def encode(self, x_P1S: Tensor, lengths_P: Tensor | None = None) -> LatentTokens:
         """Tokens, and the features they are made of.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmssl.rng import row_bits, row_uniform
+from mmssl.rng import derive_seeds, row_bits, row_uniform
 
 
 def coin(seeds_P: Tensor, probability: float = 0.5, stream: str = "coin") -> Tensor:
@@ -52,6 +52,41 @@ def partners(
     found_G = present_G & (source_G[partner_G] != source_G)
     own_G = torch.arange(size, device=source_G.device)
     return torch.where(found_G, partner_G, own_G), found_G
+
+
+def companions(
+    source_P: Tensor,
+    seeds_P: Tensor,
+    source_G: Tensor,
+    seeds_G: Tensor,
+    present_G: Tensor,
+    count: int,
+    stream: str = "companion",
+) -> tuple[Tensor, Tensor]:
+    """Random present rows for every row, all of sources that differ from its own and each other's.
+
+    Args:
+        source_P: int64 source ids of the rows that ask.
+        seeds_P: their int64 seeds.
+        source_G: of the rows that may be drawn, gathered over ranks.
+        seeds_G: likewise.
+        present_G: bool, likewise.
+        count: of rows that each asks for.
+        stream: name of the random stream.
+
+    Returns:
+        companions (P, count) int64, any row where too few sources are left, and found (P,) bool.
+    """
+    pair_PG = seeds_P[:, None] ^ derive_seeds(seeds_G, stream + "/of")
+    key_PG = row_bits(pair_PG.flatten(), 1, stream).reshape(pair_PG.shape)
+    free_PG = present_G & (source_G != source_P[:, None])
+    found_P = torch.ones_like(source_P, dtype=torch.bool)
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        found_P = found_P & free_PG.any(1)
+        chosen.append(key_PG.masked_fill(~free_PG, -1).argmax(1))
+        free_PG = free_PG & (source_G != source_G[chosen[-1]][:, None])
+    return torch.stack(chosen, 1), found_P
 
 
 @torch.no_grad()

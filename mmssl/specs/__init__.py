@@ -43,6 +43,7 @@ from mmssl.specs.networks import (
     BYOLASpec,
     ConvAV8Spec,
     ConvSpec,
+    DilatedConvSpec,
     EfficientNetSpec,
     PASESpec,
     ResNet18Spec,
@@ -85,6 +86,7 @@ from mmssl.specs.run import (
     TrunkSpec,
     ValidateSpec,
 )
+from mmssl.specs.separate import PermutationSpec, RemixSpec, SeparateSpec
 from mmssl.specs.stages import LabellingSpec, LabelStageSpec, StagesSpec
 from mmssl.specs.targets import (
     CodeTargetSpec,

@@ -172,11 +172,12 @@ class WaveConvSpec(Spec):
     strides: list[int] = [5, 2, 2, 2, 2, 2, 2]
     norm: Literal["group", "layer", "group1", "none"] = "group"
     bias: bool = False
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    activation: Literal["gelu", "relu", "silu", "none"] = "gelu"
     log_compress: bool = False
     gradient_scale: float = Field(1.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     project: bool = True
+    synthesis: bool = False
 
 
 class FrameLatentsSpec(Spec):

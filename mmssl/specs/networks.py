@@ -179,6 +179,35 @@ class WaveResNetSpec(Spec):
     channels: int = Field(64, gt=0)
 
 
+class DilatedConvSpec(Spec):
+    """Dilated convolutions over time: the mask network of Conv-TasNet.
+
+    `width_in`: of what enters. The other fields are explained at
+    `mmssl.backbones.dilated.DilatedConvs`.
+    """
+
+    kind: Literal["dilated_conv"]
+    width_in: int = Field(512, gt=0)
+    width: int = Field(128, gt=0)
+    hidden: int = Field(512, gt=0)
+    kernel: int = Field(3, gt=0)
+    blocks: int = Field(8, gt=0)
+    repeats: int = Field(3, gt=0)
+    norm: Literal["global", "feature"] = "global"
+    long_skips: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks in all repeats."""
+        return self.blocks * self.repeats
+
+    @model_validator(mode="after")
+    def _fits(self) -> DilatedConvSpec:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"`kernel` ({self.kernel}) must be odd: it sees both sides alike")
+        return self
+
+
 ConvSpec = (
     ConvAV8Spec
     | EfficientNetSpec

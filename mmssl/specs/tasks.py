@@ -20,6 +20,7 @@ from mmssl.specs.players import AlignmentSpec
 from mmssl.specs.quantizers import QuantizerSpec
 from mmssl.specs.reconstruct import ReconstructSpec
 from mmssl.specs.regress import RegressSpec
+from mmssl.specs.separate import SeparateSpec
 from mmssl.specs.targets import TargetSpec
 from mmssl.specs.towers import TransformerSpec
 
@@ -354,6 +355,7 @@ TaskSpec = Annotated[
     | PrototypesSpec
     | ReconstructSpec
     | RegressSpec
+    | SeparateSpec
     | AlignmentSpec,
     Field(discriminator="kind"),
 ]

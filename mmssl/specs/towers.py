@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mmssl.specs.base import Modality, Number, Spec
 from mmssl.specs.frontends import CutSpec, FrontendSpec
-from mmssl.specs.networks import ConvSpec
+from mmssl.specs.networks import ConvSpec, DilatedConvSpec
 from mmssl.specs.quantizers import QuantizerSpec
 
 
@@ -137,7 +137,12 @@ class PointwiseSpec(Spec):
 BackboneSpec = (
     Literal["shared"]
     | Annotated[
-        TransformerSpec | CausalConvSpec | RecurrentSpec | PointwiseSpec | ConvSpec,
+        TransformerSpec
+        | CausalConvSpec
+        | DilatedConvSpec
+        | RecurrentSpec
+        | PointwiseSpec
+        | ConvSpec,
         Field(discriminator="kind"),
     ]
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.backbones.causal import Trunk
+from mmssl.backbones.dilated import DilatedConvs
 from mmssl.backbones.recurrent import Recurrent
 from mmssl.backbones.tokens import DenseGelu, DropToken, ExtraTokens, visible_tokens
 from mmssl.frontends.frame_stem import FrameStem
@@ -327,4 +328,4 @@ def _scatter(
 
 def entry_width(trunk: Trunk) -> int:
     """Width of the tokens that a trunk reads."""
-    return trunk.width_in if isinstance(trunk, Recurrent) else trunk.width
+    return trunk.width_in if isinstance(trunk, Recurrent | DilatedConvs) else trunk.width

@@ -163,13 +163,30 @@ def _region(
     second_M = plan.second_P[row_M].clamp(max=len(bank_QR) - 1)
     power_M = _power(wave_PS[row_M], lengths_P[row_M])
     second_power_M = _power(bank_QR[second_M], bank_lengths_Q[second_M])
-    gain_M = power_M / second_power_M * 10 ** (-plan.ratio_P[row_M] / 10)
-    gain_M = torch.where(second_power_M > 0, gain_M, 0).sqrt().to(wave_PS.dtype)
+    gain_M = _gain(power_M, second_power_M, plan.ratio_P[row_M]).to(wave_PS.dtype)
     offset_MS = torch.arange(wave_PS.shape[1], device=wave_PS.device) - plan.start_P[row_M, None]
     inside_MS = (offset_MS >= 0) & (offset_MS < plan.length_P[row_M, None])
     source_MS = (plan.from_P[row_M, None] + offset_MS).clamp(0, bank_QR.shape[1] - 1)
     region_MS = bank_QR[second_M].gather(1, source_MS) * gain_M[:, None]
     return torch.where(inside_MS, region_MS, torch.zeros_like(region_MS))
+
+
+def levelled(sound_PKS: Tensor, lengths_PK: Tensor, ratio_PC: Tensor) -> Tensor:
+    """(P, K) factors that bring the second to the last (C) of K sounds to their levels.
+
+    The first keeps its own, which exceeds that of the others by so many dB; powers are those of the
+    whole sounds. A silent one stays silent.
+    """
+    items, sounds = lengths_PK.shape
+    power_PK = _power(sound_PKS.flatten(0, 1), lengths_PK.flatten()).reshape(items, sounds)
+    gain_PC = _gain(power_PK[:, :1], power_PK[:, 1:], ratio_PC)
+    return torch.cat([torch.ones_like(power_PK[:, :1]), gain_PC], 1).to(sound_PKS.dtype)
+
+
+def _gain(power: Tensor, second_power: Tensor, ratio: Tensor) -> Tensor:
+    """Factor of a second signal that puts it `ratio` dB below the first; 0 where it is silent."""
+    square = power / second_power * 10 ** (-ratio / 10)
+    return torch.where(second_power > 0, square, 0).sqrt()
 
 
 def _power(wave_MS: Tensor, lengths_M: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     "recipe",
     [
         *("compared", "every_part", "flagship", "future", "localizers"),
-        *("rebuilt", "siamese", "unlabelled", "workers"),
+        *("rebuilt", "separation", "siamese", "unlabelled", "workers"),
     ],
 )
 def test_two_ranks_equal_one(tmp_path: Path, recipe: str) -> None:
