@@ -72,7 +72,6 @@ def test_verb_calls_its_function(calls, words, call):
     [
         ("trian f.yaml", "no verb `trian`; did you mean `train`?"),
         ("xyzzy", "there are: train, resume, eval"),
-        ("scoreboard x", "`scoreboard` is planned but not part of this version; there are: train"),
         ("train", "usage: mmssl train FILE [key=value ...]"),
         ("train steps=3", "needs FILE"),
         ("eval bouncing", "needs SUITE and RUN"),
