@@ -93,7 +93,7 @@ def make_shards(
     corpus: Corpus, clips: Mapping[Path, Mapping[str, Any]], work: Path, held: str = ""
 ) -> Path:
     """Shards of all clips, or of those outside a group; made when first asked for."""
-    name = f"without_{held}" if held else "all"
+    name = f"without_{held}" if held else "train"
     folder, manifest = work / "shards" / name, work / "shards" / f"{name}.jsonl"
     if not folder.is_dir():
         rows = [

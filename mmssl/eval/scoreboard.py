@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Board:
         print(f"{self.corpus.name}: {len(self.clips)} clips, {len(found)} methods", flush=True)
         self._row(board.BASELINE, {}, self._baseline)
         for number, entry in enumerate(found, 1):
-            row = self._row(entry.name, self._identity(entry), lambda e=entry: self._method(e))
+            row = self._row(entry.name, self._identity(entry), partial(self._method, entry))
             place = f"{self.corpus.name} {number}/{len(found)} {entry.name}"
             print(f"{place}: {board.words(row)}", flush=True)
             board.write(Path(self.options.out), self.options.minutes)
@@ -298,8 +299,8 @@ class Board:
             chosen = {"layers": nest.layer, "c": nest.c}
             made[name] = board.spread(nest.accuracy, self.options.seed) | chosen
         if RANDOM in made:
-            own = (nests[name].accuracy for name in (TRAINED, RANDOM))
-            made["gain"] = board.difference(*own, self.options.seed)
+            trained, random = (nests[name].accuracy for name in (TRAINED, RANDOM))
+            made["gain"] = board.difference(trained, random, self.options.seed)
         return made
 
     def _voices(

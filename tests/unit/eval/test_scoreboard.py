@@ -106,13 +106,8 @@ def test_rows_table_and_picture(data, tmp_path, capsys):
     assert texts.count("small") == 2
     assert "log-mel 1.000" in texts
     assert "fsdd 1/1 small: " in capsys.readouterr().out
-
-
-def test_pretraining_never_hears_the_fold_of_the_test(data, tmp_path):
-    assert cli.main([*WORDS, "sets=esc10"]) == 0
-    trained = [words for words in data if words[0] == "mmssl.cli"]
-    assert len(trained) == 3
-    for fold, words in zip("123", trained, strict=True):
+    trained = [words for words in data if words[0] == "mmssl.cli"][1:]
+    for fold, words in zip("123", trained, strict=True):  # never hears the fold of its test
         (shards,) = (w.removeprefix("data.train=") for w in words if w.startswith("data.train="))
         batches = list(eval_batches(shards, DataSpec(isolate=False), {}, 8, None, workers=0))
         heard = {meta["fold"] for batch in batches for meta in batch.meta}
@@ -237,7 +232,8 @@ def test_difference_beats_only_where_the_interval_is_above_zero():
     better = board.difference({k: 0.6 for k in base}, base, seed=0)
     assert better["beats"]
     assert better["ci"] == pytest.approx([0.1, 0.1])
-    mixed = board.difference(dict(zip("abcde", (0.9, 0.4, 0.45, 0.6, 0.4))), base, seed=0)
+    values = dict(zip("abcde", (0.9, 0.4, 0.45, 0.6, 0.4), strict=True))
+    mixed = board.difference(values, base, seed=0)
     assert mixed["mean"] > 0 > mixed["ci"][0]
     assert not mixed["beats"]
 
