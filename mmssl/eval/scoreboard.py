@@ -7,12 +7,12 @@ recordings of six speakers at 8 kHz, CC BY-SA 4.0, github.com/Jakobovski/free-sp
 and `esc10/CLASS/FOLD-SOURCE-TAKE.ogg`, the ten-class subset of ESC-50 (400 clips of 5 s, CC BY 3.0,
 github.com/karolpiczak/ESC-50).
 
-The methods are the runs `configs/runs/*_tiny.yaml` for FSDD and `*_esc10.yaml` for ESC-10 that need
-nothing but sound, and those that a file with `stages` provides with labels. A clip becomes mean,
-deviation and maximum over time of what a layer of the encoder says, with the frequency cells of a
-time step side by side; a logistic regression never sees the speaker (FSDD) or fold (ESC-10) of its
-test; layer and C are chosen for each by leaving out one of the others in turn. The same network
-with random weights gets the same choice, and so do statistics of log-mel bands.
+The methods are the runs `configs/runs/*_tiny.yaml` whose `data.train` is FSDD, and `*_esc10.yaml`,
+that need nothing but sound, and those that a file with `stages` provides with labels. A clip
+becomes mean, deviation and maximum over time of what a layer of the encoder says, with the
+frequency cells of a time step side by side; a logistic regression never sees the speaker (FSDD) or
+fold (ESC-10) of its test; layer and C are chosen for each by leaving out one of the others in turn.
+The same network with random weights gets the same choice, and so do statistics of log-mel bands.
 
 On FSDD one pretraining hears all six speakers, the later test speaker included, without labels;
 `--held-out true` makes one for each speaker that never hears it. On ESC-10 there is always one
@@ -88,7 +88,7 @@ def main(words: Sequence[str] = ()) -> None:
         raise UserError("scoreboard: name the folder of the data, as --data DIR")
     if unknown := [name for name in sets if name not in CORPORA]:
         raise UserError(f"scoreboard: no set `{unknown[0]}`; there are {', '.join(CORPORA)}")
-    listed = {name: entries(CORPORA[name].suffix) for name in sets}
+    listed = {name: entries(CORPORA[name]) for name in sets}
     reasons = {n: f"it {why}" for _, left_out in listed.values() for n, why in left_out.items()}
     for name in set(asked) - {entry.name for found, _ in listed.values() for entry in found}:
         raise UserError(f"scoreboard: `{name}`: {reasons.get(name, 'no run of that name')}")
@@ -102,8 +102,9 @@ def main(words: Sequence[str] = ()) -> None:
 # --- which methods
 
 
-def entries(suffix: str) -> tuple[list[Entry], dict[str, str]]:
-    """The runs with such names that need nothing but sound, and why the others are left out."""
+def entries(corpus: Corpus) -> tuple[list[Entry], dict[str, str]]:
+    """The runs of a data set that need nothing but sound, and why the others are left out."""
+    suffix = corpus.suffix
     names = config.names(("runs",))
     staged: dict[str, Entry] = {}
     for file in filter(stages.is_staged, names):
@@ -119,15 +120,15 @@ def entries(suffix: str) -> tuple[list[Entry], dict[str, str]]:
             continue
         if file in staged:
             found.append(staged[file])
-        elif why := unfit(config.load(file)):
+        elif why := unfit(config.load(file), corpus):
             left_out[method] = why
         else:
             found.append(Entry(method, file))
     return found, left_out
 
 
-def unfit(spec: RunSpec) -> str:
-    """Why a run cannot be pretrained on sound alone; empty if it can."""
+def unfit(spec: RunSpec, corpus: Corpus) -> str:
+    """Why a run cannot be pretrained on the sounds of a data set alone; empty if it can."""
     others = {view.modality for view in spec.views.values()} - {"audio"}
     if others:
         return f"reads {' and '.join(sorted(others))}"
@@ -135,6 +136,8 @@ def unfit(spec: RunSpec) -> str:
         return f"reads labels of the clips ({', '.join(spec.data.labels)})"
     if spec.data.frame_labels:
         return f"reads labels ({', '.join(spec.data.frame_labels)}) that no file with stages makes"
+    if corpus.name not in str(spec.data.train).split("/"):
+        return f"is made for other sounds ({spec.data.train})"
     towers = [spec.towers.get(view.tower_name) for view in spec.views.values()]
     if not all(isinstance(tower, TowerSpec) for tower in towers):
         return "has no tower whose features could be read"

@@ -33,7 +33,7 @@ towers:
     cut: {patch: [1, 8]}
     backbone: {width_in: 8, width: 8, layers: 2}
 views: {x: {crop_s: 0.2, hz: 8000}}
-data: {workers: 0, isolate: false}
+data: {train: runs/NAME/shards/train, workers: 0, isolate: false}
 optim: {lr: 1.0e-3}
 train: {steps: 2, batch: 4, threads: 1}
 """
@@ -62,10 +62,10 @@ def data(tmp_path, monkeypatch):
                 file = tmp_path / "esc10" / name / f"{fold}-{fold}0{k}-{take}.ogg"
                 write_tone(file, 500 + 1500 * k, ord(take) + fold)  # a WAV all the same
     (tmp_path / "esc10" / "ATTRIBUTION.md").write_text("not a sound")
-    for name in ("small_tiny", "small_esc10"):
-        file = tmp_path / "configs" / "runs" / f"{name}.yaml"
+    for corpus in corpora.CORPORA.values():
+        file = tmp_path / "configs" / "runs" / f"small{corpus.suffix}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(RUN)
+        file.write_text(RUN.replace("NAME", corpus.name))
     monkeypatch.chdir(tmp_path)
     mains = {"mmssl.cli": cli.main, "data_tools.make_shards": make_shards.main}
     called = []
@@ -142,6 +142,7 @@ def test_what_is_done_stays(data, tmp_path, capsys):
         (["data=.", "sets=librispeech"], "no set `librispeech`; there are fsdd, esc10"),
         (["data=.", "methods=smal"], "`smal`: no run of that name"),
         (["data=.", "methods=rotnet"], "`rotnet`: it reads video"),
+        (["data=.", "methods=mae_audio"], "`mae_audio`: it is made for other sounds (runs/quick"),
         (["data=.", "methods=unispeech"], "`unispeech`: it reads labels of the clips (letters)"),
         (["data=.", "methods=small", "minute=3"], "did you mean `minutes=...`?"),
         (["data=configs", "methods=small"], "needs clips of three or more of the field speaker"),
@@ -159,7 +160,7 @@ def test_a_failing_module_is_an_error():
 
 
 def test_stages_make_the_labels_of_their_own_row(data, tmp_path):
-    found = {entry.name: entry for entry in scoreboard.entries("_tiny")[0]}
+    found = {entry.name: entry for entry in scoreboard.entries(corpora.CORPORA["fsdd"])[0]}
     first, second = found["hubert_it1"], found["hubert_it2"]
     assert (first.file, first.stage, first.before) == ("hubert", "it1", None)
     assert (second.stage, second.before) == ("it2", first)
