@@ -5,10 +5,10 @@ Letters in shapes: N clips, P items of a view, T time steps, E width of a step, 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Keep = Callable[[Mapping[str, Any]], bool]
 
-GRID = (1e-3, 1e-2, 1e-1)  # inverse strengths of the L2 penalty
+GRID = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty
+C = 1e-2  # by which layers are compared: the others change little and cost four times as much
 
 
 def layer_steps(tower: AnyTower, view: ViewBatch) -> tuple[dict[str, Tensor], Tensor]:
@@ -151,7 +152,7 @@ def nested(
     groups_N: NDArray[np.str_],
     outer: Sequence[str] | None = None,
 ) -> Nested:
-    """Leave one group out, and choose layer and C by leaving out one of the others, in turn.
+    """Leave one group out; choose layer, then its C, by leaving out one of the others, in turn.
 
     A probe fitted without two groups serves both: it chooses for either one by its accuracy on the
     other. Of equal choices the first counts.
@@ -161,38 +162,34 @@ def nested(
     Raises:
         UserError: the clips outside of two groups have all one label, or there are none.
     """
-    names = sorted(set(groups_N.tolist()))
-    rows = {name: np.flatnonzero(groups_N == name) for name in names}
-    outer = names if outer is None else outer
-    inner: dict[str, dict[tuple[str, float], list[float]]] = {
-        name: defaultdict(list) for name in outer
-    }
-    for choice in [(layer, c) for layer in layers for c in GRID]:
-        for a, b in combinations(names, 2):
-            if a in inner or b in inner:
-                found = _accuracy(layers, labels, choice, {a: rows[a], b: rows[b]})
-                for own, other in ((a, b), (b, a)):
-                    if own in inner:
-                        inner[own][choice].append(found[other])
+    rows = {str(name): np.flatnonzero(groups_N == name) for name in np.unique(groups_N)}
+    known: dict[tuple[str, float, str, str], dict[str, float]] = {}
+
+    def chosen_by(own: str, layer: str, c: float) -> float:
+        found = []
+        for other in rows.keys() - {own}:
+            a, b = sorted((own, other))
+            if (layer, c, a, b) not in known:
+                pair = {a: rows[a], b: rows[b]}
+                known[layer, c, a, b] = _accuracy(layers[layer], labels, c, pair)
+            found.append(known[layer, c, a, b][other])
+        return math.fsum(found) / len(found)
+
     result = Nested()
-    for name in outer:
-        means = {choice: float(np.mean(found)) for choice, found in inner[name].items()}
-        best = max(means, key=means.__getitem__)
-        result.layer[name], result.c[name] = best
-        result.accuracy[name] = _accuracy(layers, labels, best, {name: rows[name]})[name]
+    for own in rows if outer is None else outer:
+        by_layer = {layer: chosen_by(own, layer, C) for layer in layers}
+        layer = max(by_layer, key=by_layer.__getitem__)
+        by_c = {c: chosen_by(own, layer, c) for c in GRID}
+        c = max(by_c, key=by_c.__getitem__)
+        result.layer[own], result.c[own] = layer, c
+        result.accuracy |= _accuracy(layers[layer], labels, c, {own: rows[own]})
     return result
 
 
-def _accuracy(
-    layers: Mapping[str, Singles],
-    labels: Labels,
-    choice: tuple[str, float],
-    out: Mapping[str, Ints],
-) -> dict[str, float]:
+def _accuracy(x_ND: Singles, labels: Labels, c: float, out: Mapping[str, Ints]) -> dict[str, float]:
     """Accuracy on the rows of each of the groups that are left out together."""
-    layer, c = choice
     test = np.concatenate(list(out.values()))
-    train = np.setdiff1d(np.arange(len(labels.table_NK)), test)
+    train = np.setdiff1d(np.arange(len(x_ND)), test)
     fold = Fold(" and ".join(out), train, test[:0], test)
-    scores, _ = linear(layers[layer], labels, [fold], grid=(c,))
+    scores, _ = linear(x_ND, labels, [fold], grid=(c,))
     return {name: folding.score(scores, labels, rows)["accuracy"] for name, rows in out.items()}

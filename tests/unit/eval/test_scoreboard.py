@@ -18,7 +18,7 @@ from mmssl.data.ordered import eval_batches
 from mmssl.eval import board, corpora, results, scoreboard
 from mmssl.eval.features import pooled
 from mmssl.eval.folds import Labels
-from mmssl.eval.layers import GRID, layer_steps, nested
+from mmssl.eval.layers import GRID, C, layer_steps, nested
 from mmssl.specs import DataSpec
 from mmssl.types import UserError
 
@@ -218,12 +218,12 @@ def test_nested_probe_is_that_of_scikit_learn():
 
     for own in "abcd":
         others = [name for name in "abcd" if name != own]
-        means = {
-            (layer, c): np.mean([accuracy(x, [own, dev], dev, c) for dev in others])
-            for layer, x in layers.items()
-            for c in GRID
-        }
-        layer, c = max(means, key=means.get)
+
+        def inner(layer, c, own=own, others=others):
+            return np.mean([accuracy(layers[layer], [own, dev], dev, c) for dev in others])
+
+        layer = max(layers, key=lambda name, inner=inner: inner(name, C))
+        c = max(GRID, key=lambda value, inner=inner, layer=layer: inner(layer, value))
         assert (found.layer[own], found.c[own]) == (layer, c)
         assert found.accuracy[own] == accuracy(layers[layer], [own], own, c)
 
