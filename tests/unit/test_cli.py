@@ -57,6 +57,7 @@ def calls(monkeypatch):
         ("plan f.yaml gpus=8 a.b=1", ("mmssl.plan:main", "f.yaml", ["gpus=8", "a.b=1"])),
         ("plan f.yaml --gpus 8 --gpu=h200", ("mmssl.plan:main", "f.yaml", ["gpus=8", "gpu=h200"])),
         ("doctor", ("mmssl.doctor:main",)),
+        ("scoreboard --data d x=1", ("mmssl.eval.scoreboard:main", ["data=d", "x=1"])),
         ("chaos suites=kills count=3", ("mmssl.chaos:main", ["suites=kills", "count=3"])),
         # as the deepspeed launcher calls a module
         ("--local_rank=1 train f.yaml", ("mmssl.train.stages:main", "f.yaml", [])),
