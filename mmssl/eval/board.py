@@ -36,8 +36,7 @@ def difference(a: Mapping[str, float], b: Mapping[str, float], seed: int) -> Res
 def words(row: Results) -> str:
     """A row in one line."""
     random, gain = row["random"]["mean"], _signed(row["gain"])
-    minutes = sum(row["minutes"][name] for name in ("training", "evaluation"))
-    return f"{row['trained']['mean']:.3f}, random weights {random:.3f}, {gain}; {minutes:.1f} min"
+    return f"{row['trained']['mean']:.3f}, random {random:.3f}, {gain}; {_minutes(row)[0]:.1f} min"
 
 
 def write(out: Path, minutes: float) -> None:
@@ -45,7 +44,7 @@ def write(out: Path, minutes: float) -> None:
 
     The text of `scoreboard.notes.md` there, if there is one, ends the table.
 
-    minutes: limit of a row; longer ones are marked.
+    minutes: limit of a row; those that are longer on the clock and in CPU time are marked.
     """
     sets = {name: _rows(out / name) for name in _TITLES if (out / name).is_dir()}
     results.write({"limit_minutes": minutes, "sets": sets}, out / "scoreboard.json")
@@ -97,7 +96,8 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
             "weights and the log-mel baseline, as both paired intervals lie above 0. Layer: chosen",
             f"for each {what} by leaving out one of the others in turn; the most frequent one.",
             *(["ABX: digits across speakers, chance 0.5; speaker: other takes."] if voices else []),
-            f"Minutes: training and evaluation; above {minutes:g} of CPU time (!).",
+            f"Minutes: training and evaluation, on the clock and (of all cores); where both are above",
+            f"{minutes:g}: (!).",
             "",
             f"| {' | '.join(titles)} |",
             "|---" * len(titles) + "|",
@@ -120,16 +120,22 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
         pair = row.get(name)
         cells.append(f"{pair['trained']:.3f} ({pair['random']:.3f})" if pair else "")
     layers = list(row["trained"]["layers"].values())
-    spent = row["minutes"]
-    cpu = spent["training_cpu"] + spent["evaluation"]
-    late = " (!)" if cpu > minutes else ""
+    clock, cpu = _minutes(row)
+    late = " (!)" if min(clock, cpu) > minutes else ""
     return [
         *cells,
         max(layers, key=layers.count),
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['steps']} x {row['batch']}",
-        f"{spent['training'] + spent['evaluation']:.1f} ({cpu:.1f}){late}",
+        f"{clock:.1f} ({cpu:.1f}){late}",
     ]
+
+
+def _minutes(row: Results) -> tuple[float, float]:
+    """Of training and evaluation, on the clock and of all cores."""
+    spent = row["minutes"]
+    clock = spent["training"] + spent["evaluation"]
+    return clock, spent["training_cpu"] + spent["evaluation_cpu"]
 
 
 def _bounded(found: Results) -> str:
