@@ -199,10 +199,11 @@ class Board:
 
     def _identity(self, entry: Entry) -> dict[str, Any]:
         """What a row is made from; folders do not count."""
-        spec = config.load(entry.file, self.seeds(entry)) if not entry.stage else None
-        if spec is None:
+        if entry.stage:
             spec = stages.plan(self.stages_of(entry), self.seeds(entry))[-1].run
-            assert spec is not None
+            assert spec is not None  # the last one trains
+        else:
+            spec = config.load(entry.file, self.seeds(entry))
         return {
             "run": f"{entry.file}, {entry.stage}" if entry.stage else entry.file,
             "config": config.digest(spec),
