@@ -96,7 +96,7 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
             "weights and the log-mel baseline, as both paired intervals lie above 0. Layer: chosen",
             f"for each {what} by leaving out one of the others in turn; the most frequent one.",
             *(["ABX: digits across speakers, chance 0.5; speaker: other takes."] if voices else []),
-            "Minutes of training and evaluation by the clock and (of all cores); (!): both are above",
+            "Minutes of training and evaluation by the clock and (of all cores); (!): both above",
             f"{minutes:g}.",
             "",
             f"| {' | '.join(titles)} |",
