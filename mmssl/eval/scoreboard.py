@@ -231,9 +231,10 @@ class Board:
             for name, nest in nests.items():
                 nest.update(self._nested(found, name, held))
             hashes.append(results.weights_sha256(session.models[TRAINED].state_dict()))
-            own = (cost["minutes"], cost["cpu_minutes"])
-            own += ((time.monotonic() - begin) / 60, (time.process_time() - used) / 60)
-            spent = {key: spent[key] + value for key, value in zip(spent, own, strict=True)}
+            spent["training"] += cost["minutes"]
+            spent["training_cpu"] += cost["cpu_minutes"]
+            spent["evaluation"] += (time.monotonic() - begin) / 60
+            spent["evaluation_cpu"] += (time.process_time() - used) / 60
         more = {} if held else self._voices(found, {name: name for name in nests}, nests)
         _, view = session.view_of("audio")
         tower = session.models[TRAINED].towers[view.tower_name]
