@@ -379,17 +379,17 @@ def _flow(task: TaskSpec) -> tuple[str, str]:
     if task.kind == "reconstruct":
         return task.view, f"said by {task.decoder.kind}"
     if task.kind == "separate":
-        what = f"{task.objective.kind}, {task.sounds} sounds into {task.outputs}"
-        return task.view, what
+        sounds = f"{task.sounds} sounds into {task.outputs}"
+        return task.view, f"{task.objective.kind}, {sounds}"
     if task.kind == "regress":
         return task.view, f"{task.error} error of {task.signal.kind}"
     if task.kind == "alignment":
         return "two tables", f"critic against mapping, {task.critic_steps} : 1"
     assert task.kind == "classify"  # `pairs` have rows of their own
-    target = task.target
-    if target.kind == "match":
-        return " ~ ".join(target.between), f"match by {task.score.kind}"
-    return target.view, f"label {target.field}" if target.kind == "label" else target.kind
+    asked = task.target
+    if asked.kind == "match":
+        return " ~ ".join(asked.between), f"match by {task.score.kind}"
+    return asked.view, f"label {asked.field}" if asked.kind == "label" else asked.kind
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:

@@ -83,13 +83,19 @@ VERBS = {
         "mmssl.plan:main", ("FILE",), True, "memory, time and cost; gpus=8 gpu=h100 samples=1e9"
     ),
     "doctor": Verb("mmssl.doctor:main", (), False, "test decoders, DeepSpeed, Energon, device"),
+    "scoreboard": Verb(
+        "mmssl.eval.scoreboard:main",
+        (),
+        True,
+        "pretrain and probe methods on real sound; data=DIR methods=apc,cpc sets=fsdd",
+    ),
     "chaos": Verb(
         "mmssl.chaos:main", (), True, "inject faults (source only); suites=kills count=3 seed=0"
     ),
 }
 
-# verbs of the design that this version does not have
-LATER = ("scoreboard",)
+# these take `--key value` for `key=value`, too
+PAIRED = ("plan", "scoreboard")
 
 # Asked to stop, these end with an exit code of their own at any time, see `mmssl.signals`.
 STOPPABLE = ("train", "resume")
@@ -141,7 +147,7 @@ def _dispatch(words: list[str]) -> int:
 def _arguments(name: str, rest: list[str]) -> tuple[list[Any], list[str]]:
     """The verb's own words, and the overrides (or flags) after them."""
     verb = VERBS[name]
-    if name == "plan":
+    if name in PAIRED:
         rest = _paired(rest)
     count = len(verb.words)
     several = count > 0 and verb.words[-1].endswith("...")
@@ -203,8 +209,6 @@ def _unknown(name: str) -> str:
     import difflib
 
     have = f"there are: {', '.join(VERBS)}"
-    if name in LATER:
-        return f"`{name}` is planned but not part of this version; {have}"
     near = difflib.get_close_matches(name, VERBS, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return f"no verb `{name}`{hint}; {have}"

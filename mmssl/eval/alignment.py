@@ -28,7 +28,7 @@ def neighbourhood(x_QD: Tensor, y_ND: Tensor, k: int = 10) -> Tensor:
     """(Q,) mean cosine of each row with its `k` nearest rows of the other table."""
     x_QD, y_ND = F.normalize(wide(x_QD)), F.normalize(wide(y_ND))
     k = min(k, len(y_ND))
-    return torch.cat([(x @ y_ND.T).topk(k).values.mean(1) for x in x_QD.split(_CHUNK)])
+    return torch.cat([(x @ y_ND.T).topk(k).values.mean(1) for x in torch.split(x_QD, _CHUNK)])
 
 
 def translate(x_QD: Tensor, y_ND: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def translate(x_QD: Tensor, y_ND: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
     """
     of_x_Q, of_y_N = neighbourhood(x_QD, y_ND, k), neighbourhood(y_ND, x_QD, k)
     x_QD, y_ND = F.normalize(wide(x_QD)), F.normalize(wide(y_ND))
-    best = [(2 * x @ y_ND.T - of_y_N).max(1) for x in x_QD.split(_CHUNK)]
+    best = [(2 * x @ y_ND.T - of_y_N).max(1) for x in torch.split(x_QD, _CHUNK)]
     scores_Q = torch.cat([b.values for b in best]) - of_x_Q
     return torch.cat([b.indices for b in best]), scores_Q
 
@@ -56,7 +56,8 @@ def mutual(x_QD: Tensor, y_ND: Tensor) -> tuple[Tensor, Tensor]:
 def procrustes(x_PD: Tensor, y_PD: Tensor) -> Tensor:
     """(D, D) orthogonal W for which the sum of |W x - y|^2 is least (Schönemann 1966)."""
     u, _, vh = torch.linalg.svd(wide(y_PD).T @ wide(x_PD))
-    return u @ vh
+    turn: Tensor = u @ vh
+    return turn
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmssl.model import Model
 
 Singles = NDArray[np.float32]
-Pool = Literal["mean", "mean_std"]
+Pool = Literal["mean", "mean_std", "mean_std_max"]
 
 SIGNAL = "signal"  # features of the signal itself, beside those of the models
 _BANDS, _CELLS, _WORDS = 64, 4, 512
@@ -105,14 +105,18 @@ def layer_outputs(tower: AnyTower, view: ViewBatch, layer: str) -> tuple[list[Te
 
 
 def pooled(x_PND: Tensor, pad_PN: Tensor, pool: Pool = "mean") -> Tensor:
-    """(P, D) mean over the valid tokens; with `mean_std` (P, 2 D), their deviation beside it."""
+    """(P, D) mean over the valid tokens, beside it their deviation, and maximum, as `pool` says."""
     weight = (~pad_PN)[..., None].to(x_PND.dtype)
     count = weight.sum(1).clamp(min=1)
     mean = (x_PND * weight).sum(1) / count
     if pool == "mean":
         return mean
-    square = ((x_PND - mean[:, None]).square() * weight).sum(1) / count
-    return torch.cat([mean, square.sqrt()], -1)
+    std = (((x_PND - mean[:, None]).square() * weight).sum(1) / count).sqrt()
+    if pool == "mean_std":
+        return torch.cat([mean, std], -1)
+    low = torch.finfo(x_PND.dtype).min
+    high = x_PND.masked_fill(pad_PN[..., None], low).amax(1)
+    return torch.cat([mean, std, torch.where(pad_PN.all(1)[:, None], 0.0, high)], -1)
 
 
 # --- the signal itself
@@ -192,10 +196,10 @@ def clip_features(session: Session, pool: Pool = "mean") -> Features:
     found: dict[str, list[Singles]] = {}
     rows = Rows()
     absent: list[str] = []
-    for name, batch in _present(session, absent):
+    for name, batch in present_batches(session, absent):
         view = batch.views[name]
         for model_name, model in session.models.items():
-            tower, moved = _tower(session, model, name), _moved(model, batch).views[name]
+            tower, moved = tower_of(session, model, name), moved_batch(model, batch).views[name]
             layers, pad_PN = layer_outputs(tower, moved, options.layer)
             vectors = torch.cat([pooled(x, pad_PN, pool) for x in layers], -1)
             found.setdefault(model_name, []).append(vectors.float().cpu().numpy())
@@ -213,11 +217,11 @@ def clip_frames(session: Session) -> Iterator[ClipFrames]:
     options = cast("FeatureSpec", session.options)
     if options.layer == "all":
         raise UserError("layer=all: this suite compares frames of one layer; name one")
-    for name, batch in _present(session, []):
+    for name, batch in present_batches(session, []):
         view = batch.views[name]
         clips = [ClipFrames(batch.keys[int(row)], batch.meta[int(row)]) for row in view.rows_P]
         for model_name, model in session.models.items():
-            tower, moved = _tower(session, model, name), _moved(model, batch).views[name]
+            tower, moved = tower_of(session, model, name), moved_batch(model, batch).views[name]
             tokens = tower.encode(moved, 1.0)
             layers, _ = layer_outputs(tower, moved, options.layer)
             x_PTD, pad_PT = time_steps(replace(tokens, x_PND=layers[0]))
@@ -232,8 +236,8 @@ def clip_frames(session: Session) -> Iterator[ClipFrames]:
             yield clip
 
 
-def _present(session: Session, absent: list[str]) -> Iterator[tuple[str, Batch]]:
-    """Batches that hold the modality, with the name of its view; notes clips without it.
+def present_batches(session: Session, absent: list[str]) -> Iterator[tuple[str, Batch]]:
+    """Batches that hold the options' modality, with its view's name; notes clips without it.
 
     The models are frozen meanwhile.
     """
@@ -254,9 +258,11 @@ def _present(session: Session, absent: list[str]) -> Iterator[tuple[str, Batch]]
         )
 
 
-def _tower(session: Session, model: Model, view: str) -> AnyTower:
+def tower_of(session: Session, model: Model, view: str) -> AnyTower:
+    """The tower that reads a view of the session's run."""
     return cast("AnyTower", model.towers[session.spec.views[view].tower_name])
 
 
-def _moved(model: Model, batch: Batch) -> Batch:
+def moved_batch(model: Model, batch: Batch) -> Batch:
+    """The batch on the model's device."""
     return batch.to(next(iter(model.parameters())).device)

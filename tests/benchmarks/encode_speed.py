@@ -45,7 +45,7 @@ T = TypeVar("T")
 RUNS = {
     "quickstart": ("audio", "video"),
     "mmv_fac_tiny": ("audio", "video"),
-    "cola_tiny": ("audio",),
+    "audio/cola": ("audio",),
 }
 VOCABULARY, SPECIAL = 400, {"pad": 0, "unk": 1, "bos": 2, "eos": 3, "mask": 4}
 BATCH, FPS, SIZE, TARGET = 16, 25, (240, 320), 0.9

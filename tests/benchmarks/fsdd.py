@@ -9,8 +9,9 @@ Every method is trained on all recordings without labels, by its run in `configs
 Then its weights are frozen: a recording becomes the mean and standard deviation over the frames of
 the last layer, and a logistic regression that never hears the sixth speaker says which digit it is.
 The table shows the mean over the six speakers, the same with random weights, the same of all layers
-side by side, and the baseline of log-mel statistics. Units
-(clusters of MFCCs, and of what HuBERT's iterations make of them) are compared with the digits, too.
+side by side, and the baseline of log-mel statistics. (`mmssl scoreboard` holds more methods against
+each other, with intervals and a layer that is chosen.) Units (clusters of MFCCs, and of what
+HuBERT's iterations make of them) are compared with the digits, too.
 Further arguments, before --methods, override keys of all runs. The text of `fsdd.notes.md` beside
 the results, if there is one, ends the table.
 
@@ -20,10 +21,6 @@ Everything is kept under --work: a finished step is not computed again.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -31,17 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import SideCar
 from mmssl.eval import folds, results
-from mmssl.eval.features import FeatureSpec, clip_features, signal_statistics
+from mmssl.eval.corpora import CORPORA, make_shards, once, read_clips
+from mmssl.eval.features import SIGNAL, FeatureSpec, clip_features
+from mmssl.eval.layers import encode_signal
 from mmssl.eval.probe import linear
 from mmssl.eval.session import Session
 from mmssl.eval.units import sample_counts, unit_quality
-from mmssl.specs import DataSpec, ViewSpec
+from mmssl.specs import DataSpec
 
 Floats = NDArray[np.floating[Any]]
 
@@ -58,67 +56,34 @@ LABELS = {"hubert_it1": "mfcc", "hubert_it2": "it1", "wavlm_base": "it1"}
 CLUSTERS = {"mfcc": "50,200,500", "it1": "100", "it2": "100"}
 CLUSTERED = {"it1": "hubert_it1", "it2": "hubert_it2"}  # whose layer; `mfcc` are MFCCs
 LAYER = 3
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SPEAKERS = 6
 INVERSE_REGULARISATION = 0.01  # 0.001 to 0.1 change the results by 0.01
-RATE = 8000  # Hz of the recordings
+FSDD = CORPORA["fsdd"]
 
 
-def once(mark: Path, *command: str | Path) -> None:
-    """Run a module of the project unless the mark says that it has been run."""
-    line = [str(word) for word in command]
-    if mark.exists():
-        if json.loads(mark.read_text())["command"] != line:
-            sys.exit(
-                f"{mark} was made by another command than {' '.join(line)}; use another --work"
-            )
-        return
-    print("+", *line, flush=True)
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", *line], check=True)
-    mark.write_text(json.dumps({"command": line, "minutes": (time.monotonic() - begin) / 60}))
-
-
-def make_shards(data: Path, work: Path) -> Path:
-    """All recordings as one shard folder."""
-    files = sorted((data / "fsdd" / "recordings").glob("*.wav"))
-    if len(files) < SPEAKERS:
-        sys.exit(f"{data / 'fsdd' / 'recordings'}: no recordings; see --help")
-    rows = []
-    for file in files:
-        digit, speaker, index = file.stem.split("_")
-        letters = " ".join(NAMES[int(digit)])  # read by configs/runs/unispeech_tiny.yaml alone
-        meta = {"digit": digit, "speaker": speaker, "index": int(index), "letters": letters}
-        row = {"media": str(file.resolve()), "source": file.stem, "split": "train"}
-        rows.append({**row, "meta": meta})
-    work.mkdir(parents=True, exist_ok=True)
-    manifest = work / "fsdd.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    once(work / "shards.done.json", "data_tools.make_shards", manifest, work / "shards")
-    return work / "shards" / "train"
-
-
-def train(method: str, shards: Path, work: Path, seed: int, overrides: Sequence[str]) -> Path:
-    """Train one method, with its labels made first; returns the run folder."""
+def train(
+    method: str, shards: Path, work: Path, seed: int, overrides: Sequence[str]
+) -> tuple[Path, float]:
+    """Train one method, with its labels made first; returns the run folder and the minutes."""
     run = work / method
     extra = [f"data.train={shards}", f"train.seed={seed}", *overrides]
     name = LABELS.get(method)
     if name is not None:
         extra.append(f"data.frame_labels.{name}={label(name, shards, work, seed, overrides)}")
     config = f"configs/runs/{method}_tiny.yaml"
-    once(work / f"{method}.done.json", "mmssl.cli", "train", config, f"out={run}", *extra)
-    return run
+    words = ["mmssl.cli", "train", config, f"out={run}", *extra]
+    return run, once(work / f"{method}.done.json", words)["minutes"]
 
 
 def label(name: str, shards: Path, work: Path, seed: int, overrides: Sequence[str]) -> Path:
     """Side-car of the MFCC clusters, or of a layer of one of HuBERT's iterations."""
     out = work / f"{name}.safetensors"
-    features: list[str | Path] = ["--features", "mfcc_cmvn"]
+    features = ["--features", "mfcc_cmvn"]
     if name in CLUSTERED:
-        run = train(CLUSTERED[name], shards, work, seed, overrides)
-        features = ["--features", run, "--layer", str(LAYER)]
-    options = ["--clusters", CLUSTERS[name], "--fit-share", "1.0", "--seed", str(seed)]
-    once(work / f"{name}.done.json", "data_tools.label_shards", shards, out, *features, *options)
+        run, _ = train(CLUSTERED[name], shards, work, seed, overrides)
+        features = ["--features", str(run), "--layer", str(LAYER)]
+    words = ["data_tools.label_shards", str(shards), str(out), *features]
+    words += ["--clusters", CLUSTERS[name], "--fit-share", "1.0", "--seed", str(seed)]
+    once(work / f"{name}.done.json", words)
     return out
 
 
@@ -130,16 +95,6 @@ def encode(run: Path, shards: Path, layer: str) -> tuple[dict[str, Floats], list
     options = FeatureSpec(data=str(shards), layer=layer, micro_batch=16, resamples=0)
     found = clip_features(Session.open(run, options), "mean_std")
     return found.values, found.rows.meta
-
-
-def log_mel(shards: Path) -> tuple[Floats, list[dict[str, Any]]]:
-    """The baseline: mean, deviation, maximum and deviation of differences of 64 log-mel bands."""
-    rows, metas = [], []
-    views = {"x": ViewSpec(modality="audio", hz=RATE)}
-    for batch in eval_batches(shards, DataSpec(), views, 16, None, workers=0):
-        rows.append(signal_statistics(batch.views["x"]))
-        metas += batch.meta
-    return torch.cat(rows).numpy(), metas
 
 
 def probe(x: Floats, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -226,9 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seed", type=int, default=0)
     args, overrides = parser.parse_known_args(argv)
-    shards = make_shards(args.data, args.work)
+    shards = make_shards(FSDD, read_clips(FSDD, args.data), args.work)
+    signal = encode_signal(shards, FSDD.hz, keep=lambda meta: False)
     found: dict[str, Any] = {
-        "log_mel": probe(*log_mel(shards)),
+        "log_mel": probe(signal.vectors[SIGNAL][SIGNAL], signal.rows.meta),
         "methods": {},
         "units": {},
         "seed": args.seed,
@@ -237,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": results.machine(),
     }
     for method in args.methods:
-        run = train(method, shards, args.work, args.seed, overrides)
-        mark = json.loads((args.work / f"{method}.done.json").read_text())
-        part: dict[str, Any] = {"minutes": mark["minutes"]}
+        run, minutes = train(method, shards, args.work, args.seed, overrides)
+        part: dict[str, Any] = {"minutes": minutes}
         for layer, tail in (("last", ""), ("all", "_all_layers")):
             vectors, metas = encode(run, shards, layer)
             for name in ("trained", "random"):

@@ -57,6 +57,7 @@ def calls(monkeypatch):
         ("plan f.yaml gpus=8 a.b=1", ("mmssl.plan:main", "f.yaml", ["gpus=8", "a.b=1"])),
         ("plan f.yaml --gpus 8 --gpu=h200", ("mmssl.plan:main", "f.yaml", ["gpus=8", "gpu=h200"])),
         ("doctor", ("mmssl.doctor:main",)),
+        ("scoreboard --data d x=1", ("mmssl.eval.scoreboard:main", ["data=d", "x=1"])),
         ("chaos suites=kills count=3", ("mmssl.chaos:main", ["suites=kills", "count=3"])),
         # as the deepspeed launcher calls a module
         ("--local_rank=1 train f.yaml", ("mmssl.train.stages:main", "f.yaml", [])),
@@ -72,7 +73,6 @@ def test_verb_calls_its_function(calls, words, call):
     [
         ("trian f.yaml", "no verb `trian`; did you mean `train`?"),
         ("xyzzy", "there are: train, resume, eval"),
-        ("scoreboard x", "`scoreboard` is planned but not part of this version; there are: train"),
         ("train", "usage: mmssl train FILE [key=value ...]"),
         ("train steps=3", "needs FILE"),
         ("eval bouncing", "needs SUITE and RUN"),
