@@ -130,7 +130,7 @@ def validate(monkeypatch):
     tensorflow.Module = type("Module", (), {})
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     validator = pytest.importorskip(
-        "hearvalidator.validate", reason="pip install --no-deps hearvalidator==2021.0.2"
+        "hearvalidator.validate", reason="pip install --no-deps -r tests/peers.txt"
     )
 
     def run(module, path, device="cpu"):

@@ -48,7 +48,7 @@ def test_the_term_is_nt_xent(name):
 
 
 def test_it_is_lightlys():
-    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    loss = pytest.importorskip("lightly.loss", reason="pip install --no-deps -r tests/peers.txt")
     model = small_model(small(SOUNDS)).train()
     batch = full_batch(model.spec, 6)
     a, b = flat(model, batch).chunk(2)

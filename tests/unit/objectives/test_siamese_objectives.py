@@ -74,7 +74,7 @@ def test_queue_nce_is_cross_entropy_over_one_and_k_logits():
 
 
 def test_queue_nce_agrees_with_lightly():
-    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    loss = pytest.importorskip("lightly.loss", reason="pip install --no-deps -r tests/peers.txt")
     q, k, queue = rows(5, 6).float(), rows(5, 6, 1).float(), unit(9, 6, 2).float()
     theirs = loss.NTXentLoss(temperature=0.2, memory_bank_size=(9, 6))
     theirs.memory_bank.bank = queue.clone()
@@ -110,7 +110,7 @@ def test_barlow_equals_the_published_code():
 
 
 def test_barlow_agrees_with_lightly():
-    loss = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    loss = pytest.importorskip("lightly.loss", reason="pip install --no-deps -r tests/peers.txt")
     a, b = rows(16, 32), rows(16, 32, 1)
     want = loss.BarlowTwinsLoss(lambda_param=LAMBDA)(a, b)
     torch.testing.assert_close(barlow(a, b), want, atol=1e-6, rtol=0)
