@@ -36,7 +36,9 @@ def test_assignments_are_those_of_the_matrix_form(iterations):
 
 
 def test_assignments_and_loss_are_lightlys():
-    loss = pytest.importorskip("lightly.loss.swav_loss", reason="pip install --no-deps -r tests/peers.txt")
+    loss = pytest.importorskip(
+        "lightly.loss.swav_loss", reason="pip install --no-deps -r tests/peers.txt"
+    )
     scores = scores_of(40, 12)
     torch.testing.assert_close(
         sinkhorn(scores), loss.sinkhorn(scores, 3, 0.05, False), rtol=1e-12, atol=1e-14

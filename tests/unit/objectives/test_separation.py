@@ -73,7 +73,7 @@ def test_the_best_order_is_that_of_torchmetrics(sounds):
 
 
 def test_the_best_order_is_that_of_fast_bss_eval():
-    peer = pytest.importorskip("fast_bss_eval", reason="the peer is not installed")
+    peer = pytest.importorskip("fast_bss_eval", reason="pip install --no-deps -r tests/peers.txt")
     reference, estimate = noise(4, 3, 500), noise(4, 3, 500, seed=1)
     loss_PK, _ = pit(estimate, reference)
     ours = -loss_PK.mean(1)
