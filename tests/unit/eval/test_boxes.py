@@ -237,7 +237,9 @@ def short_crops(tmp_path, monkeypatch):
     new = {"views": views, "data": DataSpec(test=str(tmp_path)), "tasks": {}}
     spec = spec.model_copy(update=new)
     monkeypatch.setattr(mmssl.eval.load, "load_model", lambda *_, **__: (model, spec, None))
-    monkeypatch.setattr(mmssl.data.ordered, "eval_batches", lambda f, d, views, *_: _moving(views))
+    monkeypatch.setattr(
+        mmssl.data.ordered, "eval_batches", lambda f, d, views, *_, **__: _moving(views)
+    )
     return tmp_path, model, ["random=false", "resamples=0", "report=false"]
 
 

@@ -56,7 +56,7 @@ def toy_run(tmp_path, monkeypatch, batches, knowing_model):
     def load_model(run, which="ema", random=False):
         return knowing_model("noise" if random else "perfect"), spec, None
 
-    def eval_batches(path, data, views, micro_batch, tokenizer, limit=None):
+    def eval_batches(path, data, views, micro_batch, tokenizer, limit=None, workers=None):
         asked.append((path, micro_batch, limit))
         return iter(batches)
 
