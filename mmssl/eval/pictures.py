@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
+from mmssl.eval.results import bounds_of
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
@@ -195,8 +197,8 @@ def lines(drawn: Mapping[str, Any]) -> str:
 def _with_bounds(drawn: Mapping[str, Any], name: str) -> Floats:
     """(places, 3) value of a line, lower and upper bound; the value itself where there are none."""
     ys = [np.nan if y is None else y for y in drawn["lines"][name]]
-    pairs = drawn.get("bounds", {}).get(name) or [None] * len(ys)
-    return np.asarray([(y, *(pair or (y, y))) for y, pair in zip(ys, pairs, strict=True)])
+    pairs = zip(ys, bounds_of(drawn, name), strict=True)
+    return np.asarray([(y, *(pair or (y, y))) for y, pair in pairs])
 
 
 def _marks(px: Floats, py_T3: Floats, colour: str, joined: bool) -> list[str]:

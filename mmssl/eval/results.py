@@ -269,14 +269,15 @@ def interval_of(tree: Mapping[str, Any], key: str) -> list[float] | None:
     return found
 
 
+def bounds_of(drawn: Mapping[str, Any], name: str) -> Sequence[Sequence[float] | None]:
+    """Intervals of a plot's line, one for every place, None where there is none."""
+    return drawn.get("bounds", {}).get(name) or [None] * len(drawn["lines"][name])
+
+
 def plotted(drawn: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     """Texts of a line's numbers and of their intervals, which may be empty."""
-    ys = drawn["lines"][name]
-    pairs = drawn.get("bounds", {}).get(name) or [None] * len(ys)
-    return [
-        (number(y), f" [{pair[0]:.2f}, {pair[1]:.2f}]" if pair else "")
-        for y, pair in zip(ys, pairs, strict=True)
-    ]
+    pairs = zip(drawn["lines"][name], bounds_of(drawn, name), strict=True)
+    return [(number(y), f" {bracketed(pair)}" if pair else "") for y, pair in pairs]
 
 
 def _plot_lines(drawn: Mapping[str, Any]) -> list[str]:
@@ -323,9 +324,14 @@ def number(value: Any, digits: int = 3) -> str:
 
 def bounded(tree: Mapping[str, Any], key: str) -> str:
     """Value with its 95 % interval, "0.912 [0.88, 0.94]"."""
-    bounds = lookup(tree, f"ci.{key}")
+    bounds = interval_of(tree, key)
     text = number(tree.get(key))
-    return f"{text} [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else text
+    return f"{text} {bracketed(bounds)}" if bounds else text
+
+
+def bracketed(bounds: Sequence[float]) -> str:
+    """An interval as text, "[0.88, 0.94]"."""
+    return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
 def _retrieval_lines(results: Mapping[str, Any]) -> list[str]:

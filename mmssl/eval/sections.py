@@ -95,8 +95,8 @@ def _target_row(found: Results, target: Target) -> str:
 
 
 def _value(tree: Mapping[str, Any], key: str) -> str:
-    bounds = lookup(tree, f"ci.{key}")
-    note = f"<small>[{bounds[0]:.2f}, {bounds[1]:.2f}]</small>" if bounds else ""
+    bounds = results.interval_of(tree, key)
+    note = f"<small>{results.bracketed(bounds)}</small>" if bounds else ""
     return f"{number(tree.get(key))}{note}"
 
 
