@@ -9,6 +9,8 @@ every ZeRO stage, only the matrix products are narrow.
 from __future__ import annotations
 
 import argparse
+import gc
+import inspect
 import json
 import logging
 import math
@@ -120,9 +122,15 @@ def session(threads: int = 0, hang_s: float = 1800.0) -> Iterator[torch.device]:
 
 
 def _stop() -> None:
-    """Meet, then destroy the group through DeepSpeed, which otherwise keeps handles to it."""
+    """Meet, then destroy the group through DeepSpeed, which otherwise keeps handles to it.
+
+    Engines are cyclic and hold groups: collected here, gloo's threads end. One that is alive while
+    the interpreter shuts down and lets go of a tensor then asks for Python's lock and is ended in
+    the midst of C++, which aborts the process.
+    """
     dist.barrier()
     _deepspeed().comm.destroy_process_group()
+    gc.collect()
 
 
 def _deepspeed() -> Any:
@@ -304,6 +312,18 @@ class Engine:
         """
         self._engine.destroy()
         nn.functional.linear = self._linear
+        if self.stage == 3:
+            _forget_modules()
+
+
+def _forget_modules() -> None:
+    """ZeRO-3: empty the list and the method's cache that would keep a closed engine alive."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    owner = partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = inspect.getclosurevars(owner._PartitionedParameterCoordinator__params_to_release)
+    cached.nonlocals["func"].cache_clear()
 
 
 def _hold_own_parameters(model: nn.Module, register: Any) -> None:

@@ -116,7 +116,7 @@ def plain_training() -> tuple[ToyModel, dict[str, Tensor], list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step, 6)
-        decay = 0.5 + 0.4 * step / 6
+        decay = min(0.5 + 0.4 * step / 6, (1 + step) / (10 + step))
         for key, value in average.items():
             value.mul_(decay).add_(model.get_parameter(key).detach(), alpha=1 - decay)
     return model, average, norms

@@ -209,6 +209,12 @@ class TinyLoader(ToyLoader):
         return tiny_batch(self.size, seed)
 
 
+def threads_of_gloo() -> list[str]:
+    """A group that outlives its session aborts some processes at exit."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -227,8 +233,8 @@ def run(
 ) -> Progress | None:
     """Train the toy in a folder, or go on with it; None if its loader died.
 
-    `fail_at`, `pause_s`: see `ToyLoader`. `evaluate_s`: what an evaluation takes. `whole_model`: the
-    real model with all tasks, dropout and dropped tokens instead of the toy.
+    `fail_at`, `pause_s`: see `ToyLoader`. `evaluate_s`: what an evaluation takes. `whole_model`:
+    the real model with all tasks, dropout and dropped tokens instead of the toy.
     """
     spec, path = toy_spec(**changes), Path(folder)
     if whole_model:
@@ -299,5 +305,6 @@ if __name__ == "__main__":
     with session(threads=1) as device_:
         for arguments in json.loads(sys.argv[1]):
             ended = (gradients if "file" in arguments else run)(device_, **arguments)
+    assert threads_of_gloo() == []
     if ended and ended.stopped == preempt.REASON:
         sys.exit(PREEMPTED)
