@@ -31,7 +31,7 @@ from mmssl.views import mel
 from mmssl.views.mix import mix_view
 
 Space = tuple[str, str]  # modality and name
-_TABLES = (".positions.", ".extra.", ".kinds", ".prototypes")
+_TABLES = {"positions", "extra", "kinds", "prototypes"}
 
 
 @dataclass(frozen=True)
@@ -204,21 +204,23 @@ class Model(nn.Module):
     def parameter_policy(self) -> dict[str, ParamPolicy]:
         """Learning-rate factor, weight decay and freezing of every parameter by name.
 
-        Vectors and scalars, positions, extra tokens and prototypes have no weight decay.
+        Vectors and scalars, positions, extra tokens, prototypes and gains of norms have no weight
+        decay.
         """
         out: dict[str, ParamPolicy] = {}
-        steady = {
-            id(p)
-            for m in self.modules()
-            if getattr(m, "constant_lr", False)
-            for p in m.parameters()
-        }
+        steady, gains = self._of_modules("constant_lr"), self._of_modules("no_decay")
         for name, parameter in self.named_parameters():
             scale, frozen = self._policy.get(name, (1.0, False))
-            table = any(part in name for part in _TABLES)
-            decay = parameter.ndim > 1 and not table
+            parts = name.split(".")
+            own = parts[2:] if parts[0] == "tasks" else parts[1:]  # without the names users give
+            decay = parameter.ndim > 1 and not _TABLES & set(own) and id(parameter) not in gains
             out[name] = ParamPolicy(scale, decay, frozen, id(parameter) in steady)
         return out
+
+    def _of_modules(self, mark: str) -> set[int]:
+        """Identities of the parameters of modules that have a mark."""
+        marked = (module for module in self.modules() if getattr(module, mark, False))
+        return {id(parameter) for module in marked for parameter in module.parameters()}
 
     # ------------------------------------------------------------ evaluation
 

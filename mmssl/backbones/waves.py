@@ -20,6 +20,8 @@ from mmssl.types import UserError
 class TimeNorm(nn.Module):
     """Zero mean and unit variance over time in each channel; gain and bias per channel and step."""
 
+    no_decay = True
+
     def __init__(self, channels: int, steps: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, steps))

@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fsdd import once
-
 from mmssl.eval import results
+from mmssl.eval.corpora import once
 
 NAMES = ("simclr", "byol", "barlow")
 DIRECTIONS = ("audio->video", "video->audio")
@@ -32,8 +31,8 @@ def make_shards(work: Path, seed: int) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     corpus, shards = work / "corpus", work / "shards"
     size = ["--train", "1000", "--val", "50", "--test", "500", "--fps", "2", "--seed", str(seed)]
-    once(work / "corpus.json", "data_tools.synth", "--out", corpus, *size)
-    once(work / "shards.json", "data_tools.make_shards", corpus, shards)
+    once(work / "corpus.json", ["data_tools.synth", "--out", str(corpus), *size])
+    once(work / "shards.json", ["data_tools.make_shards", str(corpus), str(shards)])
     return shards
 
 
@@ -42,9 +41,9 @@ def measure(name: str, work: Path, shards: Path, seed: int, words: Sequence[str]
     run = work / name
     data = [f"data.{part}={shards / part}" for part in ("train", "val", "test")]
     options = [f"out={run}", *data, f"train.seed={seed}", *ALONE, *words]
-    once(work / f"{name}.trained.json", "mmssl.cli", "train", f"{name}_av_tiny", *options)
+    once(work / f"{name}.trained.json", ["mmssl.cli", "train", f"{name}_av_tiny", *options])
     evaluate = ["mmssl.cli", "eval", "retrieval", run, "report=false"]
-    once(work / f"{name}.evaluated.json", *evaluate)
+    once(work / f"{name}.evaluated.json", evaluate)
     found = results.read(run / "results_retrieval.json")
     return {
         "trained": found["retrieval"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_methods import small
 from tiny_run import TREE, absent_rows, gradients, take_rows, tiny_batch, tiny_model, tiny_spec
 
 from mmssl import config
@@ -186,6 +187,31 @@ def test_policy_scales_freezes_and_spares_vectors_from_decay():
     assert not policy["towers.audio.stem.proj.bias"].decay
     assert not any(p.decay for n, p in policy.items() if ".extra." in n or ".positions." in n)
     assert policy["towers.audio.stem.proj.weight"].decay
+
+
+def test_decay_does_not_depend_on_the_names_that_users_give():
+    spec = small("swav_frames_tiny")
+    renamed = spec.model_copy(update={"tasks": {"prototypes": spec.tasks["swav"]}})
+    policy = {
+        n.removeprefix("tasks.prototypes."): p.decay
+        for n, p in tiny_model(renamed).parameter_policy().items()
+        if n.startswith("tasks.")
+    }
+    kept = tiny_model(spec).parameter_policy()
+    assert policy == {
+        n.removeprefix("tasks.swav."): p.decay for n, p in kept.items() if n.startswith("tasks.")
+    }
+    assert not policy["prototypes"]
+    assert any(policy.values())
+
+
+def test_gains_of_norms_have_no_decay_whatever_their_shape():
+    model = tiny_model(small("lim_tiny"))
+    norms = [n for n, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    policy = model.parameter_policy()
+    gains = [n for n in policy if n.rsplit(".", 1)[0] in norms]
+    assert len(gains) > 4
+    assert not any(policy[n].decay for n in gains)
 
 
 @pytest.mark.parametrize(
