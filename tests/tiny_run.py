@@ -230,6 +230,7 @@ def compared() -> dict[str, Any]:
             "audio": {**TREE["views"]["audio"], "augment": mel},
         },
         "joints": {},
+        "data": {"labels": ["kind"]},
         "tasks": {
             "align": {
                 "kind": "pairs",
