@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from small_methods import make_tokens
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROWS, WIDTH = 2000, 64
+from mmssl.types import Batch, Tokens, ViewBatch
+
+ROWS, WIDTH, HIDDEN = 2000, 64, 128
 
 
 class ToyInv:
@@ -46,3 +49,29 @@ class ToyInv:
         near = (F.normalize(asked, dim=-1) @ F.normalize(known, dim=-1).T).topk(20).indices
         found = self.labels_R[:half][near].mode(1).values
         return float((found == self.labels_R[half:]).float().mean())
+
+
+class Encoder(nn.Module):
+    """Stands in for a tower: one token per item."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+            *(nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+        )
+
+    def encode(self, view: ViewBatch, position: float, mask: None = None) -> Tokens:
+        """The vectors of a view."""
+        return make_tokens(self.net(view.data)[:, None], (1,), view=view)
+
+
+def batch_of(picked: Tensor, views: list[Tensor]) -> Batch:
+    """What `ToyInv.batch` gives as views `a` and `b` of sources."""
+    rows = torch.arange(len(picked))
+    zeros, here = torch.zeros_like(rows), torch.ones(len(rows), 1, dtype=torch.bool)
+    named = {
+        name: ViewBatch("audio", x, zeros + WIDTH, rows, zeros, rows, zeros.float(), here, 1.0)
+        for name, x in zip("ab", views, strict=True)
+    }
+    return Batch(named, [""] * len(rows), picked, zeros, rows)

@@ -164,6 +164,43 @@ def test_a_context_hears_nothing_behind_its_own_frame(name):
     assert grad[1].eq(0).all()
 
 
+def noise_of(model, seed):
+    """Waves in which nothing can be told from what came before."""
+    batch = full_batch(model.spec, 8, seed)
+    view = batch.views["x"]
+    wave = torch.randn(view.data.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(batch, views={"x": replace(view, data=wave)})
+
+
+def test_noise_stays_at_chance_where_frames_do_not_overlap():
+    """Fields of 465 samples every 160: a context has heard parts of the next two frames, no more.
+
+    Accuracy over that of guessing, found on new noise after 100 steps: 30.7, 5.1 and then 0.82,
+    0.92, 0.92, which 7,000 frames each know to about 0.14.
+    """
+    model = model_of("cpc", "tasks.future.steps=5", "views.x.crop_s=0.5")
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(100):
+        loss, _ = model(noise_of(model, step), step, 100)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    target = model.tasks["future"].target
+    hits, asked = torch.zeros(5), torch.zeros(5)
+    with torch.no_grad():
+        for seed in range(1000, 1020):
+            truth = target.truth(heard_of(model, noise_of(model, seed)))
+            for step, ahead in enumerate(range(1, 6)):
+                term = target(truth.context_PND[:, :-ahead], truth, step, ahead)["accuracy"]
+                hits[step] += term.sum
+                asked[step] += term.count
+    over_chance = (129 * hits / asked).tolist()
+    assert over_chance[0] > 10
+    assert over_chance[1] > 2
+    assert all(0.5 < x < 1.5 for x in over_chance[2:]), over_chance
+    assert sum(over_chance[2:]) / 3 == pytest.approx(1, abs=0.25)
+
+
 def test_wav2vec_sees_19_frames_without_its_norms():
     model = model_of(
         "wav2vec", "towers.audio.backbone.kernels=[3, 3, 3, 3, 3, 3, 3, 3, 3]"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_methods import equal_rows, full_batch, small, small_model, values
-from tiny_run import take_rows
+from tiny_run import gradients, take_rows
 from torch.nn import functional as F
 
 from mmssl import config
@@ -54,6 +54,23 @@ def test_it_is_lightlys():
     a, b = flat(model, batch).chunk(2)
     want = float(loss.NTXentLoss(temperature=0.2)(a, b))
     assert values(model, batch)["simclr.views"] == pytest.approx(want, rel=1e-5)
+
+
+def test_it_is_that_of_pytorch_metric_learning():
+    """In double precision, down to the gradients of all parameters."""
+    peer = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pip install --no-deps -r tests/peers.txt"
+    )
+    model = small_model(small(SOUNDS), dtype=torch.float64).train()
+    batch = full_batch(model.spec, 6)
+    ours, grads = gradients(model, batch)
+    z = model.tasks["simclr"].vectors(model.passes(batch))
+    a, b = (z[view, "z"][0][:, 0] for view in ("one", "two"))
+    theirs = peer.SelfSupervisedLoss(peer.NTXentLoss(temperature=0.2), symmetric=True)(a, b)
+    assert float(ours) == pytest.approx(float(theirs.detach()), abs=1e-6)
+    found = torch.autograd.grad(theirs, [p for n, p in model.named_parameters() if n in grads])
+    for grad, other in zip(grads.values(), found, strict=True):  # the temperature is kept in fp32
+        torch.testing.assert_close(grad, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [4, 16])

@@ -66,6 +66,42 @@ def test_rotnet_runs_on_the_shared_transformer_by_one_line():
     assert float(model.trunk.blocks[0].attention.qkv.weight.grad.abs().max()) > 0
 
 
+def turns_found(shade, steps=300):
+    """Share of turns that RotNet tells after so many steps, on 1,280 new noisy pictures.
+
+    shade: how much lighter their lowest row is than their highest.
+    """
+    sizes = ["towers.x.backbone.channels=[16, 16, 16, 16, 16]", "tasks.rotation.embed=[32]"]
+    model = small_model(small("rotnet_tiny", *sizes)).train()
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+
+    def pictures(seed):
+        batch = full_batch(model.spec, 8, seed)
+        view = batch.views["x"]
+        noise = torch.randn(view.data.shape, generator=torch.Generator().manual_seed(seed))
+        slope = torch.linspace(-0.5, 0.5, view.data.shape[2])[:, None, None]
+        light = 0.5 + 0.15 * noise + shade * slope
+        data = (255 * light).clamp(0, 255).to(view.data.dtype)
+        return replace(batch, views={"x": replace(view, data=data)})
+
+    for step in range(steps):
+        loss, _ = model(pictures(step), step, steps)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        terms = [model.eval()(pictures(10_000 + i), 0, 10)[1] for i in range(40)]
+    found = [t["rotation.accuracy"] for t in terms]
+    assert sum(int(t.count) for t in found) == 1280
+    return sum(float(t.sum) for t in found) / 1280
+
+
+def test_turns_of_noise_look_alike_and_those_of_a_gradient_do_not():
+    """Above chance on noise would be a trace that turning itself leaves."""
+    assert turns_found(shade=0.0) == pytest.approx(0.25, abs=0.03)
+    assert turns_found(shade=0.2) > 0.95
+
+
 def test_equal_scores_of_tiles_cost_the_noise_and_have_no_tau():
     spec = small(
         "permutations_tiny", "tasks.order.target.tiles=[5]", "tasks.order.target.samples=2000"

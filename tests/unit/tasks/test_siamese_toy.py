@@ -5,18 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_methods import make_tokens
-from torch import nn
 from torch.nn import functional as F
-from toy_inv import WIDTH, ToyInv
+from toy_inv import HIDDEN, Encoder, ToyInv, batch_of
 
 from mmssl.heads.mlp import MLP
 from mmssl.specs import SiameseSpec
 from mmssl.tasks.siamese import Branch, Siamese
 from mmssl.towers import Passes
-from mmssl.types import Batch, ViewBatch
 
-ROWS, STEPS, HIDDEN, OUT = 256, 400, 128, 64
+ROWS, STEPS, OUT = 256, 400, 64
 HEAD = {"widths": [HIDDEN, OUT]}
 KINDS: dict[str, dict[str, Any]] = {
     "byol": {"predictor": HEAD, "decay": 0.99, "objective": {"kind": "byol"}},
@@ -34,20 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Encoder(nn.Module):
-    """Stands in for a tower: one token per item."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(
-            *(nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()),
-            *(nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU()),
-        )
-
-    def encode(self, view, position, mask=None):
-        return make_tokens(self.net(view.data)[:, None], (1,), view=view)
-
-
 def made(kind, predictor=True, **changes):
     """An encoder and the task on it; predictor: it may be left out, against the spec."""
     torch.manual_seed(0)
@@ -60,16 +43,6 @@ def made(kind, predictor=True, **changes):
     ]
     online = Branch({"x": encoder}, heads[0], {"x": "mean"})
     return encoder, Siamese(spec, online, heads[1] if predictor else {})
-
-
-def batch_of(picked, views):
-    rows = torch.arange(len(picked))
-    zeros, here = torch.zeros_like(rows), torch.ones(len(rows), 1, dtype=torch.bool)
-    named = {
-        name: ViewBatch("audio", x, zeros + WIDTH, rows, zeros, rows, zeros.float(), here, 1.0)
-        for name, x in zip("ab", views, strict=True)
-    }
-    return Batch(named, [""] * len(rows), picked, zeros, rows)
 
 
 def trained(encoder, task):
