@@ -327,6 +327,8 @@ def _hostile_decoders() -> Iterator[tuple[str, bool]]:
     stored = Decoding(STORED)
     large = np.zeros((8, 3072, 4096, 3), np.uint8)
     data = write_media(large, None, fps=60, options={"preset": "ultrafast"})
-    yield "frames of 300 MB in all, as stored", stored("mp4", data, ("memory",), ("video",))
+    # where memory runs out in a thread of the decoder, the process ends
+    ends = ("memory", "crash")
+    yield "frames of 300 MB in all, as stored", stored("mp4", data, ends, ("video",))
     yield "a good file after that", _equal(stored.child(stored.good), stored.expected)
     stored.child.close()
