@@ -37,7 +37,7 @@ def test_a_global_token_comes_by_its_name_first():
 
 def test_an_unknown_pooling_lists_the_known_ones():
     with pytest.raises(
-        UserError, match="'cls' is not known; use one of agg, mean, max, peaks, steps"
+        UserError, match="'cls' is not known; use one of agg, mean, max, mean_max, peaks, last, steps"
     ):
         pool(tokens_of([[1.0]], (1,), extra={"agg": torch.zeros(1, 1)}), "cls")
 
