@@ -110,7 +110,7 @@ def test_rare_entries_become_latents_of_the_step():
 
 def test_indices_and_commitment_of_vector_quantize_pytorch():
     library = pytest.importorskip(
-        "vector_quantize_pytorch", reason="an independent quantiser; not a dependency"
+        "vector_quantize_pytorch", reason="pip install --no-deps -r tests/peers.txt"
     )
     torch.manual_seed(0)
     peer = library.VectorQuantize(dim=6, codebook_size=16, decay=0.8, commitment_weight=0.25)
