@@ -36,9 +36,8 @@ def test_a_global_token_comes_by_its_name_first():
 
 
 def test_an_unknown_pooling_lists_the_known_ones():
-    with pytest.raises(
-        UserError, match="'cls' is not known; use one of agg, mean, max, mean_max, peaks, last, steps"
-    ):
+    known = "agg, mean, max, mean_max, peaks, last, steps"
+    with pytest.raises(UserError, match=f"'cls' is not known; use one of {known}"):
         pool(tokens_of([[1.0]], (1,), extra={"agg": torch.zeros(1, 1)}), "cls")
 
 
