@@ -81,7 +81,7 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
     voices = "abx" in first
     titles = ["method", "trained", "random weights", "gain", "over log-mel"]
     titles += ["ABX error (random)", "speaker (random)"] if voices else []
-    titles += ["layer", "numbers", "steps", "minutes (CPU)"]
+    titles += ["numbers", "steps", "minutes (CPU)"]
     cells = ["log-mel statistics", _bounded(base["trained"]), "", "", ""]
     cells += [number(base["abx"]["trained"]), number(base["speaker"]["trained"])] if voices else []
     lines = [cells + [""] * (len(titles) - len(cells))]
@@ -119,12 +119,10 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
     for name in ("abx", "speaker") if voices else ():
         pair = row.get(name)
         cells.append(f"{pair['trained']:.3f} ({pair['random']:.3f})" if pair else "")
-    layers = list(row["trained"]["layers"].values())
     clock, cpu = _minutes(row)
     late = " (!)" if min(clock, cpu) > minutes else ""
     return [
         *cells,
-        max(layers, key=layers.count),
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['steps']} x {row['batch']}",
         f"{clock:.1f} ({cpu:.1f}){late}",

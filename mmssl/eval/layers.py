@@ -1,4 +1,4 @@
-"""All layers of frozen towers, and probes whose layer is chosen without the speaker of the test.
+"""All layers of frozen towers side by side, and probes whose C is chosen without the test's group.
 
 Letters in shapes: N clips, P items of a view, T time steps, E width of a step, D of a vector.
 """
@@ -9,12 +9,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmssl.data.ordered import eval_batches
 from mmssl.eval import folds as folding
@@ -42,37 +45,36 @@ Ints = NDArray[np.int64]
 Keep = Callable[[Mapping[str, Any]], bool]
 
 GRID = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty
-C = 1e-2  # by which layers are compared: the others change little and cost four times as much
 
 
-def layer_steps(tower: AnyTower, view: ViewBatch) -> tuple[dict[str, Tensor], Tensor]:
-    """(P, T, E) outputs of every layer by its number from 1 on, and padding (P, T).
+def layer_steps(tower: AnyTower, view: ViewBatch) -> tuple[list[Tensor], Tensor]:
+    """(P, T, E) outputs of every layer, the first one first, and padding (P, T).
 
-    Cells of one time step stand side by side. A convolutional network shows its `output` alone.
+    Cells of one time step stand side by side. A convolutional network shows its output alone.
     """
     if isinstance(tower, Tower):
         found, pad_PN = tower.layers(view)
-        layers = {str(number): x_PND for number, x_PND in enumerate(found) if number}
-        steps = tower.grid_of(view.data.shape[1:])[0]
+        layers, steps = list(found)[1:], tower.grid_of(view.data.shape[1:])[0]
     else:
         tokens = tower.encode(view, 1.0)
-        layers, pad_PN, steps = {"output": tokens.x_PND}, tokens.pad_PN, tokens.grid[0]
+        layers, pad_PN, steps = [tokens.x_PND], tokens.pad_PN, tokens.grid[0]
     pad_PT = pad_PN.reshape(len(pad_PN), steps, -1).all(2)
-    return {name: x.reshape(len(x), steps, -1) for name, x in layers.items()}, pad_PT
+    return [x.reshape(len(x), steps, -1) for x in layers], pad_PT
 
 
 @dataclass
 class LayerFeatures:
-    """Vectors (N, D) of the clips of `rows` by model and layer; frames of those that were kept.
+    """Vectors (N, D) of the clips of `rows` by model; frames of those that were kept.
 
-    A vector holds mean, deviation and maximum over time; frames are unit rows (T, E).
+    A vector holds mean and deviation over time, frames (T, E) are rows of unit length; layers stand
+    side by side in both. None is chosen: the best one for five speakers often is not the sixth's.
     kept: numbers of the clips with frames.
     """
 
     rows: Rows = field(default_factory=Rows)
-    vectors: dict[str, dict[str, Singles]] = field(default_factory=dict)
+    vectors: dict[str, Singles] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
-    frames: dict[str, dict[str, list[Floats]]] = field(default_factory=dict)
+    frames: dict[str, list[Floats]] = field(default_factory=dict)
 
     def add_rows(self, batch: Batch, view: ViewBatch, keep: Keep) -> list[int]:
         """Note the items of a view; returns the numbers of those whose frames are kept."""
@@ -82,12 +84,11 @@ class LayerFeatures:
         self.kept += [first + i for i in kept]
         return kept
 
-    def add(self, model: str, layer: str, x_PD: Singles, frames: Iterable[Singles]) -> None:
+    def add(self, model: str, x_PD: Singles, frames: Iterable[Singles]) -> None:
         """Vectors of the same items, and frames (T, E) of the kept ones."""
-        own = self.vectors.setdefault(model, {})
-        own[layer] = np.concatenate([own[layer], x_PD]) if layer in own else x_PD
-        held = self.frames.setdefault(model, {}).setdefault(layer, [])
-        held += [normalize(x_TE) for x_TE in frames]
+        known = self.vectors.get(model)
+        self.vectors[model] = x_PD if known is None else np.concatenate([known, x_PD])
+        self.frames.setdefault(model, []).extend(normalize(x_TE) for x_TE in frames)
 
 
 def encode(session: Session, keep: Keep) -> LayerFeatures:
@@ -104,10 +105,11 @@ def encode(session: Session, keep: Keep) -> LayerFeatures:
         for model_name, model in session.models.items():
             moved = moved_batch(model, batch).views[name]
             layers, pad_PT = layer_steps(tower_of(session, model, name), moved)
-            for layer, x_PTE in layers.items():
-                vectors_PD = pooled(x_PTE.float(), pad_PT, "mean_std_max").cpu().numpy()
-                frames = (x_PTE[i][~pad_PT[i]].float().cpu().numpy() for i in kept)
-                found.add(model_name, layer, vectors_PD, frames)
+            vectors = [pooled(x_PTE.float(), pad_PT, "mean_std") for x_PTE in layers]
+            # each layer of unit length: none outweighs the others
+            units_PTE = torch.cat([F.normalize(x_PTE.float(), dim=-1) for x_PTE in layers], -1)
+            frames = (units_PTE[i][~pad_PT[i]].cpu().numpy() for i in kept)
+            found.add(model_name, torch.cat(vectors, -1).cpu().numpy(), frames)
     return found
 
 
@@ -118,7 +120,7 @@ def encode_signal(folder: Path, hz: int, keep: Keep) -> LayerFeatures:
         view = batch.views["x"]
         kept = found.add_rows(batch, view, keep)
         frames = (signal_frames(view, i).numpy() for i in kept)
-        found.add(SIGNAL, SIGNAL, signal_statistics(view).numpy(), frames)
+        found.add(SIGNAL, signal_statistics(view).numpy(), frames)
     return found
 
 
@@ -127,32 +129,29 @@ def encode_signal(folder: Path, hz: int, keep: Keep) -> LayerFeatures:
 
 @dataclass
 class Nested:
-    """Accuracy by group left out, and the layer and C that were chosen for it on the others."""
+    """Accuracy by group left out, and the C that was chosen for it on the others."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
-    layer: dict[str, str] = field(default_factory=dict)
     c: dict[str, float] = field(default_factory=dict)
 
     def update(self, other: Nested) -> None:
         """Take over the groups of another one."""
         self.accuracy |= other.accuracy
-        self.layer |= other.layer
         self.c |= other.c
 
     @property
-    def usual(self) -> tuple[str, float]:
-        """The layer and C chosen most often."""
-        pairs = zip(self.layer.values(), self.c.values(), strict=True)
-        return Counter(pairs).most_common(1)[0][0]
+    def usual(self) -> float:
+        """The C chosen most often."""
+        return Counter(self.c.values()).most_common(1)[0][0]
 
 
 def nested(
-    layers: Mapping[str, Singles],
+    x_ND: Singles,
     labels: Labels,
     groups_N: NDArray[np.str_],
     outer: Sequence[str] | None = None,
 ) -> Nested:
-    """Leave one group out; choose layer, then its C, by leaving out one of the others, in turn.
+    """Leave one group out; choose its C by leaving out one of the others, in turn.
 
     A probe fitted without two groups serves both: it chooses for either one by its accuracy on the
     other. Of equal choices the first counts.
@@ -163,26 +162,22 @@ def nested(
         UserError: the clips outside of two groups have all one label, or there are none.
     """
     rows = {str(name): np.flatnonzero(groups_N == name) for name in np.unique(groups_N)}
-    known: dict[tuple[str, float, str, str], dict[str, float]] = {}
+    known: dict[tuple[float, str, str], dict[str, float]] = {}
 
-    def chosen_by(own: str, layer: str, c: float) -> float:
+    def chosen_by(own: str, c: float) -> float:
         found = []
         for other in rows.keys() - {own}:
             a, b = sorted((own, other))
-            if (layer, c, a, b) not in known:
-                pair = {a: rows[a], b: rows[b]}
-                known[layer, c, a, b] = _accuracy(layers[layer], labels, c, pair)
-            found.append(known[layer, c, a, b][other])
+            if (c, a, b) not in known:
+                known[c, a, b] = _accuracy(x_ND, labels, c, {a: rows[a], b: rows[b]})
+            found.append(known[c, a, b][other])
         return math.fsum(found) / len(found)
 
     result = Nested()
     for own in rows if outer is None else outer:
-        by_layer = {layer: chosen_by(own, layer, C) for layer in layers}
-        layer = max(by_layer, key=by_layer.__getitem__)
-        by_c = {c: chosen_by(own, layer, c) for c in GRID}
-        c = max(by_c, key=by_c.__getitem__)
-        result.layer[own], result.c[own] = layer, c
-        result.accuracy |= _accuracy(layers[layer], labels, c, {own: rows[own]})
+        c = max(GRID, key=partial(chosen_by, own))
+        result.c[own] = c
+        result.accuracy |= _accuracy(x_ND, labels, c, {own: rows[own]})
     return result
 
 

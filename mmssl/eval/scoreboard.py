@@ -9,9 +9,9 @@ github.com/karolpiczak/ESC-50).
 
 The methods are the runs `configs/runs/*_tiny.yaml` whose `data.train` is FSDD, and `*_esc10.yaml`,
 that need nothing but sound, and those that a file with `stages` provides with labels. A clip
-becomes mean, deviation and maximum over time of what a layer of the encoder says, with the
+becomes mean and deviation over time of what the layers of the encoder say, side by side, with the
 frequency cells of a time step side by side; a logistic regression never sees the speaker (FSDD) or
-fold (ESC-10) of its test; layer and C are chosen for each by leaving out one of the others in turn.
+fold (ESC-10) of its test; its C is chosen by leaving out one of the others in turn.
 The same network with random weights gets the same choice, and so do statistics of log-mel bands.
 
 On FSDD one pretraining hears all six speakers, the later test speaker included, without labels;
@@ -302,8 +302,7 @@ class Board:
         """Accuracy of each model with its interval, and what training gains."""
         made = {}
         for name, nest in nests.items():
-            chosen = {"layers": nest.layer, "c": nest.c}
-            made[name] = board.spread(nest.accuracy, self.options.seed) | chosen
+            made[name] = board.spread(nest.accuracy, self.options.seed) | {"c": nest.c}
         if RANDOM in made:
             trained, random = (nests[name].accuracy for name in (TRAINED, RANDOM))
             made["gain"] = board.difference(trained, random, self.options.seed)
@@ -314,7 +313,7 @@ class Board:
     ) -> dict[str, Any]:
         """ABX error between digits across speakers, and how well a probe tells the speakers.
 
-        By the layer that was chosen most often.
+        With the C that was chosen most often.
         """
         if not self.corpus.spoken:
             return {}
@@ -325,9 +324,8 @@ class Board:
         items = [Item(metas[i]["digit"], "", metas[i]["speaker"]) for i in found.kept]
         made: dict[str, Any] = {"abx": {}, "speaker": {}}
         for name, source in sources.items():
-            layer, c = nests[name].usual
-            across = abx(items, found.frames[source][layer], title=source)["across"]
+            across = abx(items, found.frames[source], title=source)["across"]
             made["abx"][name] = across["error"]
-            scores, _ = linear(found.vectors[source][layer], speakers, [fold], grid=(c,))
+            scores, _ = linear(found.vectors[source], speakers, [fold], grid=(nests[name].usual,))
             made["speaker"][name] = folds.score(scores, speakers, fold.test)["accuracy"]
         return made

@@ -42,7 +42,7 @@ def measure(name: str, work: Path, shards: Path, seed: int, words: Sequence[str]
     data = [f"data.{part}={shards / part}" for part in ("train", "val", "test")]
     options = [f"out={run}", *data, f"train.seed={seed}", *ALONE, *words]
     once(work / f"{name}.trained.json", ["mmssl.cli", "train", f"{name}_av_tiny", *options])
-    evaluate = ["mmssl.cli", "eval", "retrieval", run, "report=false"]
+    evaluate = ["mmssl.cli", "eval", "retrieval", str(run), "report=false"]
     once(work / f"{name}.evaluated.json", evaluate)
     found = results.read(run / "results_retrieval.json")
     return {
