@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Keep = Callable[[Mapping[str, Any]], bool]
 
-GRID = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty
+GRID = (1e-2, 1e-1)  # inverse strengths of the L2 penalty
 
 
 def layer_steps(tower: AnyTower, view: ViewBatch) -> tuple[list[Tensor], Tensor]:

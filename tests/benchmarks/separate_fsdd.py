@@ -65,7 +65,9 @@ def measure(name: str, shards: Path, args: argparse.Namespace, overrides: Sequen
     minutes = once(mark, ["mmssl.cli", "train", config, f"out={run}", *extra])["minutes"]
     words = ["mmssl.cli", "eval", "separation", str(run), f"data={shards / 'test'}"]
     once(args.work / f"{name}.eval.json", [*words, "report=false"])
-    return {"minutes": minutes, **results.read(run / "results_separation.json")}
+    found = results.read(run / "results_separation.json")
+    kept = {key: found[key] for key in ("protocol", "separation", "random_encoder", "train")}
+    return {"minutes": minutes, "config": found["run"]["config"], **kept}
 
 
 def save(found: dict[str, Any], out: Path) -> None:
