@@ -6,7 +6,9 @@ for frames, which are folded into the batch: their grid is (T, h, w). Pooling is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -228,6 +230,28 @@ class ConvNet(nn.Module):
         maps = self._features(x.contiguous(memory_format=layout), valid, frames)
         return maps.movedim(1, -1).reshape(items, prod(grid), self.width), grid
 
+    @contextmanager
+    def recorded(self) -> Iterator[dict[int, tuple[Tensor, Stack]]]:
+        """The last map (P, C, *axes) of every stride in the forward inside, by its stride.
+
+        Beside each the stack that leads to it. Empty where `stack` does not follow from `features`.
+        """
+        found: dict[int, tuple[Tensor, Stack]] = {}
+        parts = list(self.features.children())
+
+        def keep(number: int, _part: nn.Module, _inputs: Any, x: Tensor) -> None:
+            stack = spatial_stack(nn.ModuleList(parts[: number + 1]))
+            found[prod(stack[1])] = x, stack
+
+        known = self.stack == spatial_stack(self.features)
+        chosen = parts if known else []
+        hooks = [part.register_forward_hook(partial(keep, i)) for i, part in enumerate(chosen)]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _valid(self, x: Tensor, lengths_P: Tensor | None, valid_P: Tensor | None) -> Valid | None:
         """What the parts are told about padding of a map that is not folded."""
         return valid_P
@@ -336,5 +360,5 @@ def spatial_stack(features: nn.Module) -> Stack:
         for m in features.modules()
         if isinstance(m, nn.Conv2d | nn.MaxPool2d)
     ]
-    kernels, strides, paddings = zip(*(f for f in found if f[0] > 1), strict=True)
-    return list(kernels), list(strides), list(paddings)
+    kept = [f for f in found if f[0] > 1]
+    return [f[0] for f in kept], [f[1] for f in kept], [f[2] for f in kept]

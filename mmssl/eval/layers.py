@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmssl.backbones.convnets import ConvNet
 from mmssl.data.ordered import eval_batches
 from mmssl.eval import folds as folding
 from mmssl.eval.embed import Rows
@@ -36,6 +37,7 @@ from mmssl.eval.folds import Fold, Labels
 from mmssl.eval.probe import linear
 from mmssl.eval.retrieval import normalize
 from mmssl.eval.session import Session
+from mmssl.frontends.patches import padding_mask, stack_lengths
 from mmssl.specs import DataSpec, ViewSpec
 from mmssl.towers import AnyTower, Tower
 from mmssl.types import Batch, ViewBatch
@@ -47,19 +49,36 @@ Keep = Callable[[Mapping[str, Any]], bool]
 GRID = (1e-2, 1e-1)  # inverse strengths of the L2 penalty
 
 
-def layer_steps(tower: AnyTower, view: ViewBatch) -> tuple[list[Tensor], Tensor]:
-    """(P, T, E) outputs of every layer, the first one first, and padding (P, T).
+def layer_steps(tower: AnyTower, view: ViewBatch) -> list[tuple[Tensor, Tensor]]:
+    """Outputs (P, T, E) of every layer, the first one first, each with its padding (P, T).
 
-    Cells of one time step stand side by side. A convolutional network shows its output alone.
+    Cells of one time step stand side by side. Layers of a convolutional network are its last maps
+    of every stride above 1, and its output.
     """
     if isinstance(tower, Tower):
         found, pad_PN = tower.layers(view)
-        layers, steps = list(found)[1:], tower.grid_of(view.data.shape[1:])[0]
-    else:
+        grid = tower.grid_of(view.data.shape[1:])
+        return [_steps(x_PND, pad_PN, grid) for x_PND in list(found)[1:]]
+    network = tower.network
+    if not isinstance(network, ConvNet):
         tokens = tower.encode(view, 1.0)
-        layers, pad_PN, steps = [tokens.x_PND], tokens.pad_PN, tokens.grid[0]
-    pad_PT = pad_PN.reshape(len(pad_PN), steps, -1).all(2)
-    return [x.reshape(len(x), steps, -1) for x in layers], pad_PT
+        return [_steps(tokens.x_PND, tokens.pad_PN, tokens.grid)]
+    with network.recorded() as maps:
+        tokens = tower.encode(view, 1.0)
+    frames_P, layers = tower.frames(view), []
+    for stride, (x, stack) in maps.items():
+        cells_PND = x.flatten(2).transpose(1, 2)
+        if stride == 1 or cells_PND.shape == tokens.x_PND.shape:  # too large; the output itself
+            continue
+        pad_PN = padding_mask(stack_lengths(frames_P, *stack), x.shape[2:])
+        layers.append(_steps(cells_PND, pad_PN, x.shape[2:]))
+    return [*layers, _steps(tokens.x_PND, tokens.pad_PN, tokens.grid)]
+
+
+def _steps(x_PND: Tensor, pad_PN: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cells of a grid (T, ...) as (P, T, E), and which steps are padding."""
+    pad_PT = pad_PN.reshape(len(pad_PN), grid[0], -1).all(2)
+    return x_PND.float().reshape(len(x_PND), grid[0], -1), pad_PT
 
 
 @dataclass
@@ -67,7 +86,8 @@ class LayerFeatures:
     """Vectors (N, D) of the clips of `rows` by model; frames of those that were kept.
 
     A vector holds mean and deviation over time, frames (T, E) are rows of unit length; layers stand
-    side by side in both. None is chosen: the best one for five speakers often is not the sixth's.
+    side by side in both, in frames those with as many steps as the output. None is chosen: the best
+    one for five speakers often is not the sixth's.
     kept: numbers of the clips with frames.
     """
 
@@ -104,10 +124,12 @@ def encode(session: Session, keep: Keep) -> LayerFeatures:
         kept = found.add_rows(batch, batch.views[name], keep)
         for model_name, model in session.models.items():
             moved = moved_batch(model, batch).views[name]
-            layers, pad_PT = layer_steps(tower_of(session, model, name), moved)
-            vectors = [pooled(x_PTE.float(), pad_PT, "mean_std") for x_PTE in layers]
+            layers = layer_steps(tower_of(session, model, name), moved)
+            vectors = [pooled(x_PTE, pad_PT, "mean_std") for x_PTE, pad_PT in layers]
             # each layer of unit length: none outweighs the others
-            units_PTE = torch.cat([F.normalize(x_PTE.float(), dim=-1) for x_PTE in layers], -1)
+            pad_PT = layers[-1][1]
+            alike = [x_PTE for x_PTE, pad in layers if pad.shape == pad_PT.shape]
+            units_PTE = torch.cat([F.normalize(x_PTE, dim=-1) for x_PTE in alike], -1)
             frames = (units_PTE[i][~pad_PT[i]].cpu().numpy() for i in kept)
             found.add(model_name, torch.cat(vectors, -1).cpu().numpy(), frames)
     return found

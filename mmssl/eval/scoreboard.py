@@ -10,7 +10,8 @@ github.com/karolpiczak/ESC-50).
 The methods are the runs `configs/runs/*_tiny.yaml` whose `data.train` is FSDD, and `*_esc10.yaml`,
 that need nothing but sound, and those that a file with `stages` provides with labels. A clip
 becomes mean and deviation over time of what the layers of the encoder say, side by side, with the
-frequency cells of a time step side by side; a logistic regression never sees the speaker (FSDD) or
+frequency cells of a time step side by side (of a convolutional network: its last map of every
+stride above 1, and its output); a logistic regression never sees the speaker (FSDD) or
 fold (ESC-10) of its test; its C is chosen by leaving out one of the others in turn.
 The same network with random weights gets the same choice, and so do statistics of log-mel bands.
 

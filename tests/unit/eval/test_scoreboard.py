@@ -20,6 +20,7 @@ from mmssl.eval import board, corpora, results, scoreboard
 from mmssl.eval.features import pooled
 from mmssl.eval.folds import Labels
 from mmssl.eval.layers import GRID, layer_steps, nested
+from mmssl.frontends.patches import zero_behind
 from mmssl.specs import DataSpec
 from mmssl.types import UserError
 
@@ -242,24 +243,55 @@ def test_difference_beats_only_where_the_interval_is_above_zero():
 # --- layers
 
 
-@pytest.mark.parametrize("name", ["apc_tiny", "simclr_tiny", "hubert_it1_tiny"])
-def test_layers_by_time_step(name):
+def tower_and_view(name):
     spec = config.load(name)
     torch.manual_seed(0)
     model = build_model(spec).eval()
     view = next(iter(fake_batch(spec, 2, 0, False).views.values()))
-    tower = model.towers[next(iter(spec.towers))]
+    return model.towers[next(iter(spec.towers))], view
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("apc_tiny", 3), ("simclr_tiny", 4), ("lim_tiny", 1), ("hubert_it1_tiny", 3)],
+)
+def test_layers_by_time_step(name, count):
+    tower, view = tower_and_view(name)
     with torch.inference_mode():
-        layers, pad_PT = layer_steps(tower, view)
+        layers = layer_steps(tower, view)
         tokens = tower.encode(view, 1.0)
     steps, *cells = tokens.grid
+    assert len(layers) == count
+    for x, pad in layers:
+        assert pad.shape == x.shape[:2]
+        assert len(x) == 2
+    last, pad_PT = layers[-1]
     assert pad_PT.shape == (2, steps)
-    width = int(np.prod(cells)) * tower.width
-    assert all(x.shape == (2, steps, width) for x in layers)
-    if name == "hubert_it1_tiny":  # post-norm: the last layer is what the tower says
-        assert len(layers) == 3
-    last = layers[-1].reshape(tokens.x_PND.shape)
-    assert torch.equal(last, tokens.x_PND)
+    assert last.shape == (2, steps, int(np.prod(cells)) * tower.width)
+    assert torch.equal(last.reshape(tokens.x_PND.shape), tokens.x_PND)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("byol_a_tiny", [6, 10, 11]), ("simclr_tiny", [5, 12, 19])]
+)
+def test_layers_of_a_convolutional_network(name, parts):
+    """Its last maps of every stride above 1, those before its poolings, and its output."""
+    tower, view = tower_and_view(name)
+    frames = tower.inputs(view).shape[2]
+    view.lengths_P = torch.tensor([view.data.shape[-1], view.data.shape[-1] // 2])
+    with torch.inference_mode():
+        *layers, _ = layer_steps(tower, view)
+        maps = zero_behind(tower.inputs(view), tower.frames(view))
+        expected = {}
+        for i, part in enumerate(tower.network.features):
+            maps = part(maps)
+            expected[i] = maps.clone()  # the next part may work in place
+    assert len(layers) == len(parts)
+    for (x, pad), i in zip(layers, parts, strict=True):
+        side_by_side = expected[i].permute(0, 2, 3, 1).flatten(2)
+        assert torch.allclose(x, side_by_side, atol=1e-6)
+        share = tower.frames(view)[1].item() / frames
+        assert (~pad).sum(1).tolist() == [x.shape[1], pytest.approx(share * x.shape[1], abs=1)]
 
 
 def test_pooling_of_valid_steps():
