@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmssl.backbones.convnets import ConvNet
+from mmssl.backbones.convnets import ConvNet, Stack
 from mmssl.data.ordered import eval_batches
 from mmssl.eval import folds as folding
 from mmssl.eval.embed import Rows
@@ -59,11 +60,10 @@ def layer_steps(tower: AnyTower, view: ViewBatch) -> list[tuple[Tensor, Tensor]]
         found, pad_PN = tower.layers(view)
         grid = tower.grid_of(view.data.shape[1:])
         return [_steps(x_PND, pad_PN, grid) for x_PND in list(found)[1:]]
-    network = tower.network
-    if not isinstance(network, ConvNet):
-        tokens = tower.encode(view, 1.0)
-        return [_steps(tokens.x_PND, tokens.pad_PN, tokens.grid)]
-    with network.recorded() as maps:
+    recording: AbstractContextManager[dict[int, tuple[Tensor, Stack]]] = nullcontext({})
+    if isinstance(tower.network, ConvNet):  # others show their output alone
+        recording = tower.network.recorded()
+    with recording as maps:
         tokens = tower.encode(view, 1.0)
     frames_P, layers = tower.frames(view), []
     for stride, (x, stack) in maps.items():
