@@ -6,7 +6,8 @@
     python -m data_tools.label_shards VAL OUT2.safetensors --kmeans OUT.kmeans-100.safetensors
 
 The first passes fit k-means on a share of the samples, the last one labels all of them; no pass
-keeps more than a sample of the features. `--clusters 100,500` makes an ensemble of two codebooks.
+keeps more than `--points` of the features, and no more than one fits where that holds all of them.
+`--clusters 100,500` makes an ensemble of two codebooks, fitted in the same passes.
 `--codes N` clusters nothing: the labels are the N most frequent tuples of entries that the
 quantiser of a run (vq-wav2vec) chooses, and one class for all others. The clustering, or the table
 of tuples, is kept beside OUT: it labels other folders with the same classes, and labelling that was
@@ -37,7 +38,7 @@ from mmssl.data.ordered import eval_batches
 from mmssl.data.sidecars import LabelInfo, SideCar, shards_digest, writing
 from mmssl.rng import numpy_generator
 from mmssl.specs import LabellingSpec
-from mmssl.targets.clusters import Clusters, fit
+from mmssl.targets.clusters import Clusters, fit_together
 from mmssl.types import UserError
 
 DEFAULTS = LabellingSpec()
@@ -86,8 +87,9 @@ def label_shards(shards: str | Path, out: str | Path, options: LabellingSpec) ->
     if not files:
         files = tuple(_book_file(out, k, options) for k in sizes)
         rows = _share(total, options)
-        for file, count in zip(files, sizes, strict=True):
-            _fit(shards, source, rows, count, options).save(file)
+        fitted = _fit(shards, source, rows, sizes, options)
+        for file, codebook in zip(files, fitted, strict=True):
+            codebook.save(file)
     codebooks = tuple(_fitting(file, source, options) for file in files)
     info = LabelInfo(
         source=source.source,
@@ -122,24 +124,25 @@ def _fit(
     shards: str | Path,
     source: FrameSource,
     rows: Sequence[int],
-    clusters: int,
+    sizes: Sequence[int],
     options: LabellingSpec,
-) -> Clusters | CodeBook:
+) -> Sequence[Clusters | CodeBook]:
     if options.codes:
         read = _read(shards, source, rows, options.workers, "codes")
-        return observe((frames.features_TD for frames in read), clusters, source.source)
+        return [observe((frames.features_TD for frames in read), options.codes, source.source)]
     number = 0
 
     def stream() -> Iterator[Floats]:
         nonlocal number
-        name = f"k-means {clusters}, " + (f"sweep {number}" if number else "sample")
+        counts = ", ".join(map(str, sizes))
+        name = f"k-means {counts}: " + (f"sweep {number}" if number else "sample")
         number += 1
         for frames in _read(shards, source, rows, options.workers, name):
             yield frames.features_TD
 
-    return fit(
+    return fit_together(
         stream,
-        clusters,
+        sizes,
         source.source,
         sweeps=options.sweeps,
         points=options.points,

@@ -23,6 +23,7 @@ from mmssl.types import UserError
 Floats = NDArray[np.float64]
 
 GRID = tuple(10.0**k for k in range(-4, 5))  # inverse strengths of the L2 penalty
+_WIDE = 4  # numbers per row from which on rotating the rows costs less than it saves
 
 
 class Options(FeatureSpec):
@@ -138,7 +139,8 @@ def linear(
 
     Features are standardised with the statistics of what is fitted on. C is chosen on the fold's
     `dev` part (the smaller one on a tie), then all but the test is fitted again. Several labels:
-    one against the rest.
+    one against the rest. Of far more features than rows only the rows' span is fitted, as the
+    penalised optimum lies in it.
 
     Raises:
         UserError: the training clips of a fold all have the same labels.
@@ -179,6 +181,7 @@ def _fit(
     x_ND: Floats, labels: Labels, train: NDArray[np.int64], test: NDArray[np.int64], c: float
 ) -> Floats:
     """(rows of test, K) scores of a regression fitted on the rows of `train`."""
+    from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -186,19 +189,21 @@ def _fit(
     from sklearn.preprocessing import StandardScaler
 
     regression = LogisticRegression(C=c, max_iter=500)
+    wide = x_ND.shape[1] > _WIDE * len(train)
+    before = [StandardScaler(), *([PCA(svd_solver="full")] if wide else [])]
     scores_NK = np.zeros((len(test), len(labels.names)))
     with warnings.catch_warnings():
         # weak penalties of separable classes never settle, their predictions do
         warnings.simplefilter("ignore", ConvergenceWarning)
         if labels.multi:
             there = _varying(labels, train)
-            model = make_pipeline(StandardScaler(), OneVsRestClassifier(regression))
+            model = make_pipeline(*before, OneVsRestClassifier(regression))
             model.fit(x_ND[train], labels.table_NK[train][:, there].astype(int))
             # of a single class there are two columns, without and with it
             scores_NK[:, there] = model.predict_proba(x_ND[test])[:, -there.sum() :]
             scores_NK[:, labels.table_NK[train].all(axis=0)] = 1.0
             return scores_NK
-        model = make_pipeline(StandardScaler(), regression)
+        model = make_pipeline(*before, regression)
         model.fit(x_ND[train], labels.ids_N[train])
         scores_NK[:, model.classes_] = model.predict_proba(x_ND[test])
     return scores_NK

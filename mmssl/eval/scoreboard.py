@@ -26,7 +26,7 @@ training goes on or starts again. `scoreboard.md`, `.json` and `.svg` are writte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -49,6 +49,7 @@ from mmssl.eval.session import RANDOM, TRAINED, Session
 from mmssl.specs import RunSpec, Spec, TowerSpec
 from mmssl.types import UserError
 
+CLOCKS = ("", "_cpu")  # ends of names: minutes on the clock, and of all cores
 TAKES = 5  # recordings of a digit and speaker, the first ones, are FSDD's own test part
 
 
@@ -68,11 +69,12 @@ class BoardSpec(Spec):
 class Entry:
     """A method's run: the file to train; of a file with stages, the stage whose run is read.
 
-    before: the entry of the file's stage before it that trains.
+    folder: of the run, or of all stages. before: the entry of the stage before it that trains.
     """
 
     name: str
     file: str
+    folder: str
     stage: str = ""
     before: Entry | None = None
 
@@ -107,13 +109,7 @@ def entries(corpus: Corpus) -> tuple[list[Entry], dict[str, str]]:
     """The runs of a data set that need nothing but sound, and why the others are left out."""
     suffix = corpus.suffix
     names = config.names(("runs",))
-    staged: dict[str, Entry] = {}
-    for file in filter(stages.is_staged, names):
-        before = None
-        for stage, record in stages.load(file)[0].stages.items():
-            if record.train and record.train not in staged:
-                before = Entry(record.train.removesuffix(suffix), file, stage, before)
-                staged[record.train] = before
+    staged = staged_entries(filter(stages.is_staged, names), suffix)
     found, left_out = [], {}
     for file in names:
         method = file.removesuffix(suffix)
@@ -124,8 +120,28 @@ def entries(corpus: Corpus) -> tuple[list[Entry], dict[str, str]]:
         elif why := unfit(config.load(file), corpus):
             left_out[method] = why
         else:
-            found.append(Entry(method, file))
+            found.append(Entry(method, file, method))
     return found, left_out
+
+
+def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
+    """Entries of the runs that stages train; files that begin alike share those stages."""
+    found: dict[str, Entry] = {}
+    chains: list[tuple[list[Any], Entry]] = []
+    for file in files:
+        before, chain = None, []
+        for stage, record in stages.load(file)[0].stages.items():
+            chain = [*chain, (stage, record)]
+            if not record.train:
+                continue
+            entry = next((entry for other, entry in chains if other == chain), None)
+            if entry is None:
+                name, folder = record.train.removesuffix(suffix), before.folder if before else file
+                entry = Entry(name, file, folder, stage, before)
+                chains.append((chain, entry))
+            found.setdefault(record.train, entry)
+            before = entry
+    return found
 
 
 def unfit(spec: RunSpec, corpus: Corpus) -> str:
@@ -221,7 +237,8 @@ class Board:
 
     def _method(self, entry: Entry) -> dict[str, Any]:
         nests = {TRAINED: Nested(), RANDOM: Nested()}
-        spent = dict.fromkeys(("training", "training_cpu", "evaluation", "evaluation_cpu"), 0.0)
+        parts = [part + cpu for part in ("training", "evaluation", "before") for cpu in CLOCKS]
+        spent = dict.fromkeys(parts, 0.0)
         hashes = []
         for held in self.held:
             run, cost = self._pretrain(entry, held)
@@ -232,10 +249,9 @@ class Board:
             for name, nest in nests.items():
                 nest.update(self._nested(found, name, held))
             hashes.append(results.weights_sha256(session.models[TRAINED].state_dict()))
-            spent["training"] += cost["minutes"]
-            spent["training_cpu"] += cost["cpu_minutes"]
-            spent["evaluation"] += (time.monotonic() - begin) / 60
-            spent["evaluation_cpu"] += (time.process_time() - used) / 60
+            cost["evaluation"] = (time.monotonic() - begin) / 60
+            cost["evaluation_cpu"] = (time.process_time() - used) / 60
+            spent = {part: value + cost[part] for part, value in spent.items()}
         more = {} if held else self._voices(found, {name: name for name in nests}, nests)
         _, view = session.view_of("audio")
         tower = session.models[TRAINED].towers[view.tower_name]
@@ -269,22 +285,25 @@ class Board:
         return [f"{s}.{'train.seed' if r.train else 'seed'}={seed}" for s, r in kinds.items()]
 
     def _pretrain(self, entry: Entry, held: str) -> tuple[Path, dict[str, float]]:
-        """Run folder of an encoder that never heard `held`, and the minutes it took.
+        """Run folder of an encoder that never heard `held`, and minutes of its training.
 
-        Stages of one file share a folder and are done once; they cost what those before cost, too.
+        Stages are done once; `before` are the minutes of the trainings that it starts from.
         """
         tail = f"_without_{held}" if held else ""
         runs, shards = self.work / "runs", self._shards(held)
-        cost = self._pretrain(entry.before, held)[1] if entry.before else {}
+        earlier = self._pretrain(entry.before, held)[1] if entry.before else {}
+        cost = {
+            f"before{cpu}": earlier.get(f"before{cpu}", 0.0) + earlier.get(f"training{cpu}", 0.0)
+            for cpu in CLOCKS
+        }
         if entry.stage:
-            out = runs / f"{entry.file}{tail}"
             words = [str(self.stages_of(entry)), f"shards={shards}"]
         else:
-            out = runs / f"{entry.name}{tail}"
             words = [entry.file, f"data.train={shards}"]
+        out = runs / f"{entry.folder}{tail}"
         words = ["mmssl.cli", "train", *words, f"out={out}", *self.seeds(entry)]
         own = once(runs / f"{entry.name}{tail}.done.json", words)
-        cost = {key: own[key] + cost.get(key, 0.0) for key in ("minutes", "cpu_minutes")}
+        cost |= {"training": own["minutes"], "training_cpu": own["cpu_minutes"]}
         return out / entry.stage, cost
 
     # --- numbers

@@ -2,8 +2,9 @@
 
 A first pass keeps a uniform sample of the frames; k-means++ (Arthur and Vassilvitskii 2007) and a
 few iterations on the sample give the start, the best of several. Then every sweep reads the whole
-stream once and makes one exact iteration of Lloyd's algorithm from running sums, so that the mean
-squared distance never rises and does not depend on a batch size or a learning rate.
+stream once (the sample, where that holds all of it) and makes one exact iteration of Lloyd's
+algorithm from running sums, so that the mean squared distance never rises and does not depend on a
+batch size or a learning rate. Several clusterings share the passes.
 
 Memory: the sample (points x D fp32, twice while it is seeded), sums of the clusters (K x D fp64),
 and what the stream hands over at a time. faiss finds the nearest centres.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,22 +123,29 @@ class Clusters:
         )
 
 
-def fit(
+def fit(stream: Stream, clusters: int, source: Source, **options: Any) -> Clusters:
+    """One clustering of K clusters; see `fit_together`."""
+    return fit_together(stream, [clusters], source, **options)[0]
+
+
+def fit_together(
     stream: Stream,
-    clusters: int,
+    sizes: Sequence[int],
     source: Source,
     sweeps: int = 5,
     points: int = 100_000,
     restarts: int = 3,
     seed: int = 0,
     tolerance: float = 1e-4,
-) -> Clusters:
-    """Cluster what `stream` yields.
+) -> list[Clusters]:
+    """Cluster what `stream` yields into several numbers of clusters, in the same passes.
+
+    Each is what it would be alone. A stream of at most `points` frames is read once.
 
     Args:
         stream: called once for the sample and once per sweep; must yield the same (N, D) pieces in
             the same order each time. A piece is dropped before the next is asked for.
-        clusters: K.
+        sizes: K of each clustering.
         source: what the features come from; kept with the centres.
         sweeps: passes over the stream after the start; 0 keeps the start.
         points: frames of the sample, which bounds the memory.
@@ -149,27 +157,39 @@ def fit(
         UserError: fewer different frames than clusters, frames that are not finite or differ in
             width, or sizes nobody can mean.
     """
-    if clusters < 1 or points < clusters or restarts < 1 or sweeps < 0:
-        raise UserError(
-            f"k-means: {clusters} clusters from {points} points, {restarts} restarts, {sweeps} "
-            "sweeps: needs at least one cluster, a point for each, one restart, and no negative "
-            "number of sweeps"
-        )
-    sample_ND = _sample(stream(), points, numpy_generator(seed, "sample"))
-    if len(sample_ND) < clusters:
-        raise UserError(
-            f"k-means: {clusters} clusters of {len(sample_ND)} frames; ask for fewer clusters or "
-            "fit on more of the data"
-        )
-    centres_KD = _start(sample_ND, clusters, restarts, seed)
+    for clusters in sizes:
+        if clusters < 1 or points < clusters or restarts < 1 or sweeps < 0:
+            raise UserError(
+                f"k-means: {clusters} clusters from {points} points, {restarts} restarts, {sweeps} "
+                "sweeps: needs at least one cluster, a point for each, one restart, and no "
+                "negative number of sweeps"
+            )
+    sample_ND, seen = _sample(stream(), points, numpy_generator(seed, "sample"))
+    for clusters in sizes:
+        if len(sample_ND) < clusters:
+            raise UserError(
+                f"k-means: {clusters} clusters of {len(sample_ND)} frames; ask for fewer clusters "
+                "or fit on more of the data"
+            )
+    found = [Clusters(_start(sample_ND, size, restarts, seed), source) for size in sizes]
+    held = [sample_ND] if seen <= points else None
     del sample_ND
-    inertia: list[float] = []
     for _ in range(sweeps):
-        centres_KD, value = _sweep(centres_KD, _pieces(stream(), centres_KD.shape[1]))
-        inertia.append(value)
-        if len(inertia) > 1 and inertia[-2] - value <= tolerance * inertia[-2]:
+        going = [i for i, fitted in enumerate(found) if not _settled(fitted, tolerance)]
+        if not going:
             break
-    return Clusters(centres_KD, source, tuple(inertia))
+        moved = _sweep([found[i].centres_KD for i in going], stream() if held is None else held)
+        for i, (centres_KD, value) in zip(going, moved, strict=True):
+            found[i] = Clusters(centres_KD, source, (*found[i].inertia, value))
+    return found
+
+
+def _settled(fitted: Clusters, tolerance: float) -> bool:
+    """The last sweep hardly lowered the mean squared distance."""
+    if len(fitted.inertia) < 2:
+        return False
+    before, last = fitted.inertia[-2:]
+    return before - last <= tolerance * before
 
 
 def whitened(features_ND: Floats, components: int) -> Floats:
@@ -206,8 +226,12 @@ def _pieces(stream: Iterable[Floats], width: int) -> Iterator[Floats]:
         del features_ND  # before the stream makes the next one
 
 
-def _sample(stream: Iterable[Floats], points: int, rng: np.random.Generator) -> Floats:
-    """A uniform sample of at most `points` frames (reservoir sampling, Vitter's algorithm R)."""
+def _sample(stream: Iterable[Floats], points: int, rng: np.random.Generator) -> tuple[Floats, int]:
+    """A uniform sample of at most `points` frames (reservoir sampling, Vitter's algorithm R).
+
+    Returns:
+        the sample, and how many frames there are.
+    """
     kept_ND: Floats | None = None
     seen = 0
     for features_ND in stream:
@@ -225,8 +249,8 @@ def _sample(stream: Iterable[Floats], points: int, rng: np.random.Generator) -> 
         seen += len(features_ND)
         del features_ND, free, rest
     if kept_ND is None:
-        return np.empty((0, 0), np.float32)
-    return kept_ND[: min(seen, points)]
+        return np.empty((0, 0), np.float32), 0
+    return kept_ND[: min(seen, points)], seen
 
 
 # ---------------------------------------------------------------- the start
@@ -241,7 +265,7 @@ def _start(sample_ND: Floats, clusters: int, restarts: int, seed: int) -> Floats
             0.0,
         )
         for _ in range(_START_SWEEPS):
-            centres_KD, value = _sweep(centres_KD, _pieces([sample_ND], sample_ND.shape[1]))
+            ((centres_KD, value),) = _sweep([centres_KD], [sample_ND])
         tried.append((value, centres_KD))
     return min(tried, key=lambda pair: pair[0])[1]
 
@@ -315,26 +339,43 @@ class _Far:
             gaps = np.minimum(gaps, np.square(frames - frames[i]).sum(1))
 
 
-def _sweep(centres_KD: Floats, pieces: Iterable[Floats]) -> tuple[Floats, float]:
-    """Means of the frames nearest to each centre, and the mean squared distance before that.
+class _Iteration:
+    """Running sums of one iteration of Lloyd's algorithm."""
 
-    A cluster without a frame moves to a frame that is far from its own centre.
-    """
-    search, far = _Search(centres_KD), _Far()
-    sums_KD = torch.zeros(centres_KD.shape, dtype=torch.float64)
-    counts_K = torch.zeros(len(centres_KD), dtype=torch.int64)
-    inertia, seen = 0.0, 0
-    for x_ND in pieces:
-        gap_N, ids = search(x_ND)
+    def __init__(self, centres_KD: Floats) -> None:
+        self.centres_KD, self.search, self.far = centres_KD, _Search(centres_KD), _Far()
+        self.sums_KD = torch.zeros(centres_KD.shape, dtype=torch.float64)
+        self.counts_K = torch.zeros(len(centres_KD), dtype=torch.int64)
+        self.distance, self.seen = 0.0, 0
+
+    def add(self, x_ND: Floats) -> None:
+        """Count these frames in."""
+        gap_N, ids = self.search(x_ND)
         ids_N = torch.from_numpy(ids)
-        sums_KD.index_add_(0, ids_N, torch.from_numpy(x_ND.astype(np.float64)))
-        counts_K += torch.bincount(ids_N, minlength=len(counts_K))
-        inertia, seen = inertia + float(gap_N.sum(dtype=np.float64)), seen + len(x_ND)
-        far.add(x_ND, gap_N)
+        self.sums_KD.index_add_(0, ids_N, torch.from_numpy(x_ND.astype(np.float64)))
+        self.counts_K += torch.bincount(ids_N, minlength=len(self.counts_K))
+        self.distance += float(gap_N.sum(dtype=np.float64))
+        self.seen += len(x_ND)
+        self.far.add(x_ND, gap_N)
+
+    def end(self) -> tuple[Floats, float]:
+        """Means of the frames nearest to each centre, and the mean squared distance before that.
+
+        A cluster without a frame moves to a frame that is far from its own centre.
+        """
+        means_KD: Any = (self.sums_KD / self.counts_K.clamp(min=1)[:, None]).float().numpy()
+        empty = np.flatnonzero(self.counts_K.numpy() == 0)
+        means_KD[empty] = self.centres_KD[empty]
+        for k, frame_D in zip(empty, self.far.take(len(empty)), strict=False):
+            means_KD[k] = frame_D
+        return means_KD, self.distance / max(1, self.seen)
+
+
+def _sweep(several: Sequence[Floats], stream: Iterable[Floats]) -> list[tuple[Floats, float]]:
+    """One iteration of each of several clusterings (K, D) over the stream."""
+    iterations = [_Iteration(centres_KD) for centres_KD in several]
+    for x_ND in _pieces(stream, several[0].shape[1]):
+        for iteration in iterations:
+            iteration.add(x_ND)
         del x_ND
-    means_KD: Any = (sums_KD / counts_K.clamp(min=1)[:, None]).float().numpy()
-    empty = np.flatnonzero(counts_K.numpy() == 0)
-    means_KD[empty] = centres_KD[empty]
-    for k, frame_D in zip(empty, far.take(len(empty)), strict=False):
-        means_KD[k] = frame_D
-    return means_KD, inertia / max(1, seen)
+    return [iteration.end() for iteration in iterations]

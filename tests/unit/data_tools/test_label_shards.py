@@ -114,6 +114,9 @@ def test_the_fit_reads_its_share_only(shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(label_shards, "eval_batches", watched)
     label_shards.label_shards(shards, tmp_path / "l", options(fit_share=0.4, sweeps=1))
+    assert [len(rows) for rows in seen] == [2, 5]  # the sample holds both
+    seen.clear()
+    label_shards.label_shards(shards, tmp_path / "l", options(fit_share=0.4, sweeps=1, points=9))
     assert [len(rows) for rows in seen] == [2, 2, 5]
     assert seen[0] == seen[1] == sorted(seen[0])
     for seed in (1, 2, 3):

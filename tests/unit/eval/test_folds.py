@@ -110,6 +110,30 @@ def test_probe_is_the_regression_chosen_on_the_next_fold():
     assert not np.isnan(scores).any()
 
 
+@pytest.mark.parametrize("multi", [False, True])
+def test_far_more_features_than_rows_change_no_optimum(multi):
+    """The fit in the span of the rows is the one of all features, scores and all."""
+    _, labels, parts = prepared()
+    x_ND = RNG(2).normal(size=(120, 700))
+    x_ND[:, :4] += 2 * labels.table_NK
+    if multi:
+        labels = folds.Labels(labels.names, labels.table_NK | (RNG(3).random((120, 4)) < 0.2), True)
+    scores, _ = linear(x_ND, labels, parts, grid=(0.01,))
+    for fold in parts:
+        scale = StandardScaler().fit(x_ND[fold.rest])
+        train, test = scale.transform(x_ND[fold.rest]), scale.transform(x_ND[fold.test])
+        model = LogisticRegression(C=0.01, max_iter=500, tol=1e-6)
+        if multi:
+            fits = [
+                model.fit(train, one).predict_proba(test)[:, 1]
+                for one in labels.table_NK[fold.rest].T
+            ]
+            wanted = np.stack(fits, 1)
+        else:
+            wanted = model.fit(train, labels.ids_N[fold.rest]).predict_proba(test)
+        assert np.allclose(scores[fold.test], wanted, atol=1e-3)
+
+
 def test_one_strength_needs_no_choice_and_noise_is_at_chance():
     x, labels, parts = prepared()
     assert set(linear(x, labels, parts, grid=(0.01,))[1].values()) == {0.01}

@@ -166,6 +166,8 @@ def test_stages_make_the_labels_of_their_own_row(data, tmp_path):
     first, second = found["hubert_it1"], found["hubert_it2"]
     assert (first.file, first.stage, first.before) == ("hubert", "it1", None)
     assert (second.stage, second.before) == ("it2", first)
+    other = found["wavlm_base"]  # another file that begins as that of HuBERT
+    assert (other.file, other.folder, other.before) == ("wavlm", "hubert", first)
     options = scoreboard.BoardSpec(data=".", out="board", seed=3)
     one = scoreboard.Board(corpora.CORPORA["fsdd"], options)
     seeds = one.seeds(first)
@@ -174,6 +176,10 @@ def test_stages_make_the_labels_of_their_own_row(data, tmp_path):
     assert [stage.name for stage in plan] == ["mfcc", "it1"]
     whole = stages.plan("hubert", [*seeds, "shards=s", "out=o"])
     assert [s.digest for s in plan] == [s.digest for s in whole[:2]]  # the second row goes on
+    theirs = stages.plan(one.stages_of(other), [*one.seeds(other), "shards=s", "out=o"])
+    assert [s.digest for s in theirs[:3]] == [
+        s.digest for s in stages.plan("hubert", [*one.seeds(second), "shards=s", "out=o"])[:3]
+    ]
 
 
 # --- the probe

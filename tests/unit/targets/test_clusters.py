@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from mmssl.data.sidecars import Source
-from mmssl.targets.clusters import Clusters, _sample, _sweep, fit
+from mmssl.targets.clusters import Clusters, _sample, _sweep, fit, fit_together
 from mmssl.types import UserError
 
 SOURCE = Source("test", 100.0, 0.0125)
@@ -63,9 +63,46 @@ def test_it_stops_when_a_sweep_brings_nothing():
         calls.append(1)
         return pieces(points)()
 
-    found = fit(stream, 8, SOURCE, sweeps=50, points=1600)
+    found = fit(stream, 8, SOURCE, sweeps=50, points=len(points) - 1)
     assert len(found.inertia) < 5
     assert len(calls) == 1 + len(found.inertia)
+
+
+def test_several_clusterings_share_the_passes():
+    """Each is bit for bit what it is alone, though one settles before the others."""
+    points, _ = blobs(spread=0.5)
+    calls = []
+
+    def stream():
+        calls.append(1)
+        return pieces(points)()
+
+    options = {"sweeps": 20, "points": 500}
+    alone = [fit(stream, size, SOURCE, **options) for size in (2, 8, 30)]
+    passes = [1 + len(one.inertia) for one in alone]
+    assert len(calls) == sum(passes)
+    calls.clear()
+    together = fit_together(stream, (2, 8, 30), SOURCE, **options)
+    assert len(calls) == max(passes) > min(passes)
+    for one, other in zip(alone, together, strict=True):
+        assert one.inertia == other.inertia
+        np.testing.assert_array_equal(one.centres_KD, other.centres_KD)
+
+
+def test_a_sample_that_holds_the_stream_is_swept_in_its_place():
+    points, _ = blobs(spread=3.0)
+    calls = []
+
+    def stream():
+        calls.append(1)
+        return pieces(points)()
+
+    options = {"sweeps": 4, "tolerance": -1.0}
+    held = fit(stream, 8, SOURCE, points=len(points), **options)
+    assert (len(calls), len(held.inertia)) == (1, 4)
+    start = fit(stream, 8, SOURCE, points=len(points), sweeps=0)
+    theirs = KMeans(8, init=start.centres_KD, n_init=1, max_iter=4, tol=0, algorithm="lloyd")
+    np.testing.assert_allclose(held.centres_KD, theirs.fit(points).cluster_centers_, atol=1e-5)
 
 
 def test_memory_holds_the_sample_and_one_piece():
@@ -112,7 +149,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 def test_the_sample_is_uniform_and_does_not_see_the_pieces():
     numbers = np.arange(20_000, dtype=np.float32)[:, None]
     kept = [
-        _sample(pieces(numbers, size)(), 1000, np.random.default_rng(1))[:, 0]
+        _sample(pieces(numbers, size)(), 1000, np.random.default_rng(1))[0][:, 0]
         for size in (7, 333, 20_000)
     ]
     np.testing.assert_array_equal(kept[0], kept[1])
@@ -120,14 +157,15 @@ def test_the_sample_is_uniform_and_does_not_see_the_pieces():
     assert len(set(kept[0])) == 1000
     # mean of 1000 numbers uniform on [0, 20000): standard error 20000 / sqrt(12 * 1000)
     assert abs(kept[0].mean() - 10_000) < 4 * 183
-    few = _sample(pieces(numbers[:30])(), 1000, np.random.default_rng(1))
+    few, seen = _sample(pieces(numbers[:30])(), 1000, np.random.default_rng(1))
     np.testing.assert_array_equal(few, numbers[:30])
+    assert seen == 30
 
 
 def test_a_cluster_without_frames_moves_to_far_frames():
     points = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [9.0]], np.float32)
     lost = np.array([[1.0], [500.0], [600.0]], np.float32)
-    centres, inertia = _sweep(lost, [points])
+    ((centres, inertia),) = _sweep([lost], [points])
     assert inertia == pytest.approx(np.square(points - 1).mean(), rel=1e-6)
     # the farthest frame, then the one that is farthest from both its centre and that frame
     np.testing.assert_allclose(centres[:, 0], [points.mean(), 9.0, 5.0], atol=1e-6)
@@ -137,7 +175,7 @@ def test_a_cluster_without_frames_moves_to_far_frames():
 
 def test_far_frames_end_where_all_frames_are_centres():
     lost = np.array([[1.0], [2.0], [500.0]], np.float32)
-    centres, inertia = _sweep(lost, [np.array([[1.0], [2.0]], np.float32)])
+    ((centres, inertia),) = _sweep([lost], [np.array([[1.0], [2.0]], np.float32)])
     assert inertia == 0.0
     np.testing.assert_array_equal(centres, lost)
 
