@@ -129,7 +129,8 @@ def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     chains: list[tuple[list[Any], Entry]] = []
     for file in files:
-        before, chain = None, []
+        before: Entry | None = None
+        chain: list[Any] = []
         for stage, record in stages.load(file)[0].stages.items():
             chain = [*chain, (stage, record)]
             if not record.train:
