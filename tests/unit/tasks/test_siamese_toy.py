@@ -1,4 +1,4 @@
-"""TOY-INV: what the siamese task learns on rows with known classes, and how it collapses."""
+"""TOY-INV: what two views teach on rows with known classes, and how siamese networks collapse."""
 
 import math
 from typing import Any
@@ -8,12 +8,17 @@ import torch
 from torch.nn import functional as F
 from toy_inv import HIDDEN, Encoder, ToyInv, batch_of
 
+from mmssl.heads.dense import VectorScore
+from mmssl.heads.embed import Embedder
 from mmssl.heads.mlp import MLP
-from mmssl.specs import SiameseSpec
+from mmssl.heads.project import SpaceHeads
+from mmssl.heads.score import Dot
+from mmssl.specs import PairSpec, SiameseSpec, SpaceSpec
+from mmssl.tasks.pairs import Pairs
 from mmssl.tasks.siamese import Branch, Siamese
 from mmssl.towers import Passes
 
-ROWS, STEPS, OUT = 256, 400, 64
+ROWS, OUT = 256, 64
 HEAD = {"widths": [HIDDEN, OUT]}
 KINDS: dict[str, dict[str, Any]] = {
     "byol": {"predictor": HEAD, "decay": 0.99, "objective": {"kind": "byol"}},
@@ -27,7 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "decay": 0.99,
         "objective": {"kind": "queue", "size": 1024, "temperature": 0.2},
     },
-    "barlow": {"objective": {"kind": "cross_correlation"}, "weight": 0.05},
+    # 0.0051 is for 8,192 channels: it leaves 64 redundant (0.92 of the classes)
+    "barlow": {"objective": {"kind": "cross_correlation", "off_diagonal": 0.05}, "weight": 0.05},
 }
 
 
@@ -45,47 +51,74 @@ def made(kind, predictor=True, **changes):
     return encoder, Siamese(spec, online, heads[1] if predictor else {})
 
 
-def trained(encoder, task):
-    """Share of neighbours of the right class, and the spread of the unit vectors (1: healthy)."""
+def simclr():
+    """An encoder and the task on it."""
+    torch.manual_seed(0)
+    encoder = Encoder()
+    heads = SpaceHeads("linear", {"audio": HIDDEN}, {"z": OUT}, {"z": ["audio"]}, "mlp_bn", HIDDEN)
+    space = SpaceSpec(dim=OUT, pool="mean")
+    embedder = Embedder(heads, {"z": space}, dict.fromkeys("ab", "audio"))
+    objective = {"kind": "info_nce", "form": "two_n", "temperature": 0.2, "learned": False}
+    pair = PairSpec.model_validate({"between": ("a", "b"), "objective": objective, "space": "z"})
+    return encoder, Pairs(embedder, {"x": pair}, {"x": VectorScore(Dot(True))}, ROWS, 1.0)
+
+
+def trained(encoder, task, steps=400):
+    """Share of neighbours of the right class."""
     toy = ToyInv()
     parameters = [*encoder.parameters(), *task.parameters()]
     optimiser = torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-4)
-    for step in range(STEPS):
+    for step in range(steps):
         batch = batch_of(*toy.batch(ROWS))
-        passes = Passes({"x": encoder}, {}, dict.fromkeys("ab", "x"), batch, step / STEPS)
-        term = task(passes, batch)[""]
+        passes = Passes({"x": encoder}, {}, dict.fromkeys("ab", "x"), batch, step / steps)
+        name, term = next(iter(task(passes, batch).items()))  # those behind it are watched only
         optimiser.zero_grad()
-        (task.spec.weight * term.sum / term.count).backward()
+        (task.weight(name)[0] * term.sum / term.count).sum().backward()
         optimiser.step()
-        task.after_step(step / STEPS)
-    spread = F.normalize(task.last["a"], dim=-1).std(0).mean() * math.sqrt(OUT)
-    return toy.score(encoder.eval().net), float(spread)
+        task.after_step(step / steps)
+    return toy.score(encoder.eval().net)
+
+
+def spread(task):
+    """Of the last unit vectors: 1 is healthy, 0 a single point."""
+    return float(F.normalize(task.last["a"], dim=-1).std(0).mean() * math.sqrt(OUT))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "least"), [("byol", 0.85), ("simsiam", 0.7), ("moco", 0.97), ("barlow", 0.75)]
+    ("kind", "steps", "least"),
+    [("byol", 1000, 0.97), ("simsiam", 1000, 0.87), ("moco", 400, 0.97), ("barlow", 1000, 0.97)],
 )
-def test_it_learns_what_views_share(kind, least):
-    """Found: 0.91, 0.80, 0.99 and 0.82, where a random encoder has 0.44; spreads 0.83 to 1."""
-    score, spread = trained(*made(kind))
-    assert score > least
-    assert spread > 0.6
+def test_it_learns_what_views_share(kind, steps, least):
+    """Found: 0.98, 0.91 (0.97 after 2,000 steps), 0.99, 0.99; a random encoder has 0.44."""
+    encoder, task = made(kind)
+    assert trained(encoder, task, steps) > least
+    assert spread(task) > 0.6
+
+
+@pytest.mark.slow
+def test_simclr_learns_what_views_share():
+    assert trained(*simclr()) > 0.98  # 0.995
 
 
 @pytest.mark.slow
 def test_byol_collapses_without_its_predictor():
-    assert trained(*made("byol", predictor=False))[1] < 0.3
+    encoder, task = made("byol", predictor=False)
+    trained(encoder, task)
+    assert spread(task) < 0.3
 
 
 @pytest.mark.slow
 def test_simsiam_collapses_without_its_constant(monkeypatch):
     """Without batch norm in the projector, which alone keeps vectors apart."""
     plain = {"projector": {"widths": [HIDDEN, OUT], "norm": "none"}}
-    assert trained(*made("simsiam", **plain))[1] > 0.5
+    encoder, task = made("simsiam", **plain)
+    trained(encoder, task)
+    assert spread(task) > 0.5
     encoder, task = made("simsiam", **plain)
     swapped = lambda passes, online: {"a": online["b"], "b": online["a"]}  # noqa: E731
     monkeypatch.setattr(task, "_targets", swapped)
     moved = lambda p, t: -F.cosine_similarity(p, t)  # noqa: E731
     monkeypatch.setattr("mmssl.tasks.siamese.negative_cosine", moved)
-    assert trained(encoder, task)[1] < 0.2
+    trained(encoder, task)
+    assert spread(task) < 0.2
