@@ -249,8 +249,18 @@ def _multiplicity(negatives: Negatives, like_PMC: Tensor) -> Tensor:
 def _softmax(
     own_PM: Tensor, other_PMC: Tensor, times_PMC: Tensor, negatives: Negatives
 ) -> FrameLoss:
-    logits = torch.cat([own_PM[..., None], other_PMC + times_PMC.log()], -1)
-    return _summed(logits.logsumexp(-1) - own_PM, own_PM, other_PMC, times_PMC, negatives)
+    """Written out, as a `logsumexp` with logarithms of the counts takes twice as long."""
+    top_PM = torch.maximum(_best(other_PMC, times_PMC), own_PM.detach())
+    # the clamp bounds candidates alone that were not drawn, whose weight is 0
+    gap_PMC = (other_PMC - top_PM[..., None]).clamp(max=0)
+    total_PM = (own_PM - top_PM).exp() + (times_PMC * gap_PMC.exp()).sum(-1)
+    loss_PM = total_PM.log() + top_PM - own_PM
+    return _summed(loss_PM, own_PM, other_PMC, times_PMC, negatives)
+
+
+def _best(other_PMC: Tensor, times_PMC: Tensor) -> Tensor:
+    """(P, M) highest score of a candidate that was drawn; -inf where there is none."""
+    return other_PMC.detach().masked_fill(times_PMC == 0, -torch.inf).amax(-1)
 
 
 def _summed(
@@ -258,7 +268,7 @@ def _summed(
 ) -> FrameLoss:
     """A hit is strictly better than every negative, of which there must be one."""
     asked_PM = negatives.asked_PM
-    best_PM = other_PMC.detach().masked_fill(times_PMC == 0, -torch.inf).amax(-1)
+    best_PM = _best(other_PMC, times_PMC)
     hit_PM = (own_PM.detach() > best_PM) & (best_PM > -torch.inf) & asked_PM
     total = torch.where(asked_PM, loss_PM, torch.zeros_like(loss_PM)).sum()
     return FrameLoss(total, asked_PM.sum().to(total.dtype), hit_PM.sum().to(total.dtype))
