@@ -20,7 +20,7 @@ class LabellingSpec(Spec):
     codes: int = Field(0, ge=0)  # classes of the codes of a run's quantiser, instead of clusters
     kmeans: tuple[Path, ...] = ()  # clusterings, or a table of codes, to use instead of fitting any
     fit_share: float = Field(0.1, gt=0, le=1)  # share of the samples they are fitted to
-    sweeps: int = 5  # over the data, points (frames in memory), restarts: see `clusters.fit`
+    sweeps: int = 5  # over the data, points (frames in memory), restarts: see `fit_together`
     points: int = 100_000
     restarts: int = 3
     seed: int = 0
