@@ -51,7 +51,8 @@ def write(out: Path, minutes: float) -> None:
     notes = out / "scoreboard.notes.md"
     tail = [notes.read_text(encoding="utf-8")] if notes.is_file() else []
     parts = [_table(name, rows, minutes) for name, rows in sets.items() if len(rows) > 1]
-    text = "\n".join(["# Methods on real sound, frozen", "", *parts, *tail])
+    head = ["# Methods on real sound, frozen", "", "![accuracy by method](scoreboard.svg)", ""]
+    text = "\n".join([*head, *parts, *tail])
     for name, content in (("scoreboard.md", text), ("scoreboard.svg", picture(sets))):
         with whole_file(out / name) as partial:
             partial.write_text(content, encoding="utf-8")
