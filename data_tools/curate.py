@@ -128,7 +128,7 @@ def assigned(vectors: Vectors, clusters: int, seed: int) -> dict[str, int]:
     """Cluster of each clip; memory is that of the ids and of a sample of the vectors.
 
     Raises:
-        UserError: see `clusters.fit`.
+        UserError: see `clusters.fit_together`.
     """
     source = Source(f"{vectors.model}/{vectors.space}/{vectors.modality}", 1.0, 0.0)
     book = fit(lambda: (x_ND for _, x_ND in vectors.blocks()), clusters, source, seed=seed)

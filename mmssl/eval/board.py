@@ -98,7 +98,7 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
             f"is chosen for each {what} by leaving out one of the others in turn.",
             *(["ABX: digits across speakers, chance 0.5; speaker: other takes."] if voices else []),
             "Minutes of training and evaluation by the clock and (of all cores); (!): both above",
-            f"{minutes:g}; behind +: of the rows above or below whose network it starts from.",
+            f"{minutes:g}; behind +: training of the runs that it starts from, rows of their own.",
             "",
             f"| {' | '.join(titles)} |",
             "|---" * len(titles) + "|",
@@ -122,7 +122,8 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
         cells.append(f"{pair['trained']:.3f} ({pair['random']:.3f})" if pair else "")
     clock, cpu = _minutes(row)
     late = " (!)" if min(clock, cpu) > minutes else ""
-    before, before_cpu = row["minutes"]["before"], row["minutes"]["before_cpu"]
+    spent = row["minutes"]  # rows of an older version have nothing before them
+    before, before_cpu = (spent.get(f"before{cpu}", 0.0) for cpu in ("", "_cpu"))
     earlier = f" + {before:.1f} ({before_cpu:.1f})" if before else ""
     return [
         *cells,

@@ -1,6 +1,6 @@
 """`mmssl eval probe RUN label=FIELD fold=FIELD`: a linear probe of frozen features.
 
-Letters in shapes: N clips, D width, K classes.
+Letters in shapes: N clips, P clips of a test, D width, K classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmssl.types import UserError
 Floats = NDArray[np.float64]
 
 GRID = tuple(10.0**k for k in range(-4, 5))  # inverse strengths of the L2 penalty
-_WIDE = 4  # numbers per row from which on rotating the rows costs less than it saves
+_WIDE = 4  # features per row; with fewer the rotation costs more than it saves
 
 
 class Options(FeatureSpec):
@@ -152,13 +152,15 @@ def linear(
         for rows in (fold.train, fold.rest):
             _check_classes(labels, rows, fold)
         best, c = -np.inf, grid[0]
-        for candidate in grid if len(grid) > 1 else ():
+        parts = _standardised(x, fold.train, fold.dev) if len(grid) > 1 else None
+        for candidate in grid if parts is not None else ():
             guess_NK = np.full(labels.table_NK.shape, np.nan)
-            guess_NK[fold.dev] = _fit(x, labels, fold.train, fold.dev, candidate)
+            guess_NK[fold.dev] = _fit(*parts, labels, fold.train, candidate)
             value = folding.score(guess_NK, labels, fold.dev)[folding.headline(labels)]
             if value > best:
                 best, c = value, candidate
-        scores_NK[fold.test] = _fit(x, labels, fold.rest, fold.test, c)
+        parts = _standardised(x, fold.rest, fold.test)
+        scores_NK[fold.test] = _fit(*parts, labels, fold.rest, c)
         chosen[fold.name] = c
     return scores_NK, chosen
 
@@ -177,33 +179,40 @@ def _varying(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray(table_NK.any(axis=0) & ~table_NK.all(axis=0))
 
 
-def _fit(
-    x_ND: Floats, labels: Labels, train: NDArray[np.int64], test: NDArray[np.int64], c: float
-) -> Floats:
-    """(rows of test, K) scores of a regression fitted on the rows of `train`."""
+def _standardised(
+    x_ND: Floats, train: NDArray[np.int64], test: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """Features of both parts by the statistics of `train`; in its rows' span if they are wide."""
     from sklearn.decomposition import PCA
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    regression = LogisticRegression(C=c, max_iter=500)
     wide = x_ND.shape[1] > _WIDE * len(train)
-    before = [StandardScaler(), *([PCA(svd_solver="full")] if wide else [])]
-    scores_NK = np.zeros((len(test), len(labels.names)))
+    steps = make_pipeline(StandardScaler(), PCA(svd_solver="full") if wide else None)
+    return steps.fit_transform(x_ND[train]), steps.transform(x_ND[test])
+
+
+def _fit(
+    x_ND: Floats, test_PD: Floats, labels: Labels, train: NDArray[np.int64], c: float
+) -> Floats:
+    """(P, K) scores of the rows of `test_PD` by a regression fitted on x_ND, the rows `train`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    model = LogisticRegression(C=c, max_iter=500)
+    scores_PK = np.zeros((len(test_PD), len(labels.names)))
     with warnings.catch_warnings():
         # weak penalties of separable classes never settle, their predictions do
         warnings.simplefilter("ignore", ConvergenceWarning)
         if labels.multi:
             there = _varying(labels, train)
-            model = make_pipeline(*before, OneVsRestClassifier(regression))
-            model.fit(x_ND[train], labels.table_NK[train][:, there].astype(int))
+            several = OneVsRestClassifier(model)
+            several.fit(x_ND, labels.table_NK[train][:, there].astype(int))
             # of a single class there are two columns, without and with it
-            scores_NK[:, there] = model.predict_proba(x_ND[test])[:, -there.sum() :]
-            scores_NK[:, labels.table_NK[train].all(axis=0)] = 1.0
-            return scores_NK
-        model = make_pipeline(*before, regression)
-        model.fit(x_ND[train], labels.ids_N[train])
-        scores_NK[:, model.classes_] = model.predict_proba(x_ND[test])
-    return scores_NK
+            scores_PK[:, there] = several.predict_proba(test_PD)[:, -there.sum() :]
+            scores_PK[:, labels.table_NK[train].all(axis=0)] = 1.0
+            return scores_PK
+        model.fit(x_ND, labels.ids_N[train])
+        scores_PK[:, model.classes_] = model.predict_proba(test_PD)
+    return scores_PK

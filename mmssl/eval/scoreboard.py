@@ -125,7 +125,11 @@ def entries(corpus: Corpus) -> tuple[list[Entry], dict[str, str]]:
 
 
 def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
-    """Entries of the runs that stages train; files that begin alike share those stages."""
+    """Entries of the runs that stages train; files that begin alike share those stages.
+
+    Raises:
+        UserError: two files train one run behind different stages.
+    """
     found: dict[str, Entry] = {}
     chains: list[tuple[list[Any], Entry]] = []
     for file in files:
@@ -140,7 +144,11 @@ def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
                 name, folder = record.train.removesuffix(suffix), before.folder if before else file
                 entry = Entry(name, file, folder, stage, before)
                 chains.append((chain, entry))
-            found.setdefault(record.train, entry)
+            if found.setdefault(record.train, entry) is not entry:
+                raise UserError(
+                    f"scoreboard: {file} and {found[record.train].file} train {record.train} "
+                    "behind different stages; give each a run of its own"
+                )
             before = entry
     return found
 
@@ -216,15 +224,18 @@ class Board:
         return make_shards(self.corpus, self.clips, self.work, held)
 
     def _identity(self, entry: Entry) -> dict[str, Any]:
-        """What a row is made from; folders do not count."""
+        """What a row is made from, with all stages before it; folders do not count."""
         if entry.stage:
-            spec = stages.plan(self.stages_of(entry), self.seeds(entry))[-1].run
+            words = [*self.seeds(entry), "shards=shards", "out=out"]
+            last = stages.plan(self.stages_of(entry), words)[-1]
+            spec, digest = last.run, last.digest
             assert spec is not None  # the last one trains
         else:
             spec = config.load(entry.file, self.seeds(entry))
+            digest = config.digest(spec)
         return {
             "run": f"{entry.file}, {entry.stage}" if entry.stage else entry.file,
-            "config": config.digest(spec),
+            "config": digest,
             "steps": spec.train.steps,
             "batch": spec.train.batch,
             "held_out": self.held != [""],
@@ -288,7 +299,8 @@ class Board:
     def _pretrain(self, entry: Entry, held: str) -> tuple[Path, dict[str, float]]:
         """Run folder of an encoder that never heard `held`, and minutes of its training.
 
-        Stages are done once; `before` are the minutes of the trainings that it starts from.
+        `before` are the minutes of the trainings that it starts from. Stages are done once: labels
+        that two entries share count for the one that comes first.
         """
         tail = f"_without_{held}" if held else ""
         runs, shards = self.work / "runs", self._shards(held)

@@ -210,7 +210,7 @@ def frame_bce(
         own_PM, other_PMC = _scores(wide(context_PMD), wide(positive_PMD), wide(candidate_PCD))
         times_PMC = _multiplicity(negatives, other_PMC)
         loss_PM = F.softplus(-own_PM) + (times_PMC * F.softplus(other_PMC)).sum(-1)
-        return _summed(loss_PM, own_PM, other_PMC, times_PMC, negatives)
+        return _summed(loss_PM, own_PM, _best(other_PMC, times_PMC), negatives)
 
 
 def _own_places(hidden: Marked, among: Marked | None) -> tuple[Tensor, Tensor]:
@@ -250,12 +250,13 @@ def _softmax(
     own_PM: Tensor, other_PMC: Tensor, times_PMC: Tensor, negatives: Negatives
 ) -> FrameLoss:
     """Written out, as a `logsumexp` with logarithms of the counts takes twice as long."""
-    top_PM = torch.maximum(_best(other_PMC, times_PMC), own_PM.detach())
+    best_PM = _best(other_PMC, times_PMC)
+    top_PM = torch.maximum(best_PM, own_PM.detach())
     # the clamp bounds candidates alone that were not drawn, whose weight is 0
     gap_PMC = (other_PMC - top_PM[..., None]).clamp(max=0)
     total_PM = (own_PM - top_PM).exp() + (times_PMC * gap_PMC.exp()).sum(-1)
     loss_PM = total_PM.log() + top_PM - own_PM
-    return _summed(loss_PM, own_PM, other_PMC, times_PMC, negatives)
+    return _summed(loss_PM, own_PM, best_PM, negatives)
 
 
 def _best(other_PMC: Tensor, times_PMC: Tensor) -> Tensor:
@@ -263,12 +264,9 @@ def _best(other_PMC: Tensor, times_PMC: Tensor) -> Tensor:
     return other_PMC.detach().masked_fill(times_PMC == 0, -torch.inf).amax(-1)
 
 
-def _summed(
-    loss_PM: Tensor, own_PM: Tensor, other_PMC: Tensor, times_PMC: Tensor, negatives: Negatives
-) -> FrameLoss:
+def _summed(loss_PM: Tensor, own_PM: Tensor, best_PM: Tensor, negatives: Negatives) -> FrameLoss:
     """A hit is strictly better than every negative, of which there must be one."""
     asked_PM = negatives.asked_PM
-    best_PM = _best(other_PMC, times_PMC)
     hit_PM = (own_PM.detach() > best_PM) & (best_PM > -torch.inf) & asked_PM
     total = torch.where(asked_PM, loss_PM, torch.zeros_like(loss_PM)).sum()
     return FrameLoss(total, asked_PM.sum().to(total.dtype), hit_PM.sum().to(total.dtype))

@@ -6,8 +6,8 @@ stream once (the sample, where that holds all of it) and makes one exact iterati
 algorithm from running sums, so that the mean squared distance never rises and does not depend on a
 batch size or a learning rate. Several clusterings share the passes.
 
-Memory: the sample (points x D fp32, twice while it is seeded), sums of the clusters (K x D fp64),
-and what the stream hands over at a time. faiss finds the nearest centres.
+Memory: the sample (points x D fp32, twice while it is seeded), sums of all clusters of all
+clusterings (K x D fp64), and what the stream hands over at a time. faiss finds the nearest centres.
 
 Letters in shapes: N frames of one piece of the stream, K clusters, D features.
 """
@@ -143,11 +143,12 @@ def fit_together(
     Each is what it would be alone. A stream of at most `points` frames is read once.
 
     Args:
-        stream: called once for the sample and once per sweep; must yield the same (N, D) pieces in
-            the same order each time. A piece is dropped before the next is asked for.
+        stream: called for the sample and, unless that holds all, for every sweep; must yield the
+            same (N, D) pieces in the same order each time. A piece is dropped before the next is
+            asked for.
         sizes: K of each clustering.
         source: what the features come from; kept with the centres.
-        sweeps: passes over the stream after the start; 0 keeps the start.
+        sweeps: passes over the stream after the start, at most; 0 keeps the start.
         points: frames of the sample, which bounds the memory.
         restarts: starts tried on the sample.
         seed: decides sample and starts.

@@ -182,6 +182,52 @@ def test_stages_make_the_labels_of_their_own_row(data, tmp_path):
     ]
 
 
+def test_a_row_is_told_apart_from_the_one_it_starts_from(data, tmp_path, monkeypatch):
+    """Minutes of earlier trainings are `before`; stages that two files share are trained once."""
+    found = {entry.name: entry for entry in scoreboard.entries(corpora.CORPORA["fsdd"])[0]}
+    one = scoreboard.Board(corpora.CORPORA["fsdd"], scoreboard.BoardSpec(data=".", out="board"))
+    minutes = {"hubert_it1": 10.0, "hubert_it2": 3.0, "wavlm_base": 4.0}
+    asked = {}
+
+    def once(mark, words):
+        name = mark.name.removesuffix(".done.json")
+        asked.setdefault(name, []).append(words)
+        return {"minutes": minutes[name], "cpu_minutes": 2 * minutes[name]}
+
+    monkeypatch.setattr(scoreboard, "once", once)
+    folder, cost = one._pretrain(found["hubert_it1"], "")
+    assert folder.parts[-2:] == ("hubert", "it1")
+    assert cost == {"training": 10, "training_cpu": 20, "before": 0, "before_cpu": 0}
+    for name, stage in (("hubert_it2", "it2"), ("wavlm_base", "wavlm")):
+        folder, cost = one._pretrain(found[name], "")
+        assert folder.parts[-2:] == ("hubert", stage)
+        own = minutes[name]
+        assert cost == {"training": own, "training_cpu": 2 * own, "before": 10, "before_cpu": 20}
+    assert len({tuple(words) for words in asked["hubert_it1"]}) == 1
+    identity = one._identity(found["wavlm_base"])["config"]
+    file = tmp_path / "configs" / "runs" / "wavlm.yaml"
+    file.write_text(config.find("wavlm").read_text().replace("layer: 3", "layer: 2"))
+    other = {e.name: e for e in scoreboard.entries(corpora.CORPORA["fsdd"])[0]}["wavlm_base"]
+    assert one._identity(other)["config"] != identity  # it starts from other labels
+
+
+def test_a_run_behind_two_kinds_of_stages_is_refused(data, tmp_path):
+    file = tmp_path / "configs" / "runs" / "wavlm.yaml"
+    file.write_text(config.find("wavlm").read_text().replace("[50, 200, 500]", "[50, 200, 501]"))
+    with pytest.raises(UserError, match="train hubert_it1_tiny behind different"):
+        scoreboard.entries(corpora.CORPORA["fsdd"])
+
+
+def test_minutes_of_a_row():
+    spent = {"training": 9.0, "training_cpu": 14.0, "evaluation": 2.0, "evaluation_cpu": 2.0}
+    value = {"mean": 0.5, "ci": [0.4, 0.6], "beats": True}
+    row = {"method": "m", "trained": value, "random": value, "gain": value, "over_log_mel": value}
+    row |= {"parameters": 1e6, "steps": 1, "batch": 2, "minutes": spent}
+    assert board._cells(row, False, 10)[-1] == "11.0 (16.0) (!)"
+    row["minutes"] = spent | {"before": 30.0, "before_cpu": 40.0}
+    assert board._cells(row, False, 15)[-1] == "11.0 (16.0) + 30.0 (40.0)"
+
+
 # --- the probe
 
 

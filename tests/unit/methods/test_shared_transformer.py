@@ -1,4 +1,4 @@
-"""Every method with an encoder of its own also trains the shared transformer: one line changes."""
+"""Methods with encoders of their own also train the shared transformer: one line changes."""
 
 import pytest
 import torch
@@ -15,18 +15,21 @@ SIZE = "width: 16, layers: 1, head_size: 8, hidden: 32"
 SEEN, CAUSAL = f"shared={{{SIZE}}}", f"shared={{{SIZE}, causal: true}}"
 
 LINES = {
+    "general/simclr": IMAGES.replace("towers.x", "towers.video"),
     "audio/vq_vae": "towers.audio.backbone=shared",
     "audio/lim": "towers.audio={use: audio_tiny, post: 2048}",  # a spectrogram for the waveform
     **dict.fromkeys(
         (
             *("audio/clar", "audio/jansen_triplet", "audio/trill", "audio/simclr", "audio/byol_a"),
+            *("audio/cola", "audio/byol_a_v2"),
             *("audio/deep_cluster", "audio/permutations", "audio/audio2vec_cbow"),
             *("audio/audio2vec_skipgram", "audio/audio2vec_gap"),
         ),
         SOUND,
     ),
     **dict.fromkeys(
-        (f"general/{n}" for n in ("moco_v2", "simsiam", "barlow_twins", "swav", "rotnet")), IMAGES
+        (f"general/{n}" for n in ("moco", "moco_v2", "simsiam", "barlow_twins", "swav", "rotnet")),
+        IMAGES,
     ),
     **dict.fromkeys(
         (

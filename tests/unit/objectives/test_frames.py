@@ -9,7 +9,15 @@ from scipy import stats
 from torch.nn import functional as F
 
 from mmssl.objectives import codes, frames
-from mmssl.objectives.frames import draw_negatives, frame_bce, frame_nce, marked, take
+from mmssl.objectives.frames import (
+    Negatives,
+    draw_negatives,
+    frame_bce,
+    frame_dot_nce,
+    frame_nce,
+    marked,
+    take,
+)
 from mmssl.quantizers import GumbelQuantizer
 
 P, N, D = 3, 20, 8
@@ -160,6 +168,27 @@ def test_loss_and_gradient_equal_the_formula_frame_by_frame():
     expected = torch.autograd.grad(total, (context, target))
     torch.testing.assert_close(ours, expected)
     assert torch.equal(ours[0].abs().sum(-1) > 0, RAGGED)
+
+
+@pytest.mark.parametrize("far", [1.0, 1e4])
+def test_dot_products_of_any_size_are_those_of_the_formula(far):
+    """A candidate that was not drawn says nothing, however alike; one drawn twice counts twice."""
+    context = torch.eye(3)[None].clone().requires_grad_()  # of three frames
+    candidates = torch.tensor([[[2.0, 0, 0], [1.0, 3, 0], [far, far, far]]], requires_grad=True)
+    drawn = Negatives(torch.tensor([[[0, 1], [1, 1], [0, 0]]]), torch.ones(1, 3, dtype=torch.bool))
+    positive = torch.tensor([[[1.0, 0, 0], [0, 5.0, 0], [0, 0, -far]]])
+    loss = frame_dot_nce(context, positive, candidates, drawn)
+    logits = torch.tensor([[1.0, 2, 1], [5.0, 3, 3], [-far, 0, 0]])
+    torch.testing.assert_close(loss.sum, -logits.log_softmax(1)[:, 0].sum())
+    assert loss.correct == 1
+    loss.sum.backward()
+    assert context.grad.isfinite().all()
+    assert not candidates.grad[0, 2].any()
+    shares = logits.softmax(1)
+    expected = torch.tensor(
+        [[shares[0, 1], 0, shares[2, 1:].sum()], [shares[0, 2], shares[1, 1:].sum(), 0]]
+    )
+    torch.testing.assert_close(candidates.grad[0, :2], expected)
 
 
 def test_targets_and_candidates_may_differ():
