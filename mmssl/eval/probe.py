@@ -151,18 +151,25 @@ def linear(
     for fold in progress(folds, f"probe, {title}", len(folds)):
         for rows in (fold.train, fold.rest):
             _check_classes(labels, rows, fold)
-        best, c = -np.inf, grid[0]
-        parts = _standardised(x, fold.train, fold.dev) if len(grid) > 1 else None
-        for candidate in grid if parts is not None else ():
-            guess_NK = np.full(labels.table_NK.shape, np.nan)
-            guess_NK[fold.dev] = _fit(*parts, labels, fold.train, candidate)
-            value = folding.score(guess_NK, labels, fold.dev)[folding.headline(labels)]
-            if value > best:
-                best, c = value, candidate
+        chosen[fold.name] = c = _strength(x, labels, fold, grid)
         parts = _standardised(x, fold.rest, fold.test)
         scores_NK[fold.test] = _fit(*parts, labels, fold.rest, c)
-        chosen[fold.name] = c
     return scores_NK, chosen
+
+
+def _strength(x_ND: Floats, labels: Labels, fold: Fold, grid: Sequence[float]) -> float:
+    """The C of the grid that is best on `dev`, the smaller one on a tie."""
+    if len(grid) == 1:
+        return grid[0]
+    parts = _standardised(x_ND, fold.train, fold.dev)
+    best, chosen = -np.inf, grid[0]
+    for c in grid:
+        guess_NK = np.full(labels.table_NK.shape, np.nan)
+        guess_NK[fold.dev] = _fit(*parts, labels, fold.train, c)
+        value = folding.score(guess_NK, labels, fold.dev)[folding.headline(labels)]
+        if value > best:
+            best, chosen = value, c
+    return chosen
 
 
 def _check_classes(labels: Labels, rows: NDArray[np.int64], fold: Fold) -> None:
