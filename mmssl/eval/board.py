@@ -175,7 +175,10 @@ def _panel(title: str, rows: Sequence[Results], top: int) -> str:
         return float(_LEFT + (value - low) / (1 - low) * (_WIDTH - _LEFT - 40))
 
     base, bottom = x(rows[0]["trained"]["mean"]), top + _ROW * (len(rows) + 0.6)
-    parts = [f'<text x="8" y="{top + 16}" font-weight="bold">{escape(title)}</text>']
+    parts = [
+        f'<text x="8" y="{top + 16}" font-weight="bold">{escape(title)}<tspan font-weight="normal">'
+        ": dots trained, with 95 % intervals, rings random weights</tspan></text>"
+    ]
     parts.append(
         f'<path d="M{base:.1f} {top + 24}V{bottom:.1f}" stroke="#b54" stroke-dasharray="4 3"/>'
         f'<text x="{base:.1f}" y="{bottom + 14:.1f}" fill="#b54" text-anchor="middle">log-mel '
