@@ -130,11 +130,10 @@ def _fit(
     if options.codes:
         read = _read(shards, source, rows, options.workers, "codes")
         return [observe((frames.features_TD for frames in read), options.codes, source.source)]
-    number = 0
+    counts, number = ", ".join(map(str, sizes)), 0
 
     def stream() -> Iterator[Floats]:
         nonlocal number
-        counts = ", ".join(map(str, sizes))
         name = f"k-means {counts}: " + (f"sweep {number}" if number else "sample")
         number += 1
         for frames in _read(shards, source, rows, options.workers, name):

@@ -14,6 +14,7 @@ from mmssl.eval.results import Results, number
 from mmssl.files import whole_file
 
 BASELINE = "log_mel"
+CLOCKS = ("", "_cpu")  # ends of names: minutes on the clock, and of all cores
 _TITLES = {
     "fsdd": "Spoken digits of unheard speakers (FSDD)",
     "esc10": "Sounds of unheard folds (ESC-10)",
@@ -36,7 +37,8 @@ def difference(a: Mapping[str, float], b: Mapping[str, float], seed: int) -> Res
 def words(row: Results) -> str:
     """A row in one line."""
     random, gain = row["random"]["mean"], _signed(row["gain"])
-    return f"{row['trained']['mean']:.3f}, random {random:.3f}, {gain}; {_minutes(row)[0]:.1f} min"
+    clock, _ = _minutes(row, "training", "evaluation")
+    return f"{row['trained']['mean']:.3f}, random {random:.3f}, {gain}; {clock:.1f} min"
 
 
 def write(out: Path, minutes: float) -> None:
@@ -120,10 +122,9 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
     for name in ("abx", "speaker") if voices else ():
         pair = row.get(name)
         cells.append(f"{pair['trained']:.3f} ({pair['random']:.3f})" if pair else "")
-    clock, cpu = _minutes(row)
+    clock, cpu = _minutes(row, "training", "evaluation")
     late = " (!)" if min(clock, cpu) > minutes else ""
-    spent = row["minutes"]  # rows of an older version have nothing before them
-    before, before_cpu = (spent.get(f"before{cpu}", 0.0) for cpu in ("", "_cpu"))
+    before, before_cpu = _minutes(row, "before")
     earlier = f" + {before:.1f} ({before_cpu:.1f})" if before else ""
     return [
         *cells,
@@ -133,11 +134,10 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
     ]
 
 
-def _minutes(row: Results) -> tuple[float, float]:
-    """Of training and evaluation, on the clock and of all cores."""
-    spent = row["minutes"]
-    clock = spent["training"] + spent["evaluation"]
-    return clock, spent["training_cpu"] + spent["evaluation_cpu"]
+def _minutes(row: Results, *parts: str) -> list[float]:
+    """Of all parts, by `CLOCKS`; rows of an older version have nothing `before` them."""
+    spent = {"before": 0.0, "before_cpu": 0.0, **row["minutes"]}
+    return [sum(spent[part + cpu] for part in parts) for cpu in CLOCKS]
 
 
 def _bounded(found: Results) -> str:

@@ -49,7 +49,6 @@ from mmssl.eval.session import RANDOM, TRAINED, Session
 from mmssl.specs import RunSpec, Spec, TowerSpec
 from mmssl.types import UserError
 
-CLOCKS = ("", "_cpu")  # ends of names: minutes on the clock, and of all cores
 TAKES = 5  # recordings of a digit and speaker, the first ones, are FSDD's own test part
 
 
@@ -131,7 +130,7 @@ def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
         UserError: two files train one run behind different stages.
     """
     found: dict[str, Entry] = {}
-    chains: list[tuple[list[Any], Entry]] = []
+    chains: dict[str, list[Any]] = {}
     for file in files:
         before: Entry | None = None
         chain: list[Any] = []
@@ -139,17 +138,16 @@ def staged_entries(files: Iterable[str], suffix: str) -> dict[str, Entry]:
             chain = [*chain, (stage, record)]
             if not record.train:
                 continue
-            entry = next((entry for other, entry in chains if other == chain), None)
-            if entry is None:
+            if record.train not in found:
                 name, folder = record.train.removesuffix(suffix), before.folder if before else file
-                entry = Entry(name, file, folder, stage, before)
-                chains.append((chain, entry))
-            if found.setdefault(record.train, entry) is not entry:
+                found[record.train] = Entry(name, file, folder, stage, before)
+                chains[record.train] = chain
+            elif chains[record.train] != chain:
                 raise UserError(
                     f"scoreboard: {file} and {found[record.train].file} train {record.train} "
                     "behind different stages; give each a run of its own"
                 )
-            before = entry
+            before = found[record.train]
     return found
 
 
@@ -249,7 +247,9 @@ class Board:
 
     def _method(self, entry: Entry) -> dict[str, Any]:
         nests = {TRAINED: Nested(), RANDOM: Nested()}
-        parts = [part + cpu for part in ("training", "evaluation", "before") for cpu in CLOCKS]
+        parts = [
+            part + cpu for part in ("training", "evaluation", "before") for cpu in board.CLOCKS
+        ]
         spent = dict.fromkeys(parts, 0.0)
         hashes = []
         for held in self.held:
@@ -307,7 +307,7 @@ class Board:
         earlier = self._pretrain(entry.before, held)[1] if entry.before else {}
         cost = {
             f"before{cpu}": earlier.get(f"before{cpu}", 0.0) + earlier.get(f"training{cpu}", 0.0)
-            for cpu in CLOCKS
+            for cpu in board.CLOCKS
         }
         if entry.stage:
             words = [str(self.stages_of(entry)), f"shards={shards}"]

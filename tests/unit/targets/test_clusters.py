@@ -29,6 +29,17 @@ def pieces(points, size=97):
     return lambda: (points[i : i + size] for i in range(0, len(points), size))
 
 
+def counted(points):
+    """A stream of them, and a list that grows with every pass."""
+    calls = []
+
+    def stream():
+        calls.append(1)
+        return pieces(points)()
+
+    return stream, calls
+
+
 def test_separated_blobs_are_found_up_to_their_numbering():
     points, which = blobs()
     found = fit(pieces(points), 8, SOURCE, points=400)
@@ -57,12 +68,7 @@ def test_sweeps_are_iterations_of_lloyd():
 
 def test_it_stops_when_a_sweep_brings_nothing():
     points, _ = blobs()
-    calls = []
-
-    def stream():
-        calls.append(1)
-        return pieces(points)()
-
+    stream, calls = counted(points)
     found = fit(stream, 8, SOURCE, sweeps=50, points=len(points) - 1)
     assert len(found.inertia) < 5
     assert len(calls) == 1 + len(found.inertia)
@@ -71,12 +77,7 @@ def test_it_stops_when_a_sweep_brings_nothing():
 def test_several_clusterings_share_the_passes():
     """Each is bit for bit what it is alone, though one settles before the others."""
     points, _ = blobs(spread=0.5)
-    calls = []
-
-    def stream():
-        calls.append(1)
-        return pieces(points)()
-
+    stream, calls = counted(points)
     options = {"sweeps": 20, "points": 500}
     alone = [fit(stream, size, SOURCE, **options) for size in (2, 8, 30)]
     passes = [1 + len(one.inertia) for one in alone]
@@ -91,12 +92,7 @@ def test_several_clusterings_share_the_passes():
 
 def test_a_sample_that_holds_the_stream_is_swept_in_its_place():
     points, _ = blobs(spread=3.0)
-    calls = []
-
-    def stream():
-        calls.append(1)
-        return pieces(points)()
-
+    stream, calls = counted(points)
     options = {"sweeps": 4, "tolerance": -1.0}
     held = fit(stream, 8, SOURCE, points=len(points), **options)
     assert (len(calls), len(held.inertia)) == (1, 4)
