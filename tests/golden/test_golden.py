@@ -12,6 +12,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REMEDY = "if this is wanted: python tests/golden/regenerate.py"
+COUNTED = (".accuracy", ".usage")  # near ties fall to the other side on processors that add up
+COUNTED_ABS = 0.02  # in another order; the losses beside them are compared tightly
 
 
 def _regenerate():
@@ -58,7 +60,8 @@ def test_three_seeded_steps_have_their_golden_losses(name):
     assert [list(step) for step in now] == [list(step) for step in before], REMEDY
     for step, (a, b) in enumerate(zip(before, now, strict=True)):
         for term, value in a.items():
-            assert b[term] == pytest.approx(value, rel=2e-4, abs=1e-5), (
+            slack = COUNTED_ABS if term.endswith(COUNTED) else 1e-5
+            assert b[term] == pytest.approx(value, rel=2e-4, abs=slack), (
                 f"{term} at step {step}; {REMEDY}"
             )
     assert len({step["loss"] for step in before}) == len(before)
