@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -89,7 +90,8 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
     cells += [number(base["abx"]["trained"]), number(base["speaker"]["trained"])] if voices else []
     lines = [cells + [""] * (len(titles) - len(cells))]
     lines += [_cells(row, voices, minutes) for row in rows[1:]]
-    machine = first["machine"]
+    machines = Counter(_machine(row) for row in rows)
+    where = "; ".join(f"{text}: {count}" for text, count in machines.items())
     return "\n".join(
         [
             f"## {_TITLES[name]}",
@@ -106,8 +108,8 @@ def _table(name: str, rows: Sequence[Results], minutes: float) -> str:
             "|---" * len(titles) + "|",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
-            f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; torch "
-            f"{first['versions']['torch']}; seed {first['seed']}; {max(r['date'] for r in rows)}.",
+            f"Rows by machine: {where}; torch {first['versions']['torch']}; seed {first['seed']}; "
+            f"{max(row['date'] for row in rows)}.",
             "",
         ]
     )
@@ -132,6 +134,11 @@ def _cells(row: Results, voices: bool, minutes: float) -> list[str]:
         f"{row['steps']} x {row['batch']}",
         f"{clock:.1f} ({cpu:.1f}){late}{earlier}",
     ]
+
+
+def _machine(row: Results) -> str:
+    machine = row["machine"]
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
 
 
 def _minutes(row: Results, *parts: str) -> list[float]:

@@ -103,6 +103,8 @@ def test_rows_table_and_picture(data, tmp_path, capsys):
     assert f"| small | {row['trained']['mean']:.3f} [" in table  # not bold: beats nothing
     assert "which hears the test speaker's recordings, too" in table
     assert "one pretraining per fold, which never hears it" in table
+    machine = "{processor}, {cores} cores, {device}".format(**row["machine"])
+    assert f"Rows by machine: {machine}: 2; torch" in table
     picture = ElementTree.parse(tmp_path / "board" / "scoreboard.svg")
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("small") == 2
