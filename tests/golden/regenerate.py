@@ -45,30 +45,26 @@ def trained() -> list[str]:
 def losses(name: str) -> list[dict[str, float]]:
     """Mean of every term at each of three steps of plain descent; a step ends with its loss.
 
-    Not Adam: it makes whole steps of rounding errors where a gradient is zero.
+    In fp64 and by short steps: processors add up in their own orders, which Adam (whole steps of
+    rounding errors where a gradient is zero) and batch norms over few places magnify.
     """
     import torch
     from small_methods import small, small_model
     from tiny_run import tiny_spec
 
     from mmssl.check import fake_batch
-    from mmssl.specs import ResNet50Spec, ResNetSpec, S3DGSpec
 
     spec = tiny_spec() if name == "tiny" else small(name)
-    # Many batch norms over few places magnify rounding: fp64 and short steps leave little of it.
-    deep = ResNet50Spec | ResNetSpec | S3DGSpec
-    fine = any(isinstance(t.backbone, deep) for t in spec.towers.values())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = small_model(spec, dtype=torch.float64 if fine else torch.float32).train()
+    model = small_model(spec, dtype=torch.float64).train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     steps = []
     for step in range(STEPS):
         loss, terms = model(fake_batch(spec, ROWS, step), step, STEPS)
         optimiser.zero_grad()
         loss.backward()
-        if fine:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimiser.step()
         model.after_step(step, STEPS)
         means = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}

@@ -26,6 +26,20 @@ def made(kind):
     return positions
 
 
+@pytest.mark.parametrize("groups", [4, 16])
+@pytest.mark.parametrize("how", ["cast", "autocast"])
+def test_sixteen_bits_round_and_nothing_else(how, groups):
+    """Many taps over few channels are what oneDNN's kernel for AMX adds up wrongly."""
+    positions, x = ConvPositions(32, 128, groups), torch.randn(2, 100, 32)
+    wide = positions.vectors(x, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        if how == "cast":
+            positions, x = positions.to(torch.bfloat16), x.to(torch.bfloat16)
+        narrow = positions.vectors(x, None)
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - wide).norm() < 0.02 * wide.norm()
+
+
 @pytest.mark.parametrize("kind", ["one", "stack"])
 def test_padding_changes_nothing_and_rows_are_independent(kind):
     positions = made(kind)
