@@ -60,7 +60,8 @@ class ViewSpec(Spec):
     """One cut of a clip: which modality, how long, at which rate.
 
     Views with the same `window` share the random start of their cut, so that they stay in sync;
-    windows `NAME.1`, `NAME.2` ... lie beside each other where the clip is long enough.
+    windows `NAME.1`, `NAME.2` ... lie beside each other, and clips that are too short for all of
+    them have views of the first alone.
     """
 
     modality: Modality

@@ -108,8 +108,9 @@ class Order(Pretext):
 
     def forward(self, passes: Passes, batch: Batch) -> dict[str, Term]:
         """The Fenchel-Young loss of the perturbed ranks, and Kendall's tau with the true ones."""
-        view, tower = batch.views[self.view], passes.tower(self.view)
-        x, lengths_P, spec = tower.inputs(view), tower.frames(view), self.spec
+        view, tower, spec = batch.views[self.view], passes.tower(self.view), self.spec
+        view = keep_items(view, tower.frames(view) >= spec.tiles[0] * self.sizes[0])
+        x, lengths_P = tower.inputs(view), tower.frames(view)
         place, order = f"{self.name}/place", f"{self.name}/order"
         x_PNC = tiles(x, lengths_P, spec.tiles, self.sizes, view.seeds_P, place)
         slot_PN = permutations(view.seeds_P, self.count, order)
@@ -121,7 +122,7 @@ class Order(Pretext):
         true_PN, noise = slot_PN + 1, f"{self.name}/noise"
         noise_PMN = normal_noise(view.seeds_P, spec.samples, self.count, noise)
         loss_P = perturbed_ranking(theta_PN, true_PN, noise_PMN, spec.noise)
-        valid_P = (item_weight(view) > 0) & (lengths_P >= spec.tiles[0] * self.sizes[0])
+        valid_P = item_weight(view) > 0
         tau_P = kendall_tau(theta_PN, true_PN)
         return {
             "": Term(loss_P.where(valid_P, 0.0).sum(), valid_P.sum()),

@@ -82,8 +82,8 @@ def plan(
     """Decide the cuts of all views whose modality the clip has.
 
     In training, the start of a window is uniform over the places where its longest crop fits; views
-    of one window share it. Windows named NAME.1, NAME.2 ... do not overlap where the clip is long
-    enough. In evaluation every window starts at 0.
+    of one window share it. Windows named NAME.1, NAME.2 ... never overlap: a clip that is too short
+    for all of them has the first one alone. In evaluation every window starts at 0.
 
     Args:
         specs: views by name.
@@ -97,14 +97,14 @@ def plan(
     longest: dict[str, float] = {}
     for spec in specs.values():
         longest[spec.window] = max(spec.crop_s, longest.get(spec.window, 0.0))
-    starts = dict.fromkeys(longest, 0.0)
+    starts: dict[str, float | None] = dict.fromkeys(longest, 0.0)
     if training:
         starts = {w: _start(w, s, duration_s, seeds, grid_s) for w, s in longest.items()}
         starts |= _apart(longest, duration_s, seeds)
     cuts = {
-        name: _cut(name, spec, starts[spec.window], duration_s, seeds)
+        name: _cut(name, spec, start, duration_s, seeds)
         for name, spec in specs.items()
-        if spec.modality in has
+        if spec.modality in has and (start := starts[spec.window]) is not None
     }
     needs, pass_of = passes(cuts)
     return Plan(cuts, needs, pass_of)
@@ -124,17 +124,25 @@ def _start(
     return max(0.0, grid_s[min(fitting - 1, int(start / room * fitting))])
 
 
-def _apart(crops_s: Mapping[str, float], duration_s: float, seeds: Seeds) -> dict[str, float]:
-    """Starts of the windows NAME.1, NAME.2 ..., in random order, what is left between them."""
+def _apart(
+    crops_s: Mapping[str, float], duration_s: float, seeds: Seeds
+) -> dict[str, float | None]:
+    """Starts of the windows NAME.1, NAME.2 ..., in random order, what is left between them.
+
+    None for all but the first where they do not fit beside each other.
+    """
     families: dict[str, list[str]] = {}
     for window in crops_s:
         name, dot, _ = window.rpartition(".")
         if dot:
             families.setdefault(name, []).append(window)
-    starts: dict[str, float] = {}
+    starts: dict[str, float | None] = {}
     for windows in families.values():
+        if len(windows) < 2 or min(crops_s[w] for w in windows) <= 0:
+            continue
         room = duration_s - sum(crops_s[w] for w in windows)
-        if len(windows) < 2 or room < -_EPSILON_S or min(crops_s[w] for w in windows) <= 0:
+        if room < -_EPSILON_S:
+            starts |= dict.fromkeys(windows[1:])
             continue
         gaps = sorted(seeds.of("window", w) / 2**63 * max(room, 0.0) for w in windows)
         before = 0.0

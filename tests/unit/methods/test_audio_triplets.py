@@ -53,13 +53,26 @@ def test_watched_shares_carry_no_weight():
     assert loss.item() == pytest.approx(float(main.sum / main.count), rel=1e-5)
 
 
-def test_windows_of_a_clip_do_not_overlap_and_stay_within_it():
+@pytest.mark.parametrize("duration_s", [1.95, 2.5, 10.0])
+def test_windows_of_a_clip_do_not_overlap_and_stay_within_it(duration_s):
     views = config.load(TRILL).views
+    gaps = []
     for i in range(1000):
-        cuts = plan(views, 10.0, {"audio"}, Seeds(0, f"clip-{i}", (1,)), training=True).cuts
-        a, b = cuts["anchor"], cuts["near"]
-        assert abs(a.start_s - b.start_s) <= 10.0
-        assert a.end_s <= b.start_s + 1e-9 or b.end_s <= a.start_s + 1e-9
+        seeds = Seeds(0, f"clip-{i}", (1,))
+        cuts = plan(views, duration_s, {"audio"}, seeds, training=True).cuts
+        first, second = sorted([cuts["anchor"], cuts["near"]], key=lambda c: c.start_s)
+        assert 0 <= first.start_s
+        assert second.end_s <= duration_s + 1e-9
+        gaps.append(second.start_s - first.end_s)
+    room = duration_s - 1.95
+    assert min(gaps) >= -1e-9
+    assert max(gaps) <= room + 1e-9
+    assert sum(gaps) / 1000 == pytest.approx(room / 3, rel=0.1, abs=1e-9)
+
+
+def test_a_clip_of_less_than_two_windows_has_no_pair():
+    cuts = plan(config.load(TRILL).views, 1.9, {"audio"}, Seeds(0, "clip", (1,)), training=True)
+    assert set(cuts.cuts) == {"anchor"}
 
 
 def test_patches_are_those_of_vggish():
@@ -164,9 +177,9 @@ def test_trill_finds_the_other_window_of_a_clip():
     model = small_model(small(TRILL, *SMALL_NETWORK))
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     everyone = torch.arange(CLIPS)
-    batches = [toy_batch(everyone, seed) for seed in range(1, 11)]
-    for step in range(150):
-        loss, _ = model.train()(batches[step % 10], step, 150)
+    batches = [toy_batch(everyone, seed) for seed in range(1, 41)]
+    for step in range(250):
+        loss, _ = model.train()(batches[step % 40], step, 250)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -177,4 +190,4 @@ def test_trill_finds_the_other_window_of_a_clip():
             z = model.eval().tasks["trill"].vectors(model.passes(batch))
         a, p = (F.normalize(z[v, "trill"][0][:, 0], dim=1) for v in ("anchor", "near"))
         hits.append(float(((a @ p.T).argmax(1) == everyone).float().mean()))
-    assert sum(hits) / 4 > 0.8, hits  # 0.91 to 0.93 by processor; chance: 0.025
+    assert sum(hits) / 4 > 0.9, hits  # 0.97 on three kinds of arithmetic; chance: 0.025

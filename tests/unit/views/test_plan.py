@@ -142,7 +142,11 @@ def test_numbered_windows_lie_beside_each_other():
     assert a.max() > 1.95
 
 
-def test_numbered_windows_overlap_where_the_clip_is_too_short():
+def test_a_clip_too_short_for_all_numbered_windows_has_the_first_alone():
     specs = {n: ViewSpec(modality="audio", window=f"near.{n}", crop_s=1.0) for n in "12"}
+    specs["same"] = specs["1"].model_copy()
     made = cuts(specs, duration=1.5).cuts
-    assert all(0 <= c.start_s <= 0.5 for c in made.values())
+    assert set(made) == {"1", "same"}
+    assert 0 <= made["1"].start_s == made["same"].start_s <= 0.5
+    assert set(cuts(specs, duration=2.0).cuts) == {"1", "2", "same"}
+    assert set(cuts(specs, duration=1.5, training=False).cuts) == {"1", "2", "same"}
