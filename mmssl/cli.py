@@ -38,7 +38,7 @@ VERBS = {
         "mmssl.eval.suites:main",
         ("SUITE", "RUN"),
         True,
-        "evaluate: retrieval localize bouncing boxes sync probe knn finetune abx units",
+        "evaluate: retrieval localize bouncing boxes sync probe knn finetune abx units separation",
     ),
     "localize": Verb(
         "mmssl.demos.localize:main", ("VIDEO",), True, "show where the sound of a video comes from"

@@ -61,7 +61,7 @@ def test_windows_of_a_clip_do_not_overlap_and_stay_within_it(duration_s):
         seeds = Seeds(0, f"clip-{i}", (1,))
         cuts = plan(views, duration_s, {"audio"}, seeds, training=True).cuts
         first, second = sorted([cuts["anchor"], cuts["near"]], key=lambda c: c.start_s)
-        assert 0 <= first.start_s
+        assert first.start_s >= 0
         assert second.end_s <= duration_s + 1e-9
         gaps.append(second.start_s - first.end_s)
     room = duration_s - 1.95

@@ -137,7 +137,7 @@ def test_a_tile_is_read_by_itself_and_slots_hold_what_the_target_says():
 
 
 def test_items_too_short_for_the_tiles_take_no_part_not_even_in_batch_norms():
-    """Tiles of 16 of 100 frames, a hop of 24 samples: 80 frames, of 79 hops and a half, at least."""
+    """Five tiles of 16 frames, of a hop of 24 samples: 80 frames, which 79 hops have."""
     spec = config.load("permutations_tiny")
     model, twin = (small_model(spec).train() for _ in range(2))
     batch = shorter(full_batch(spec, 3), "x", [2400, 79 * 24, 79 * 24 - 1])
