@@ -23,6 +23,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
+from mmssl.types import UserError
+
 T = TypeVar("T")
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -94,6 +96,29 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box = [value]
     td.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """Do something on rank 0 only; its result, or its error, on every rank.
+
+    Raises:
+        OSError: what `work` raised, on all ranks alike, so that none waits for another.
+        UserError: likewise, and for any other error.
+    """
+    value: T | None = None
+    error: OSError | UserError | None = None
+    if rank() == 0:
+        try:
+            value = work()
+        except (OSError, UserError) as raised:
+            error = raised
+        except Exception as raised:  # e.g. of an object store: the others must not wait for ever
+            error = UserError(f"{type(raised).__name__}: {raised}")
+            error.__cause__ = raised
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return cast("T", value)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -133,10 +133,7 @@ class Clustered(Task):
     def _relabel(self) -> None:
         epoch = int(self.epoch) + 1
         known = self.known_N.nonzero()[:, 0]
-        labels = None
-        if dist.rank() == 0:
-            labels = self._clusters(self.features_ND[known], epoch)
-        labels = dist.broadcast_object(labels)
+        labels = dist.on_rank0(lambda: self._clusters(self.features_ND[known], epoch))
         self.labels_N[known] = torch.from_numpy(labels).to(self.labels_N)
         for parameter, value in zip(self.out.parameters(), self._fresh(epoch), strict=True):
             assign(parameter, value.to(parameter.device))

@@ -34,7 +34,6 @@ from mmssl.train.commit import (
     TEMPORARY,
     Writer,
     commit,
-    on_rank0,
     problem,
     read_manifest,
     write_text,
@@ -285,7 +284,7 @@ def newest_for_all(run: Path) -> Path | None:
 
     A checkpoint that one rank does not see as it was written is none.
     """
-    steps = on_rank0(lambda: sorted((run / "checkpoints").glob(_STEPS), reverse=True))
+    steps = dist.on_rank0(lambda: sorted((run / "checkpoints").glob(_STEPS), reverse=True))
     for folder in steps:
         if not any(dist.gather_objects(problem(folder, dist.world_size(), dist.rank()))):
             return folder

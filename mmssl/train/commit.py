@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import google_crc32c
 from safetensors import SafetensorError
@@ -25,34 +25,9 @@ from mmssl.data.integrity import canonical
 from mmssl.train.migrations import FORMAT_VERSION, migrated
 from mmssl.types import UserError
 
-T = TypeVar("T")
-
 MANIFEST, TEMPORARY = "manifest.json", ".tmp"
 _SELF = "crc32c_self"
 _CHUNK = 1 << 22
-
-
-def on_rank0(work: Callable[[], T]) -> T:
-    """Do something on rank 0 only; its result, or its error, on every rank.
-
-    Raises:
-        OSError: what `work` raised, on all ranks alike, so that none waits for another.
-        UserError: likewise, and for any other error.
-    """
-    value: T | None = None
-    error: OSError | UserError | None = None
-    if dist.rank() == 0:
-        try:
-            value = work()
-        except (OSError, UserError) as raised:
-            error = raised
-        except Exception as raised:  # e.g. of an object store: the others must not wait for ever
-            error = UserError(f"{type(raised).__name__}: {raised}")
-            error.__cause__ = raised
-    value, error = dist.broadcast_object((value, error))
-    if error is not None:
-        raise error
-    return cast("T", value)
 
 
 class NotSavedError(UserError):
@@ -117,7 +92,7 @@ def commit(
     temporary = target.with_name(target.name + TEMPORARY)
     writer = Writer(temporary)
     try:
-        on_rank0(lambda: _prepare(target, temporary, replace))
+        dist.on_rank0(lambda: _prepare(target, temporary, replace))
         try:
             write(writer)
         except OSError as error:  # told to the others, who must not wait for this rank
@@ -126,7 +101,7 @@ def commit(
         if errors := [error for _, error in written if error]:
             raise OSError(errors[0])
         files = {name: entry for theirs, _ in written for name, entry in theirs.items()}
-        on_rank0(lambda: _seal(temporary, target, {**facts, "files": files}))
+        dist.on_rank0(lambda: _seal(temporary, target, {**facts, "files": files}))
     except FileExistsError:
         raise
     except OSError as error:  # the same on all ranks

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmssl import config, dist
 from mmssl.partition import own_length, piece
 from mmssl.specs import OptimSpec, TrainSpec
-from mmssl.train.commit import Writer, on_rank0
+from mmssl.train.commit import Writer
 from mmssl.train.lars import Lars, layout_of
 from mmssl.train.optim import Policy, build_optimizer, set_learning_rate
 from mmssl.train.safe import load_plain, plain_loads, quiet
@@ -286,7 +286,7 @@ class Engine:
             )
         whole = folder.parent.with_name(f"{folder.parent.name}-whole.tmp")
         settings = self._engine._config
-        on_rank0(lambda: _put_together(folder, whole))
+        dist.on_rank0(lambda: _put_together(folder, whole))
         settings.load_universal_checkpoint = True
         optimizer = self._engine.optimizer
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

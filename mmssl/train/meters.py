@@ -19,7 +19,6 @@ from torch import Tensor
 from mmssl import dist
 from mmssl.data.integrity import REASONS
 from mmssl.specs import TrainSpec
-from mmssl.train.commit import on_rank0
 from mmssl.train.flops import FlopCounter, peak_flops
 from mmssl.train.health import Monitor
 from mmssl.train.reference import Reference
@@ -101,7 +100,7 @@ class Meters:
         self.losses, self.window, self.run = Losses(), Rates(), Rates()
         self.reference: Reference | None = None
         self.sinks: Sinks | None = None
-        on_rank0(lambda: self._open(folder, train, step))
+        dist.on_rank0(lambda: self._open(folder, train, step))
         self.earlier_s, self.first = earlier_s, True
         self.clock: Callable[[], float] = time.perf_counter
         self.started = self.began = self.clock()

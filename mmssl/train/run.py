@@ -31,7 +31,7 @@ from mmssl.specs import RunSpec
 from mmssl.storage import is_address
 from mmssl.train import checkpoint, elastic, preempt
 from mmssl.train.checkpoint import Job, Loader, Progress
-from mmssl.train.commit import on_rank0, read_manifest, replace_file, write_text
+from mmssl.train.commit import read_manifest, replace_file, write_text
 from mmssl.train.copies import Copies, fetch
 from mmssl.train.elastic import Layout
 from mmssl.train.engine import Trainable, session
@@ -67,7 +67,7 @@ def main(file: str, overrides: Sequence[str] = ()) -> int:
 def start(spec: RunSpec, device: torch.device) -> int:
     """As `main`, in an open `engine.session`."""
     folder = run_folder(spec)
-    on_rank0(lambda: open_folder(spec, folder))
+    dist.on_rank0(lambda: open_folder(spec, folder))
     return _run(spec, folder, device)
 
 
@@ -132,7 +132,7 @@ def _fit(
         if found is None and spec.train.copy_to:
             watch.beat()
             here = folder / "checkpoints"
-            on_rank0(lambda: fetch(spec.train.copy_to, here, config.digest(spec)))
+            dist.on_rank0(lambda: fetch(spec.train.copy_to, here, config.digest(spec)))
             found = checkpoint.newest_for_all(folder)
         if again and found is None:
             raise UserError(f"{folder}: no complete checkpoint; start again with `mmssl train`")
@@ -153,7 +153,7 @@ def _fit(
 
 
 def _train(spec: RunSpec, parts: Parts, job: Job) -> Progress:
-    on_rank0(lambda: write_text(job.folder / "config.yaml", job.config))
+    dist.on_rank0(lambda: write_text(job.folder / "config.yaml", job.config))
     progress = job.progress
     floors = cast("Trainable", job.engine.model).floors
     meters = Meters(
@@ -284,7 +284,7 @@ def _run(spec: RunSpec, folder: Path, device: torch.device, again: bool = False)
         return build_model(spec, tokenizer.vocab_size, tokenizer.special, tokenizer.begins)
 
     def load_start(model: nn.Module) -> None:
-        on_rank0(lambda: need_labels(cast("Model", model), spec))
+        dist.on_rank0(lambda: need_labels(cast("Model", model), spec))
         load_start_weights(cast("Model", model), spec)
 
     def evaluate(model: nn.Module, clips: int) -> dict[str, float]:
@@ -345,6 +345,6 @@ def _summarise(job: Job, meters: Meters) -> None:
     }
     path = job.folder / "summary.json"
     if rates["samples_per_s"] or not path.exists():
-        on_rank0(lambda: write_text(path, json.dumps(facts, indent=1)))
+        dist.on_rank0(lambda: write_text(path, json.dumps(facts, indent=1)))
     reason = f"stopped at step {progress.step}: {progress.stopped}" if progress.stopped else "done"
     meters.message(f"{reason}, {progress.elapsed_s / 60:.1f} minutes -> {job.folder}")

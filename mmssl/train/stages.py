@@ -24,7 +24,7 @@ from mmssl import dist
 from mmssl.signals import SIGNALS, leave
 from mmssl.stages import LABELS, Stage, about, is_staged, plan
 from mmssl.train import run
-from mmssl.train.commit import on_rank0, write_text
+from mmssl.train.commit import write_text
 from mmssl.train.engine import session
 from mmssl.types import UserError
 
@@ -46,9 +46,9 @@ def main(file: str, overrides: Sequence[str] = ()) -> int:
     stages = plan(file, overrides)
     with session() as device:
         threads = torch.get_num_threads()
-        on_rank0(lambda: _check_marks(stages))
+        dist.on_rank0(lambda: _check_marks(stages))
         for stage in stages:
-            if on_rank0(partial(_begin, stage)):
+            if dist.on_rank0(partial(_begin, stage)):
                 continue
             with about(stage.place):
                 if stage.run is None:
@@ -57,7 +57,7 @@ def main(file: str, overrides: Sequence[str] = ()) -> int:
                     torch.set_num_threads(stage.run.train.threads or threads)
                     if code := run.start(stage.run, device):
                         return code
-            on_rank0(partial(_mark, stage, finished=True))
+            dist.on_rank0(partial(_mark, stage, finished=True))
     return 0
 
 

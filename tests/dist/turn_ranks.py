@@ -16,7 +16,6 @@ from small_methods import small  # noqa: E402
 from mmssl import dist  # noqa: E402
 from mmssl.build import build_model  # noqa: E402
 from mmssl.data.draws import Draws  # noqa: E402
-from mmssl.train.commit import on_rank0  # noqa: E402
 from mmssl.train.engine import session  # noqa: E402
 from mmssl.train.run import Parts, fit  # noqa: E402
 
@@ -30,7 +29,7 @@ if __name__ == "__main__":
             zero = f"train.zero={call['zero']}"
             spec = small("speech/speech_text_alignment", *OPTIONS, *OPTIM, zero)
             folder, world = Path(call["folder"]), dist.world_size()
-            on_rank0(lambda: folder.mkdir(parents=True))  # noqa: B023
+            dist.on_rank0(lambda: folder.mkdir(parents=True))  # noqa: B023
             parts = Parts(
                 lambda: build_model(spec),  # noqa: B023
                 lambda layout: Draws(ROWS // world, dist.rank(), world),  # noqa: B023

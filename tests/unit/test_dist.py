@@ -9,6 +9,7 @@ from torch import nn
 
 from mmssl import dist
 from mmssl.dist import MaskedSyncBatchNorm
+from mmssl.types import UserError
 
 
 def test_one_process_without_a_group() -> None:
@@ -143,3 +144,28 @@ def test_rows_that_are_not_finite_leave_running_statistics_alone():
         assert all(torch.equal(norm.state_dict()[name], before[name]) for name in before)
     norm(torch.randn(8, 3))
     assert int(norm.num_batches_tracked) == 2
+
+
+def test_errors_of_rank_0_reach_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+
+    def broadcast(value: object) -> object:
+        sent.append(value)
+        return value
+
+    monkeypatch.setattr(dist, "broadcast_object", broadcast)
+
+    def refuse() -> None:
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        dist.on_rank0(refuse)
+    assert len(sent) == 1  # told to the others before it was raised here
+    assert dist.on_rank0(lambda: 7) == 7
+
+
+def test_another_rank_hears_the_error_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object", lambda value: (None, UserError("from rank 0")))
+    with pytest.raises(UserError, match="from rank 0"):
+        dist.on_rank0(lambda: pytest.fail("runs on rank 0 only"))

@@ -12,12 +12,10 @@ from mmssl.train.commit import (
     Writer,
     commit,
     crc32c,
-    on_rank0,
     problem,
     read_manifest,
     write_text,
 )
-from mmssl.types import UserError
 
 
 def write(writer: Writer) -> None:
@@ -139,30 +137,3 @@ def test_write_text_replaces_in_one_step(tmp_path: Path) -> None:
     write_text(path, "two")
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
-
-
-def test_errors_of_rank_0_reach_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[object] = []
-
-    def broadcast(value: object) -> object:
-        sent.append(value)
-        return value
-
-    monkeypatch.setattr(module.dist, "broadcast_object", broadcast)
-
-    def refuse() -> None:
-        raise UserError("no such folder")
-
-    with pytest.raises(UserError, match="no such folder"):
-        on_rank0(refuse)
-    assert len(sent) == 1  # told to the others before it was raised here
-    assert on_rank0(lambda: 7) == 7
-
-
-def test_another_rank_hears_the_error_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.dist, "rank", lambda: 1)
-    monkeypatch.setattr(
-        module.dist, "broadcast_object", lambda value: (None, UserError("from rank 0"))
-    )
-    with pytest.raises(UserError, match="from rank 0"):
-        on_rank0(lambda: pytest.fail("runs on rank 0 only"))
