@@ -4,6 +4,7 @@
 
 JSON: a list of {"file", "zero", "rows", "recipe"}; rows is one list of row numbers per rank, recipe
 says how the run is wired (`tiny_run.RECIPES`). Ranks with fewer rows than others get absent ones.
+Where "zero" is null: in fp64 and without DeepSpeed, loss and gradients alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -21,9 +23,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tiny_run import RECIPES, absent_rows, take_rows, tiny_batch, tiny_model, tiny_spec  # noqa: E402
 
 from mmssl import dist  # noqa: E402
+from mmssl.model import Model  # noqa: E402
 from mmssl.partition import assemble, assign, piece  # noqa: E402
+from mmssl.specs import RunSpec  # noqa: E402
 from mmssl.tasks.clustered import Clustered  # noqa: E402
 from mmssl.train.engine import Engine, session  # noqa: E402
+from mmssl.types import Batch  # noqa: E402
 
 KEPT = (
     *("queues.", ".bank.", ".features_ND", ".known_N", ".labels_N"),
@@ -31,21 +36,37 @@ KEPT = (
 )
 
 
-def measure(call: dict[str, object], device: torch.device) -> None:
-    """One step of one layout; rank 0 saves loss and gradients."""
-    rows: list[list[int]] = call["rows"]  # type: ignore[assignment]
-    changes = RECIPES[call["recipe"]]()
-    spec = tiny_spec(
-        train={"zero": call["zero"], "batch": len(rows) * max(map(len, rows))}, **changes
-    )
-    model = tiny_model(spec).train()
+def wired(call: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[RunSpec, Model, Batch]:
+    """The run of a recipe, its model, and this rank's rows."""
+    rows: list[list[int]] = call["rows"]
+    train = {"zero": call["zero"] or 0, "batch": len(rows) * max(map(len, rows))}
+    spec = tiny_spec(train=train, **RECIPES[call["recipe"]]())
+    model = tiny_model(spec, dtype=dtype).train()
     for task in model.tasks.values():
         if isinstance(task, Clustered):  # as behind an epoch
             task.labels_N.copy_(torch.arange(len(task.labels_N)) % 2)
+    mine = rows[dist.rank()]
+    absent = max(map(len, rows)) - len(mine)
+    return spec, model, absent_rows(take_rows(tiny_batch(8, spec=spec), mine), absent)
+
+
+def in_double(call: dict[str, Any]) -> None:
+    """Loss and gradients of one layout in fp64, as DeepSpeed averages them; rank 0 saves them."""
+    _, model, batch = wired(call, torch.float64)
+    loss, _ = model(batch, 0, 10)
+    loss.backward()
+    found = {"loss": loss.detach().reshape(1)}
+    found |= {name: p.grad for name, p in model.named_parameters()}
+    found = {n: dist.sum_over_ranks(x) / dist.world_size() for n, x in found.items()}
+    if dist.rank() == 0:
+        save_file({n: x.contiguous() for n, x in found.items()}, call["file"])
+
+
+def measure(call: dict[str, Any], device: torch.device) -> None:
+    """One step of one layout; rank 0 saves loss, gradients and memories."""
+    spec, model, batch = wired(call)
     names = [name for name, _ in model.named_parameters()]
     engine = Engine(model, spec.optim, spec.train, device)
-    mine = rows[dist.rank()]
-    batch = absent_rows(take_rows(tiny_batch(8, spec=spec), mine), max(map(len, rows)) - len(mine))
     loss, _ = engine.forward(batch, 0, 10)
     engine.backward(loss)
     pairs = zip(names, model.parameters(), strict=True)
@@ -68,11 +89,11 @@ def measure(call: dict[str, object], device: torch.device) -> None:
     total = dist.sum_over_ranks(loss.detach().reshape(1)) / dist.world_size()
     if dist.rank() == 0:
         found = {n: g.float().contiguous() for n, g in grads.items()}
-        save_file({"loss": total, **found, **memory}, str(call["file"]))
+        save_file({"loss": total, **found, **memory}, call["file"])
     engine.close()
 
 
 if __name__ == "__main__":
     with session(1) as where:
         for one in json.loads(sys.argv[1]):
-            measure(one, where)
+            in_double(one) if one["zero"] is None else measure(one, where)

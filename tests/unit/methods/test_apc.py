@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.metrics import mutual_info_score
 from small_methods import full_batch, small, small_model, values
 from torch import nn
 from torch.nn import functional as F
@@ -222,7 +223,7 @@ def test_three_frames_of_a_walk_are_predicted_as_well_as_can_be():
     error = trained(given("apc", 4, 16, "tasks.future.first=3"), walk, 120, 2e-2)["future"]
     best = math.sqrt(2 / math.pi * (1 - 0.9**6))
     assert best == pytest.approx(0.546, abs=1e-3)
-    assert best - 0.006 < error < 0.575
+    assert best - 0.006 < error < 0.565
 
 
 def test_one_code_says_nothing():
@@ -248,21 +249,23 @@ def chain(step, rows=8, frames=30):
     return states, means[states] + 0.2 * noise
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_state_has_one_code(seed):
-    """Whatever the first values; on these depends how many of the four codes stay in use."""
-    four = ("entries=4", "width=16")
-    overrides = [f"tasks.future.target.quantizer.{k}" for k in four]
-    model = given("vq_apc", 4, 16, "tasks.future.first=1", *overrides, seed=seed)
-    trained(model, lambda step: chain(step)[1], 120, 2e-2)
-    states, frames = chain(10_000, rows=32)
-    ids = codes_of(model.eval(), frames, 0)
-    joint = torch.zeros(4, 4).index_put_(
-        (states.flatten(), ids.flatten()), torch.ones(states.numel()), accumulate=True
-    )
-    shares = joint / joint.sum(1, keepdim=True)
-    assert float(shares.amax(1).min()) > 0.98
-    assert len(set(shares.argmax(1).tolist())) >= 2
+def test_states_and_codes_say_the_same():
+    """First values decide whether all four codes stay in use, as they do in four draws of five."""
+    found = []
+    for seed in range(3):
+        four = ("entries=4", "width=16")
+        overrides = [f"tasks.future.target.quantizer.{k}" for k in four]
+        model = given("vq_apc", 4, 16, "tasks.future.first=1", *overrides, seed=seed)
+        trained(model, lambda step: chain(step)[1], 300, 1e-2)
+        states, frames = chain(10_000, rows=32)
+        ids = codes_of(model.eval(), frames, 0)
+        joint = torch.zeros(4, 4).index_put_(
+            (states.flatten(), ids.flatten()), torch.ones(states.numel()), accumulate=True
+        )
+        assert float((joint.amax(1) / joint.sum(1)).min()) > 0.98  # every state has one code
+        found.append(mutual_info_score(None, None, contingency=joint.numpy()))
+    assert max(found) > 1.25, found  # nats, of ln 4 = 1.386
+    assert min(found) > 0.8
 
 
 def codes_of(model, frames, seed):
