@@ -61,7 +61,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Bouncing Shapes, test clips with one shape (`tests/benchmarks/two_views.py`): share of",
         "queries with an item of their class (`class_at_1`) or their own clip (`r_at_k`) among the",
-        "first 1 or 10; brackets: 95 % bootstrap interval over clips.",
+        "first 1 or 10; brackets: 95 % bootstrap interval over clips; bold: chance is below it.",
         "",
         f"| | {' | '.join(titles)} | steps | minutes |",
         "|---" * (len(titles) + 3) + "|",
@@ -86,7 +86,8 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _cell(row: dict[str, Any], metric: str) -> str:
     low, high = row["ci"][metric]
-    return f"**{row[metric]:.3f}** [{low:.2f}, {high:.2f}]"
+    value = f"**{row[metric]:.3f}**" if low > row["chance"][metric] else f"{row[metric]:.3f}"
+    return f"{value} [{low:.2f}, {high:.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

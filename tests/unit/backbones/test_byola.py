@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conv_laws import dummies_change_nothing
+from small_methods import make_tokens
 from torch import nn
 
 from mmssl.backbones.byola import BYOLA
@@ -44,9 +45,29 @@ def test_the_arithmetic_is_that_of_the_paper(version):
     assert grid == net.grid((96, 64))
 
 
-def test_downstream_reads_the_sum_of_maximum_and_mean():
-    from small_methods import make_tokens
+def test_the_released_network_gives_the_same_with_the_same_weights():
+    """s3prl's copy of it; its maps are (bands, frames)."""
+    released = pytest.importorskip(
+        "s3prl.upstream.byol_a.byol_a", reason="pip install --no-deps -r tests/peers.txt"
+    )
+    torch.manual_seed(0)
+    theirs, net = released.AudioNTT2020(d=32).eval(), BYOLA(hidden=32).eval()
+    for norm in theirs.features[1::4]:
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    own, given = net.state_dict(), theirs.state_dict().values()
+    turned = [v.transpose(2, 3) if v.dim() == 4 else v for v in given]
+    pairs = zip(own.items(), turned, strict=True)
+    net.load_state_dict({name: value.reshape(mine.shape) for (name, mine), value in pairs})
+    x = torch.randn(2, 1, 96, 64)
+    tokens, grid = net(x)
+    want = theirs(x.transpose(2, 3))
+    pad = torch.zeros(2, grid[0], dtype=torch.bool)
+    found = pool(make_tokens(tokens, grid, pad), "mean_max")
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
+
+def test_downstream_reads_the_sum_of_maximum_and_mean():
     x = torch.randn(2, 5, 3)
     pad = torch.zeros(2, 5, dtype=torch.bool)
     pad[1, 3:] = True

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from toy_inv import ToyInv
 
 from mmssl.objectives.assignment import sinkhorn, soft_cross_entropy
 
@@ -88,33 +87,3 @@ def test_equal_scores_cost_ln_k_and_no_gradient_goes_through_the_assignment():
     assert not code.requires_grad
     loss = soft_cross_entropy(same, code, 0.1)
     torch.testing.assert_close(loss, torch.full((5,), math.log(3000)), rtol=1e-5, atol=0)
-
-
-@pytest.mark.slow
-def test_swapped_prediction_learns_what_views_share():
-    """TOY-INV with 50 prototypes: 20 nearest neighbours, 44 % before."""
-    toy = ToyInv()
-    torch.manual_seed(0)
-    nn = torch.nn
-    encoder = nn.Sequential(
-        *(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU()),
-        *(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()),
-    )
-    head = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64))
-    table = nn.Parameter(F.normalize(torch.randn(50, 64, generator=toy.generator), dim=-1))
-    parameters = [*encoder.parameters(), *head.parameters(), table]
-    optimiser = torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-4)
-    before = toy.score(encoder.eval())
-    encoder.train()
-    for _ in range(600):
-        _, views = toy.batch(256)
-        a, b = (F.normalize(head(encoder(view)), dim=-1) @ table.T for view in views)
-        loss = (
-            soft_cross_entropy(a, sinkhorn(b), 0.1) + soft_cross_entropy(b, sinkhorn(a), 0.1)
-        ) / 2
-        optimiser.zero_grad()
-        loss.mean().backward()
-        optimiser.step()
-        table.data = F.normalize(table.data, dim=-1)
-    assert before < 0.7
-    assert toy.score(encoder.eval()) >= 0.97

@@ -13,8 +13,9 @@ from mmssl.heads.embed import Embedder
 from mmssl.heads.mlp import MLP
 from mmssl.heads.project import SpaceHeads
 from mmssl.heads.score import Dot
-from mmssl.specs import PairSpec, SiameseSpec, SpaceSpec
+from mmssl.specs import PairSpec, PrototypesSpec, SiameseSpec, SpaceSpec
 from mmssl.tasks.pairs import Pairs
+from mmssl.tasks.prototypes import Prototypes
 from mmssl.tasks.siamese import Branch, Siamese
 from mmssl.towers import Passes
 
@@ -63,6 +64,15 @@ def simclr():
     return encoder, Pairs(embedder, {"x": pair}, {"x": VectorScore(Dot(True))}, ROWS, 1.0)
 
 
+def swav(**changes):
+    """An encoder and the task on it."""
+    torch.manual_seed(0)
+    options = {"kind": "prototypes", "assigned": ["a", "b"], "pool": "mean", "projector": HEAD}
+    spec = PrototypesSpec.model_validate(options | {"prototypes": 50, "frozen": 0.05} | changes)
+    encoder, projector = Encoder(), MLP(HIDDEN, spec.projector.widths)
+    return encoder, Prototypes(spec, Branch({"x": encoder}, {"x": projector}, {"x": "mean"}), OUT)
+
+
 def trained(encoder, task, steps=400):
     """Share of neighbours of the right class."""
     toy = ToyInv()
@@ -99,6 +109,15 @@ def test_it_learns_what_views_share(kind, steps, least):
 @pytest.mark.slow
 def test_simclr_learns_what_views_share():
     assert trained(*simclr()) > 0.98  # 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queue", [{}, {"queue": 512, "queue_from": 0.5}])
+def test_swav_learns_what_views_share(queue):
+    encoder, task = swav(**queue)
+    assert trained(encoder, task, 600) > 0.97
+    lengths = task.prototypes.detach().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
 @pytest.mark.slow
