@@ -42,6 +42,23 @@ def test_heads_of_zeros():
     assert got["prosody"] == pytest.approx(float(truth[valid].square().mean()), rel=1e-3)
 
 
+def test_pitch_and_voicing_of_voices_cost_one_at_heads_of_zeros():
+    """Every number of prosody varies: voices that rise, each silent but for hiss in one half."""
+    model = small_model(small(NAME)).train()
+    last = model.tasks["prosody"].decoder.layers[-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    batch = full_batch(model.spec, 6)
+    wave = batch.views["anchor"].data
+    seconds = torch.arange(wave.shape[1]) / 16000
+    start = torch.linspace(90, 240, 6)[:, None]
+    phase = 2 * math.pi * (start * seconds + 60 * seconds**2)
+    voice = sum(torch.sin(n * phase) / n for n in range(1, 9))
+    first_half = (seconds < seconds[-1] / 2) == (torch.arange(6) % 2 == 0)[:, None]
+    batch.views["anchor"].data = 0.2 * voice * first_half + 0.01 * wave
+    assert values(model, batch)["prosody"] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_frames_are_compared_with_those_of_the_same_index(model):
     """LIM from its formula, on the encoder's tokens: own frame t, and frame t of another row."""
     model.eval()
