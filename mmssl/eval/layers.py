@@ -34,8 +34,8 @@ from mmssl.eval.features import (
     signal_statistics,
     tower_of,
 )
-from mmssl.eval.folds import Fold, Labels
-from mmssl.eval.probe import linear
+from mmssl.eval.folds import Labels
+from mmssl.eval.probe import regressions
 from mmssl.eval.retrieval import normalize
 from mmssl.eval.session import Session
 from mmssl.frontends.patches import padding_mask, stack_lengths
@@ -184,29 +184,36 @@ def nested(
         UserError: the clips outside of two groups have all one label, or there are none.
     """
     rows = {str(name): np.flatnonzero(groups_N == name) for name in np.unique(groups_N)}
-    known: dict[tuple[float, str, str], dict[str, float]] = {}
+    x = x_ND.astype(np.float64)
+    known: dict[tuple[str, str], dict[float, dict[str, float]]] = {}
 
     def chosen_by(own: str, c: float) -> float:
         found = []
         for other in rows.keys() - {own}:
             a, b = sorted((own, other))
-            if (c, a, b) not in known:
-                known[c, a, b] = _accuracy(x_ND, labels, c, {a: rows[a], b: rows[b]})
-            found.append(known[c, a, b][other])
+            if (a, b) not in known:
+                known[a, b] = _accuracy(x, labels, GRID, {a: rows[a], b: rows[b]})
+            found.append(known[a, b][c][other])
         return math.fsum(found) / len(found)
 
     result = Nested()
     for own in rows if outer is None else outer:
         c = max(GRID, key=partial(chosen_by, own))
         result.c[own] = c
-        result.accuracy |= _accuracy(x_ND, labels, c, {own: rows[own]})
+        result.accuracy |= _accuracy(x, labels, (c,), {own: rows[own]})[c]
     return result
 
 
-def _accuracy(x_ND: Singles, labels: Labels, c: float, out: Mapping[str, Ints]) -> dict[str, float]:
-    """Accuracy on the rows of each of the groups that are left out together."""
+def _accuracy(
+    x_ND: Floats, labels: Labels, grid: Sequence[float], out: Mapping[str, Ints]
+) -> dict[float, dict[str, float]]:
+    """By C, the accuracy on the rows of each of the groups that are left out together."""
     test = np.concatenate(list(out.values()))
     train = np.setdiff1d(np.arange(len(x_ND)), test)
-    fold = Fold(" and ".join(out), train, test[:0], test)
-    scores, _ = linear(x_ND, labels, [fold], grid=(c,))
-    return {name: folding.score(scores, labels, rows)["accuracy"] for name, rows in out.items()}
+    found = {}
+    scores_NK = np.full(labels.table_NK.shape, np.nan)
+    several = regressions(x_ND, labels, train, test, grid, " and ".join(out))
+    for c, guess_PK in zip(grid, several, strict=True):
+        scores_NK[test] = guess_PK
+        found[c] = {n: folding.score(scores_NK, labels, r)["accuracy"] for n, r in out.items()}
+    return found

@@ -6,7 +6,7 @@ Letters in shapes: N clips, P clips of a test, D width, K classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 
 GRID = tuple(10.0**k for k in range(-4, 5))  # inverse strengths of the L2 penalty
 _WIDE = 4  # features per row; with fewer the rotation costs more than it saves
+_RANK = 1e-10  # of the largest square; axes of less are rounding
 
 
 class Options(FeatureSpec):
@@ -149,33 +150,51 @@ def linear(
     scores_NK = np.full(labels.table_NK.shape, np.nan)
     chosen = {}
     for fold in progress(folds, f"probe, {title}", len(folds)):
-        for rows in (fold.train, fold.rest):
-            _check_classes(labels, rows, fold)
+        _check_classes(labels, fold.train, fold.name)
         chosen[fold.name] = c = _strength(x, labels, fold, grid)
-        parts = _standardised(x, fold.rest, fold.test)
-        scores_NK[fold.test] = _fit(*parts, labels, fold.rest, c)
+        found = regressions(x, labels, fold.rest, fold.test, (c,), fold.name)
+        scores_NK[fold.test] = next(found)
     return scores_NK, chosen
+
+
+def regressions(
+    x_ND: Floats,
+    labels: Labels,
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    grid: Sequence[float],
+    name: str,
+) -> Iterator[Floats]:
+    """(P, K) scores of the rows `test` for each C of the grid, fitted on the rows `train`.
+
+    Raises:
+        UserError: the rows `train` all have the same labels; `name` tells where.
+    """
+    _check_classes(labels, train, name)
+    parts = _standardised(x_ND, train, test)
+    for c in grid:
+        yield _fit(*parts, labels, train, c)
 
 
 def _strength(x_ND: Floats, labels: Labels, fold: Fold, grid: Sequence[float]) -> float:
     """The C of the grid that is best on `dev`, the smaller one on a tie."""
     if len(grid) == 1:
         return grid[0]
-    parts = _standardised(x_ND, fold.train, fold.dev)
     best, chosen = -np.inf, grid[0]
-    for c in grid:
+    found = regressions(x_ND, labels, fold.train, fold.dev, grid, fold.name)
+    for c, guess_PK in zip(grid, found, strict=True):
         guess_NK = np.full(labels.table_NK.shape, np.nan)
-        guess_NK[fold.dev] = _fit(*parts, labels, fold.train, c)
+        guess_NK[fold.dev] = guess_PK
         value = folding.score(guess_NK, labels, fold.dev)[folding.headline(labels)]
         if value > best:
             best, chosen = value, c
     return chosen
 
 
-def _check_classes(labels: Labels, rows: NDArray[np.int64], fold: Fold) -> None:
+def _check_classes(labels: Labels, rows: NDArray[np.int64], name: str) -> None:
     if not _varying(labels, rows).any():
         raise UserError(
-            f"fold {fold.name}: its {len(rows)} training clips do not differ in their labels; "
+            f"fold {name}: its {len(rows)} training clips do not differ in their labels; "
             "folds must mix the classes"
         )
 
@@ -190,13 +209,17 @@ def _standardised(
     x_ND: Floats, train: NDArray[np.int64], test: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
     """Features of both parts by the statistics of `train`; in its rows' span if they are wide."""
-    from sklearn.decomposition import PCA
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    wide = x_ND.shape[1] > _WIDE * len(train)
-    steps = make_pipeline(StandardScaler(), PCA(svd_solver="full") if wide else None)
-    return steps.fit_transform(x_ND[train]), steps.transform(x_ND[test])
+    scale = StandardScaler()
+    known_RD, asked_PD = scale.fit_transform(x_ND[train]), scale.transform(x_ND[test])
+    if x_ND.shape[1] <= _WIDE * len(train):
+        return known_RD, asked_PD
+    # principal axes by the rows' products, of which there are fewer than of the features
+    square_E, axes_RE = np.linalg.eigh(known_RD @ known_RD.T)
+    there_E = square_E > _RANK * square_E[-1]
+    length_E, axes_RE = np.sqrt(square_E[there_E]), axes_RE[:, there_E]
+    return axes_RE * length_E, (asked_PD @ known_RD.T) @ (axes_RE / length_E)
 
 
 def _fit(
