@@ -1,6 +1,8 @@
 """The cards of BYOL-A, MoCo v2, SimSiam and Barlow Twins, on their own files."""
 
 import math
+from difflib import ndiff
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +154,17 @@ def test_naming_a_modality_makes_a_method_of_sounds_audio_visual(crossed, alone)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.space_for("audio", "video")
+
+
+def test_contributing_shows_how_moco_differs_from_version_2():
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    shown = text.split("```diff\n")[1].split("```")[0].splitlines()[2:]
+    old, new = (
+        (config.builtin_root() / f"methods/general/{name}.yaml").read_text().splitlines()
+        for name in ("moco_v2", "moco")
+    )
+    changed = {line for line in ndiff(old, new) if line[0] in "+-"}
+    assert {f"{line[0]} {line[1:]}" for line in shown if line[0] in "+-"} == changed
 
 
 # ---------------------------------------------------------------- the losses
