@@ -213,7 +213,7 @@ def _standardised(
 
     scale = StandardScaler()
     known_RD, asked_PD = scale.fit_transform(x_ND[train]), scale.transform(x_ND[test])
-    if x_ND.shape[1] <= _WIDE * len(train):
+    if x_ND.shape[1] <= _WIDE * len(train) or not known_RD.any():
         return known_RD, asked_PD
     # principal axes by the rows' products, of which there are fewer than of the features
     square_E, axes_RE = np.linalg.eigh(known_RD @ known_RD.T)

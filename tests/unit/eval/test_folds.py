@@ -134,6 +134,15 @@ def test_far_more_features_than_rows_change_no_optimum(multi):
         assert np.allclose(scores[fold.test], wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("width", [3, 700])
+def test_features_that_never_vary_are_at_chance(width):
+    """Those of a collapsed network, few or far more than rows."""
+    _, labels, parts = prepared()
+    scores, _ = linear(np.ones((120, width)), labels, parts, grid=(0.01,))
+    for fold in parts:
+        assert np.ptp(scores[fold.test], axis=0).max() == 0
+
+
 def test_one_strength_needs_no_choice_and_noise_is_at_chance():
     x, labels, parts = prepared()
     assert set(linear(x, labels, parts, grid=(0.01,))[1].values()) == {0.01}
