@@ -76,7 +76,8 @@ def _check_run(file: str, spec: RunSpec) -> None:
     values = {name: float(t.sum / t.count.clamp(min=1)) for name, t in terms.items()}
     rows = [(name, f"{value:.4f}", f"{int(terms[name].count)}") for name, value in values.items()]
     print(table(rows, ("term", "value", "count")))
-    for absent in labels.absent:
+    resting = [f"the terms of `{n}`: it starts without rows" for n in model.resting()]
+    for absent in [*resting, *labels.absent]:
         print(f"not checked: {absent}")
     print("ok: every parameter is used, every term is finite")
 

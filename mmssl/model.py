@@ -78,7 +78,8 @@ class Model(nn.Module):
 
         The loss of a term is world size x local sum / global count: the engine averages gradients
         over ranks, which then gives exactly the gradient of global sum / global count. A term
-        without any row is 0.
+        without any row is 0; where that is as it should be, because its task rests, the report
+        leaves it out.
         """
         need_tasks(self.spec)
         self.turn(step)
@@ -96,7 +97,12 @@ class Model(nn.Module):
         for (term, weight), count in zip(terms.values(), counts, strict=True):
             factor = weight * dist.world_size() / count.clamp(min=1.0)
             loss = loss + term.sum.reshape(()).float() * factor.float()
-        report = {name: Term(sums[i : i + 1], counts[i : i + 1]) for i, name in enumerate(terms)}
+        resting = self.resting()
+        report = {
+            name: Term(sums[i : i + 1], counts[i : i + 1])
+            for i, name in enumerate(terms)
+            if name.split(".")[0] not in resting
+        }
         self._remember(passes)
         return loss, report
 
@@ -105,6 +111,10 @@ class Model(nn.Module):
         for task in self.tasks.values():
             task.begin(step)  # type: ignore[operator]
         return next((task.turn for task in self.tasks.values() if isinstance(task, Players)), "")
+
+    def resting(self) -> list[str]:
+        """Tasks that no row has a part in yet, as it should be; on every rank the same."""
+        return [name for name, task in self.tasks.items() if task.resting]
 
     def players(self) -> dict[str, str]:
         """{parameter: the player who trains it}, in the order of their turns; empty without any."""

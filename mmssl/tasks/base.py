@@ -21,11 +21,13 @@ class Task(nn.Module):
     A task owns its heads, targets and learnable scalars. `forward` returns terms by name; the model
     multiplies each by `weight(name)` and divides by counts summed over ranks.
 
-    floors: watched terms that tell a collapse. last: vectors (rows, D) of the last step, without
+    floors: watched terms that tell a collapse. resting: whether no row has a part in it yet, as it
+    should be; on every rank the same. last: vectors (rows, D) of the last step, without
     gradient, whose rank and spread are watched.
     """
 
     floors: Mapping[str, Floor] = {}
+    resting = False
     last: Mapping[str, Tensor]
 
     def __init__(self, weight: Number) -> None:

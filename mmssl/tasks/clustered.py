@@ -71,6 +71,11 @@ class Clustered(Task):
         self._read: list[tuple[Tensor, Tensor, int]] = []
         self._position = -1.0
 
+    @property
+    def resting(self) -> bool:  # type: ignore[override]
+        """In the first epoch, whose clips have no labels."""
+        return not int(self.epoch)
+
     def weight(self, term: str) -> list[Number]:
         """The task's weight; 0 of what is watched."""
         return [self._weight] if not term else [0.0]

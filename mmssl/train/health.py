@@ -1,4 +1,4 @@
-"""Does a representation collapse? What is measured, and when it rings.
+"""Does a representation collapse, does a term have rows? What is measured, and when it rings.
 
 Letters in shapes: B rows, D dimensions.
 """
@@ -15,6 +15,10 @@ from mmssl.types import Floor
 
 MIN_ROWS = 8  # fewer rows say little about a rank
 LOW_RANK, LOW_SPREAD = 2.0, 0.01
+_NO_ROWS = (
+    "its loss is 0 and nothing learns from it; see that the data has the modalities and labels "
+    "it reads and that clips are long enough for its windows"
+)
 PATIENCE = 3  # measurements in a row; single batches of a young model look collapsed now and then
 
 
@@ -42,7 +46,8 @@ def spread(x_BD: Tensor) -> float:
 
 
 class Monitor:
-    """Watches for collapses; warns once of each, again after it had recovered.
+    """Watches for collapses and for terms without rows; warns once of each, again after it had
+    recovered.
 
     floors: of terms, and of the effective rank of embeddings that are judged by it alone, by the
     name they are reported under. Terms are sums over all ranks and over the steps since the last
@@ -50,7 +55,7 @@ class Monitor:
     """
 
     def __init__(self, floors: Mapping[str, Floor]) -> None:
-        self._floors, self._low = floors, dict[str, int]()
+        self._floors, self._low, self._empty = floors, dict[str, int](), dict[str, int]()
 
     def measure(
         self, values: Mapping[str, float], embeddings: Mapping[str, Tensor]
@@ -58,10 +63,10 @@ class Monitor:
         """What belongs into the next line of the log, and new warnings.
 
         `rank/NAME` and `std/NAME` of embeddings (of at least 8 rows), and `alarm/NAME` of all that
-        is watched: 1 while it has collapsed.
+        is watched: 1 while it has collapsed or, of a term, while no row has a part in it.
 
         Args:
-            values: of the line, `term/NAME` among them.
+            values: of the line, `term/NAME` and `count/NAME` among them.
             embeddings: (B, D) by name.
         """
         health: dict[str, float] = {}
@@ -80,7 +85,17 @@ class Monitor:
         for name, problem in found.items():
             self._low[name] = self._low.get(name, 0) + 1 if problem else 0
             health[f"alarm/{name}"] = float(self._low[name] >= PATIENCE)
-        return health, [text for name, text in found.items() if self._low[name] == PATIENCE]
+        warnings = [text for name, text in found.items() if self._low[name] == PATIENCE]
+        alarms, without_rows = self._without_rows(values)
+        return health | alarms, warnings + without_rows
+
+    def _without_rows(self, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Alarms of the terms that no row has a part in, and one warning for all that are new."""
+        empty = [name[6:] for name, rows in values.items() if name[:6] == "count/" and not rows]
+        self._empty = {name: self._empty.get(name, 0) + 1 for name in empty}
+        alarms = {f"alarm/{name}": float(n >= PATIENCE) for name, n in self._empty.items()}
+        new = [f"`{name}`" for name, n in self._empty.items() if n == PATIENCE]
+        return alarms, [f"no row has a part in {', '.join(new)}: {_NO_ROWS}"] if new else []
 
 
 def _fallen(name: str, floor: Floor, value: float) -> str:

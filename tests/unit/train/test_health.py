@@ -78,11 +78,32 @@ def test_a_term_below_its_floor_is_an_alarm_with_its_remedy_until_it_recovers() 
         monitor.measure({} if x is None else {"term/mam.usage": x}, {"tiny": torch.ones(2, 2)})
         for x in series
     ]
-    # a line without the term (no frame had a part in it) tells nothing
+    # a line without the term tells nothing
     on = [values.get("alarm/mam.usage") for values, _ in found]
     assert on == [0, 0, 0, 0, 0, 1, 1, 0, None, 0, 0, 1]
     texts = [warnings for _, warnings in found]
     assert [len(text) for text in texts] == [0] * 5 + [1] + [0] * 5 + [1]
     assert texts[5] == [
         "the codebook has collapsed: `mam.usage` is 0.05, below 0.1; raise `diversity`"
+    ]
+
+
+def test_terms_without_rows_are_one_warning_and_alarms_until_they_have_some() -> None:
+    monitor = Monitor({})
+    series = [(0, 4), (0, 4), (1, 0), (0, 0), (0, 0), (0, 0), (0, 3), (0, 0), (0, 0), (2, 0)]
+    found = [
+        monitor.measure({"count/av": a, "count/label": b, "count/label.accuracy": b}, {})
+        for a, b in series
+    ]
+    alarms = [[values.get(f"alarm/{name}") for values, _ in found] for name in ("av", "label")]
+    assert alarms == [
+        [0, 0, None, 0, 0, 1, 1, 1, 1, None],
+        [None, None, 0, 0, 1, 1, None, 0, 0, 1],
+    ]
+    texts = [(step, text) for step, (_, texts) in enumerate(found) for text in texts]
+    assert [step for step, _ in texts] == [4, 5, 9]
+    assert [text.split(":")[0] for _, text in texts] == [
+        "no row has a part in `label`, `label.accuracy`",
+        "no row has a part in `av`",
+        "no row has a part in `label`, `label.accuracy`",
     ]

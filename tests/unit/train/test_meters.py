@@ -156,7 +156,8 @@ def test_a_collapse_is_announced(
     meters.log_every = 1
     for step in (1, 2, 3):
         loss = torch.tensor(0.0)
-        meters.micro_batch(ToyBatch(torch.zeros(9, 8)), 1, loss, {"a": term(0, 1)})
+        terms = {"a": term(0, 1), "b": term(0, 0)}
+        meters.micro_batch(ToyBatch(torch.zeros(9, 8)), 1, loss, terms)
         meters.step(step, 0.1, 1.0, {"common": torch.ones(9, 4)}, {})
     out = capsys.readouterr().out
     assert "warning: step 3: embedding `common` has collapsed: effective rank 0.00 of 4" in out
@@ -164,8 +165,9 @@ def test_a_collapse_is_announced(
         "step 3: the codebook has collapsed: `a` is 0, below 0.5; raise the weight of `diversity`"
     )
     assert out.count(f"warning: {text}") == out.count("the codebook has collapsed") == 1
-    alarms = [(line["alarm/a"], line["alarm/common"]) for line in lines(tmp_path)]
-    assert alarms == [(0.0, 0.0), (0.0, 0.0), (1.0, 1.0)]
+    assert out.count("warning: step 3: no row has a part in `b`: ") == out.count("no row") == 1
+    alarms = [[line[f"alarm/{name}"] for name in ("a", "b", "common")] for line in lines(tmp_path)]
+    assert alarms == [[0.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
 def test_counting_changes_no_digit_of_a_gradient(meters: Meters) -> None:
