@@ -51,6 +51,7 @@ def build_model(
         UserError: names that do not exist, or parts that do not fit together.
     """
     _check_names(spec)
+    _check_windows(spec)
     vocabulary = Vocabulary(vocab_size, dict(special or {}), tuple(begins))
     checkpointing = spec.train.checkpoint_activations
     trunk = make_trunk(spec.shared, checkpointing, shared_by(spec)) if spec.shared else None
@@ -111,6 +112,29 @@ def _check_names(spec: RunSpec) -> None:
             raise UserError(
                 f"views.{name}.hz: {view.hz} Hz, but sample_rate of towers.{tower} is {rate} "
                 "Hz; make them equal"
+            )
+
+
+def _check_windows(spec: RunSpec) -> None:
+    """A largest distance is one of several windows, which it leaves room for."""
+    for name, view in spec.views.items():
+        if view.within_s is None:
+            continue
+        family = view.window.rpartition(".")[0]
+        members = [v for v in spec.views.values() if v.window.rpartition(".")[0] == family]
+        crops_s: dict[str, float] = {}
+        for v in members if family else []:
+            crops_s[v.window] = max(v.crop_s, crops_s.get(v.window, 0.0))
+        if len(crops_s) < 2 or min(crops_s.values()) <= 0:
+            raise UserError(
+                f"views.{name}.within_s: is a distance of windows NAME.1, NAME.2 ... that have a "
+                f"`crop_s`, of which `{view.window}` is none; name two of them, or leave it out"
+            )
+        least = sum(crops_s.values()) - min(crops_s.values())
+        if view.within_s < least:
+            raise UserError(
+                f"views.{name}.within_s: {view.within_s:g} s, but windows beside each other start "
+                f"up to {least:g} s apart; raise it, or shorten their `crop_s`"
             )
 
 

@@ -68,6 +68,8 @@ class ViewSpec(Spec):
     tower: str = ""  # empty: the tower named like the modality
     window: str = "clip"
     crop_s: float = Field(0.0, ge=0)  # seconds; 0 = from the window's start to the end of the clip
+    # of windows NAME.1, NAME.2 ...: seconds from the first start to the last, at most; None: any
+    within_s: float | None = Field(None, gt=0)
     hz: int = Field(16000, gt=0)  # audio sampling rate
     fps: float = Field(8.0, gt=0)  # video frames per second
     size: int = Field(

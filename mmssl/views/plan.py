@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from mmssl import rng
 from mmssl.specs import ViewSpec
@@ -82,8 +83,9 @@ def plan(
     """Decide the cuts of all views whose modality the clip has.
 
     In training, the start of a window is uniform over the places where its longest crop fits; views
-    of one window share it. Windows named NAME.1, NAME.2 ... never overlap: a clip that is too short
-    for all of them has the first one alone. In evaluation every window starts at 0.
+    of one window share it. Windows named NAME.1, NAME.2 ... never overlap, and start no farther
+    apart than the least `within_s` of theirs: a clip that is too short for all of them has the
+    first one alone. In evaluation every window starts at 0.
 
     Args:
         specs: views by name.
@@ -100,7 +102,7 @@ def plan(
     starts: dict[str, float | None] = dict.fromkeys(longest, 0.0)
     if training:
         starts = {w: _start(w, s, duration_s, seeds, grid_s) for w, s in longest.items()}
-        starts |= _apart(longest, duration_s, seeds)
+        starts |= _apart(specs.values(), longest, duration_s, seeds)
     cuts = {
         name: _cut(name, spec, start, duration_s, seeds)
         for name, spec in specs.items()
@@ -125,11 +127,12 @@ def _start(
 
 
 def _apart(
-    crops_s: Mapping[str, float], duration_s: float, seeds: Seeds
+    specs: Collection[ViewSpec], crops_s: Mapping[str, float], duration_s: float, seeds: Seeds
 ) -> dict[str, float | None]:
     """Starts of the windows NAME.1, NAME.2 ..., in random order, what is left between them.
 
-    None for all but the first where they do not fit beside each other.
+    They lie in a stretch of the clip that allows no larger distance than `within_s`. None for all
+    but the first where they do not fit beside each other.
     """
     families: dict[str, list[str]] = {}
     for window in crops_s:
@@ -137,16 +140,18 @@ def _apart(
         if dot:
             families.setdefault(name, []).append(window)
     starts: dict[str, float | None] = {}
-    for windows in families.values():
+    for name, windows in families.items():
         if len(windows) < 2 or min(crops_s[w] for w in windows) <= 0:
             continue
-        room = duration_s - sum(crops_s[w] for w in windows)
+        order = sorted(windows, key=lambda w: seeds.of("order", w))
+        within = min((s.within_s for s in specs if s.window in windows and s.within_s), default=inf)
+        stretch = min(duration_s, within + crops_s[order[-1]])
+        room = stretch - sum(crops_s[w] for w in windows)
         if room < -_EPSILON_S:
             starts |= dict.fromkeys(windows[1:])
             continue
         gaps = sorted(seeds.of("window", w) / 2**63 * max(room, 0.0) for w in windows)
-        before = 0.0
-        order = sorted(windows, key=lambda w: seeds.of("order", w))
+        before = seeds.of("stretch", name) / 2**63 * (duration_s - stretch)
         for window, gap in zip(order, gaps, strict=True):
             starts[window] = before + gap
             before += crops_s[window]

@@ -191,3 +191,17 @@ def test_trill_finds_the_other_window_of_a_clip():
         a, p = (F.normalize(z[v, "trill"][0][:, 0], dim=1) for v in ("anchor", "near"))
         hits.append(float(((a @ p.T).argmax(1) == everyone).float().mean()))
     assert sum(hits) / 4 > 0.9, hits  # 0.97 on three kinds of arithmetic; chance: 0.025
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["views.near.within_s=0.01"], r"views\.near\.within_s: 0\.01 s, but windows .* s apart"),
+        (["views.near.window=far.2"], r"views\.near\.within_s: is a distance .* `far\.2` is none"),
+        (["views.near.window=near"], r"views\.near\.within_s: is a distance .* `near` is none"),
+        (["views.anchor.crop_s=0"], r"views\.near\.within_s: .* have a `crop_s`"),
+    ],
+)
+def test_a_distance_that_windows_cannot_keep_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        small_model(small("audio/trill", *changes))

@@ -142,6 +142,28 @@ def test_numbered_windows_lie_beside_each_other():
     assert a.max() > 1.95
 
 
+def test_numbered_windows_start_no_farther_apart_than_they_may():
+    """TRILL's sampler: |i - j| <= tau and no overlap, anywhere in the clip."""
+    specs = {
+        "1": ViewSpec(modality="audio", window="near.1", crop_s=1.0),
+        "2": ViewSpec(modality="audio", window="near.2", crop_s=2.0, within_s=4.0),
+    }
+    found = [cuts(specs, duration=60.0, key=str(k)).cuts for k in range(500)]
+    a, b = (np.array([made[n].start_s for made in found]) for n in "12")
+    apart = np.where(a < b, b - a - 1, a - b - 2)  # from an end to a start
+    assert apart.min() >= -1e-9
+    assert np.abs(a - b).max() <= 4 + 1e-9
+    assert np.abs(a - b).max() > 3.8
+    assert 0 <= min(a.min(), b.min()) < 1
+    assert 58 < max(a.max(), b.max() + 1) <= 59
+    assert 0.4 < (a < b).mean() < 0.6
+    # where the clip is no longer than they may lie apart, nothing changes
+    free = {n: spec.model_copy(update={"within_s": None}) for n, spec in specs.items()}
+    for k in range(50):
+        near, any_ = (cuts(s, duration=4.5, key=str(k)).cuts for s in (specs, free))
+        assert [near[n].start_s for n in "12"] == [any_[n].start_s for n in "12"]
+
+
 def test_a_clip_too_short_for_all_numbered_windows_has_the_first_alone():
     specs = {n: ViewSpec(modality="audio", window=f"near.{n}", crop_s=1.0) for n in "12"}
     specs["same"] = specs["1"].model_copy()
